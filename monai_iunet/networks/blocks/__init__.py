@@ -1,0 +1,1 @@
+"""Invertible layers, one per file: forward and inverse side by side."""

@@ -1,0 +1,95 @@
+"""Orthogonal mixing of channels: a 1x1 convolution whose matrix Q is orthogonal.
+
+    forward  y = Q x        inverse  x = Q^T y        per voxel, over the channels
+
+The state is in pieces; Q is applied block by block, y_i = sum_j Q_ij x_j, so that no piece is ever copied into a whole.
+Gradients: grad x = Q^T grad y, grad Q = sum over voxels of grad y x^T. One product rebuilds x, one more each gives a
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors
+
+__all__ = ["ChannelMixing"]
+
+
+class ChannelMixing(InvertibleLayer):
+    """Multiply the channels of each voxel by an orthogonal matrix, which starts as the identity.
+
+    Args:
+        in_sizes: channels of the pieces before.
+        out_sizes: channels of the pieces after; the sum is the same.
+        orthogonal_map: see `OrthogonalMatrix`.
+
+    Example:
+        >>> mixing = ChannelMixing((2, 2), (3, 1))
+        >>> [piece.shape[1] for piece in mixing(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))]
+        [3, 1]
+    """
+
+    def __init__(self, in_sizes: Sequence[int], out_sizes: Sequence[int], orthogonal_map: str = "cayley") -> None:
+        super().__init__()
+        self.in_sizes = tuple(in_sizes)
+        self.out_sizes = tuple(out_sizes)
+        self.matrix = OrthogonalMatrix(sum(self.in_sizes), orthogonal_map=orthogonal_map)
+
+    def weights(self) -> Tensors:
+        return (self.matrix(),)
+
+    def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
+        return _apply(weights[0], inputs, self.out_sizes)
+
+    def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
+        return _apply(weights[0].mT, outputs, self.in_sizes)
+
+    def pull_back(
+        self,
+        outputs: list[Tensor],
+        grad_outputs: OptionalTensors,
+        weights: Tensors,
+        replay: Replay,
+        overwrite: Sequence[bool],
+        inverse: bool,
+    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
+        matrix = weights[0] if inverse else weights[0].mT
+        sizes = self.out_sizes if inverse else self.in_sizes
+        gradients = tuple(
+            torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs)
+        )
+        inputs = _apply(matrix, tuple(outputs), sizes)
+        outputs.clear()
+        grad_matrix = None
+        if weights[0].requires_grad:
+            # The products run over all voxels and need the pieces only once each.
+            blocks = [[_outer(grad, piece) for piece in inputs] for grad in gradients]
+            grad_matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+            grad_matrix = grad_matrix.mT if inverse else grad_matrix
+        return inputs, _apply(matrix, gradients, sizes), (grad_matrix,)
+
+
+def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
+    """Pieces of the given sizes of `matrix` times the channels that `pieces` make up."""
+    batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
+    columns = [piece.shape[1] for piece in pieces]
+    results = []
+    with torch.autocast(matrix.device.type, enabled=False):
+        for rows in matrix.to(pieces[0].dtype).split(tuple(sizes), 0):
+            blocks = [block.expand(batch, -1, -1) for block in rows.split(columns, 1)]
+            result = torch.bmm(blocks[0], pieces[0].flatten(2))
+            for block, piece in zip(blocks[1:], pieces[1:]):
+                result = result.baddbmm_(block, piece.flatten(2))
+            results.append(result.unflatten(2, shape))
+    return tuple(results)
+
+
+def _outer(gradient: Tensor, piece: Tensor) -> Tensor:
+    """Sum over batch and voxels of the outer products of the channels."""
+    with torch.autocast(piece.device.type, enabled=False):
+        return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)

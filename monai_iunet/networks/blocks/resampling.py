@@ -1,0 +1,191 @@
+"""Orthogonal resampling: from few channels at a high resolution to many at a low one, without loss.
+
+A block of n = prod(stride) neighboring voxels of one channel becomes one voxel of n channels, multiplied by an
+orthogonal matrix K of that channel (n x n):
+
+    down  y[c n + j, v] = sum_k K_c[j, k] x[c, v * stride + offset_k]        up  its transpose
+
+so the number of values and their norm stay. With K the Haar matrix, channel c n holds scaled block means and the others
+differences; with the identity this is the pixel unshuffle.
+
+Source: Etmann, Ke, Schönlieb 2020 (arXiv 2005.05220), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors
+
+__all__ = ["OrthogonalDownsampling", "resampling_base"]
+
+
+def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
+    """The orthogonal matrix that a resampling starts from.
+
+    Args:
+        init: "haar", "pixel_shuffle", "random" (one matrix per channel), or a matrix as tensor, array or nested lists.
+        stride: factor per axis.
+        count: number of channels at the high resolution.
+
+    Returns:
+        `(n, n)` or `(count, n, n)` with n = prod(stride); rows are output channels, columns run over the voxels of a
+        block, the last axis fastest.
+
+    Raises:
+        ValueError: unknown `init`, "haar" for a stride other than 1, 2 and 4, a matrix of the wrong shape.
+    """
+    size = math.prod(stride)
+    if isinstance(init, str):
+        if init == "haar":
+            return _haar(stride)
+        if init == "pixel_shuffle":
+            return torch.eye(size)
+        if init == "random":
+            return torch.linalg.qr(torch.randn(count, size, size)).Q
+        raise ValueError(
+            f'resampling_init must be "haar", "pixel_shuffle", "random" or an orthogonal matrix, got {init!r}.'
+        )
+    matrix = torch.as_tensor(
+        np.asarray(init) if not isinstance(init, Tensor) else init, dtype=torch.get_default_dtype()
+    )
+    if matrix.shape not in ((size, size), (count, size, size)):
+        raise ValueError(
+            f"A resampling_init matrix for stride {tuple(stride)} on {count} channels must have the shape "
+            f"{(size, size)} or {(count, size, size)}, got {tuple(matrix.shape)}."
+        )
+    return matrix
+
+
+def _haar(stride: Sequence[int]) -> Tensor:
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+    # Twice by 2: the finer bit of the position becomes the coarser bit of the channel.
+    twice = torch.kron(pair, pair)[[0, 2, 1, 3]]
+    along = {1: torch.eye(1), 2: pair, 4: twice}
+    if any(factor not in along for factor in stride):
+        raise ValueError(
+            f'resampling_init="haar" needs strides of 1, 2 or 4 per axis, got {tuple(stride)}; use "pixel_shuffle" or '
+            '"random".'
+        )
+    matrix = torch.eye(1)
+    for factor in stride:
+        matrix = torch.kron(matrix, along[factor])
+    return matrix
+
+
+class OrthogonalDownsampling(InvertibleLayer):
+    """Downsample a tensor into pieces of the channels; `inverse` is the orthogonal upsampling.
+
+    Args:
+        in_channels: channels c at the high resolution; n c come out, n = prod(stride).
+        stride: factor per axis.
+        out_sizes: channels of the pieces at the low resolution.
+        init: see `resampling_base`.
+        orthogonal_map: see `OrthogonalMatrix`.
+        learnable: whether the matrices are trained.
+
+    Example:
+        >>> down = OrthogonalDownsampling(1, (2, 2), (2, 2))
+        >>> pieces = down(torch.rand(1, 1, 6, 4))
+        >>> [tuple(piece.shape) for piece in pieces], tuple(down.inverse(*pieces)[0].shape)
+        ([(1, 2, 3, 2), (1, 2, 3, 2)], (1, 1, 6, 4))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        stride: Sequence[int],
+        out_sizes: Sequence[int],
+        init: Any = "haar",
+        orthogonal_map: str = "cayley",
+        learnable: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stride = tuple(stride)
+        self.out_sizes = tuple(out_sizes)
+        base = resampling_base(init, stride, in_channels)
+        self.matrix = OrthogonalMatrix(math.prod(stride), in_channels, base, orthogonal_map, learnable)
+
+    def weights(self) -> Tensors:
+        return (self.matrix(),)
+
+    def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
+        return self._down(inputs[0], weights[0])
+
+    def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
+        return (self._up(outputs, weights[0]),)
+
+    def pull_back(
+        self,
+        outputs: list[Tensor],
+        grad_outputs: OptionalTensors,
+        weights: Tensors,
+        replay: Replay,
+        overwrite: Sequence[bool],
+        inverse: bool,
+    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
+        matrix = weights[0]
+        grads = tuple(torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs))
+        if inverse:
+            low, grad_low = self._down(outputs[0], matrix), self._down(grads[0], matrix)
+            blocks = (_join(low), self._unshuffle(grads[0])) if matrix.requires_grad else None
+            inputs, grad_inputs = low, grad_low
+        else:
+            grad_high = self._up(grads, matrix)
+            high = self._up(tuple(outputs), matrix)
+            blocks = (_join(grads), self._unshuffle(high)) if matrix.requires_grad else None
+            inputs, grad_inputs = (high,), (grad_high,)
+        outputs.clear()
+        grad_matrix = None
+        if blocks is not None:
+            low_side, high_side = blocks
+            low_side = low_side.reshape(high_side.shape)
+            with torch.autocast(matrix.device.type, enabled=False):
+                grad_matrix = (low_side @ high_side.mT).sum(0)
+        return inputs, grad_inputs, (grad_matrix,)
+
+    def _down(self, high: Tensor, matrix: Tensor) -> Tensors:
+        blocks = self._unshuffle(high)
+        with torch.autocast(matrix.device.type, enabled=False):
+            low = matrix.to(blocks.dtype) @ blocks
+        size = [extent // factor for extent, factor in zip(high.shape[2:], self.stride)]
+        low = low.flatten(1, 2).unflatten(2, size)
+        return (low,) if len(self.out_sizes) == 1 else low.split(self.out_sizes, 1)
+
+    def _up(self, low: Tensors, matrix: Tensor) -> Tensor:
+        joined = _join(low)
+        count = math.prod(self.stride)
+        blocks = joined.flatten(2).unflatten(1, (-1, count))
+        with torch.autocast(matrix.device.type, enabled=False):
+            blocks = matrix.to(blocks.dtype).mT @ blocks
+        return self._shuffle(blocks, joined.shape[2:])
+
+    def _unshuffle(self, high: Tensor) -> Tensor:
+        """From `(batch, channels, *spatial)` to `(batch, channels, n, blocks)`."""
+        axes = len(self.stride)
+        for axis, factor in enumerate(self.stride):
+            high = high.unflatten(2 + 2 * axis, (-1, factor))
+        within = [3 + 2 * axis for axis in range(axes)]
+        across = [2 + 2 * axis for axis in range(axes)]
+        return high.permute(0, 1, *within, *across).flatten(2, 1 + axes).flatten(3)
+
+    def _shuffle(self, blocks: Tensor, size: Sequence[int]) -> Tensor:
+        """Inverse of `_unshuffle`, for a low resolution of `size`."""
+        axes = len(self.stride)
+        high = blocks.unflatten(3, tuple(size)).unflatten(2, self.stride)
+        order = [place for axis in range(axes) for place in (2 + axes + axis, 2 + axis)]
+        high = high.permute(0, 1, *order)
+        for axis in range(axes):
+            high = high.flatten(2 + axis, 3 + axis)
+        return high
+
+
+def _join(pieces: Tensors) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

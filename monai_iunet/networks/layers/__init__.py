@@ -1,0 +1,1 @@
+"""What the invertible layers are made of."""

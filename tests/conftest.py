@@ -1,0 +1,34 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The tensors of most tests are too small for threads to pay.
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hippocampus_data() -> Path:
+    """The Decathlon's Task04 with its labels, where it lies beside the checkout."""
+    folder = SHARED_DATA / "Task04_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip(f"the Task04_Hippocampus data is not beside the checkout ({folder.name} in ../shared/data)")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

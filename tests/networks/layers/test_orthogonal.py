@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from monai_iunet.networks.layers.orthogonal import ORTHOGONAL_MAPS, OrthogonalMatrix
+
+MAPS = sorted(ORTHOGONAL_MAPS)
+
+
+@torch.no_grad()
+def defect(matrix: torch.Tensor) -> float:
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return float((matrix.mT @ matrix - identity).abs().max())
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_zero_maps_to_the_identity_and_any_weight_to_a_rotation(name: str) -> None:
+    for size in (1, 2, 5, 8):
+        matrix = OrthogonalMatrix(size, count=3, orthogonal_map=name).double()
+        torch.testing.assert_close(matrix(), torch.eye(size, dtype=torch.double).expand(3, -1, -1), atol=1e-12, rtol=0)
+        torch.nn.init.normal_(matrix.weight, std=3)
+        rotation = matrix()
+        assert defect(rotation) < 1e-12
+        torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(3, dtype=torch.double))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_gradient_agrees_with_finite_differences(name: str) -> None:
+    base = torch.linalg.qr(torch.randn(4, 4)).Q
+    matrix = OrthogonalMatrix(4, count=2, base=base, orthogonal_map=name).double()
+    for std in (0.0, 0.1, 2.0):
+        weight = (std * torch.randn(2, 4, 4, dtype=torch.double)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(matrix, {"weight": w}, ()), (weight,))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_stays_orthogonal_under_adamw(name: str) -> None:
+    matrix = OrthogonalMatrix(8, count=4, orthogonal_map=name)
+    optimizer = torch.optim.AdamW(matrix.parameters(), lr=0.1, weight_decay=0.1)
+    target = torch.linalg.qr(torch.randn(4, 8, 8)).Q
+    start = (matrix() - target).square().sum().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (matrix() - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        assert defect(matrix().detach()) < 1e-5
+    assert loss.item() < 0.7 * start  # it does learn
+
+
+def test_reaches_a_matrix_with_eigenvalue_minus_one_through_its_base() -> None:
+    haar = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    torch.testing.assert_close(OrthogonalMatrix(2, base=haar)(), haar)
+
+
+def test_not_learnable_is_constant() -> None:
+    matrix = OrthogonalMatrix(3, learnable=False)
+    assert not matrix().requires_grad
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_orthogonal_after_a_cast_to_low_precision_and_under_autocast(low: torch.dtype) -> None:
+    matrix = OrthogonalMatrix(8, count=2, base=torch.linalg.qr(torch.randn(2, 8, 8)).Q)
+    torch.nn.init.normal_(matrix.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = matrix()
+    assert under_autocast.dtype == torch.float32
+    assert defect(under_autocast) < 1e-5
+    assert defect(matrix.to(low)()) < 1e-5
+    assert defect(matrix.double()()) < 1e-9
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="orthogonal_map must be one of"):
+        OrthogonalMatrix(2, orthogonal_map="euler")
+    with pytest.raises(ValueError, match="must be orthogonal"):
+        OrthogonalMatrix(2, base=torch.ones(2, 2))
+    with pytest.raises(ValueError, match="must have the shape"):
+        OrthogonalMatrix(2, base=torch.eye(3))
