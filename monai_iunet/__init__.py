@@ -1,0 +1,28 @@
+"""Invertible U-Nets for MONAI: volumetric segmentation networks whose training memory does not grow with depth.
+
+`IUNet` is the bijective network, `SegIUNet` the same between a convolutional stem and head. Names are loaded on first
+use, so that importing the package is light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monai_iunet.networks.nets.iunet import IUNet
+    from monai_iunet.networks.nets.seg_iunet import SegIUNet
+
+__all__ = ["IUNet", "SegIUNet"]
+
+_MODULES = {"IUNet": "monai_iunet.networks.nets.iunet", "SegIUNet": "monai_iunet.networks.nets.seg_iunet"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,107 @@
+"""Segmentation network: an invertible U-Net between two convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from monai.networks.layers.factories import Conv
+from torch import Tensor, nn
+
+from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
+
+__all__ = ["SegIUNet"]
+
+
+class SegIUNet(nn.Module):
+    """Segmentation network: a convolution to `channels[0]`, an `IUNet`, a 1x1 convolution to the classes.
+
+    Args:
+        spatial_dims: 1, 2 or 3.
+        in_channels: channels of the image.
+        out_channels: number of classes, background included.
+        channels: channels per level of the `IUNet`. This and the arguments that follow are those of `IUNet`.
+        strides: see `IUNet`, as is every argument that follows.
+        couplings: couplings per level.
+        convs_per_coupling: convolutions in each coupling branch.
+        kernel_size: of the branches' and the stem's convolutions.
+        act: activation of the branches.
+        norm: normalization of the branches.
+        dropout: dropout of the branches.
+        channel_mixing: where channels are mixed.
+        orthogonal_map: parametrization of the orthogonal matrices.
+        resampling_init: where the resampling starts.
+        learnable_resampling: whether the resampling is trained.
+        padding_mode: how images are padded whose size does not divide.
+        activations: "invert" or "store".
+        make_branch: coupling branches of one's own.
+
+    Raises:
+        ValueError: for arguments that describe no network, and for inputs of the wrong shape or type.
+
+    Example:
+        >>> import torch
+        >>> net = SegIUNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(8, 16), couplings=1)
+        >>> net(torch.rand(2, 1, 16, 16, 15)).shape
+        torch.Size([2, 3, 16, 16, 15])
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        strides: int | Sequence[int | Sequence[int]] = 2,
+        couplings: int | Sequence[int] = 2,
+        convs_per_coupling: int = 1,
+        kernel_size: int | Sequence[int] = 3,
+        act: str | tuple | None = "LEAKYRELU",
+        norm: str | tuple | None = ("INSTANCE", {"affine": True}),
+        dropout: float | str | tuple | None = 0.0,
+        channel_mixing: Literal["split"] | int | None = "split",
+        orthogonal_map: str = "cayley",
+        resampling_init: Any = "haar",
+        learnable_resampling: bool = True,
+        padding_mode: str | None = "constant",
+        activations: str = "invert",
+        make_branch: MakeBranch | None = None,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(f"in_channels and out_channels must be positive, got {in_channels} and {out_channels}.")
+        self.iunet = IUNet(
+            spatial_dims,
+            channels,
+            strides=strides,
+            couplings=couplings,
+            convs_per_coupling=convs_per_coupling,
+            kernel_size=kernel_size,
+            act=act,
+            norm=norm,
+            dropout=dropout,
+            channel_mixing=channel_mixing,
+            orthogonal_map=orthogonal_map,
+            resampling_init=resampling_init,
+            learnable_resampling=learnable_resampling,
+            padding_mode=padding_mode,
+            activations=activations,
+            make_branch=make_branch,
+        )
+        convolution = Conv[Conv.CONV, spatial_dims]
+        self.stem = convolution(in_channels, self.iunet.channels[0], kernel_size, padding="same")
+        self.head = convolution(self.iunet.channels[0], out_channels, 1)
+
+    @property
+    def activations(self) -> str:
+        """See `IUNet.activations`."""
+        return self.iunet.activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        self.iunet.activations = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`."""
+        self.iunet._check(x, "x", self.stem.in_channels)
+        return self.head(self.iunet(self.stem(x)))

@@ -1,0 +1,258 @@
+"""The engine, in the ways people train; each case against plain autograd on the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from monai_iunet import IUNet, SegIUNet
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.reversible import InvertibleLayer
+from tests.helpers import randomize, relative_errors
+
+
+def network(**kwargs: object) -> SegIUNet:
+    return randomize(SegIUNet(2, 1, 3, (4, 8), **kwargs)).double()
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 1, 8, 8, dtype=torch.double, requires_grad=True)
+
+
+def step(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of all parameters and the image after one ordinary backward pass."""
+    net.zero_grad()
+    x.grad = None
+    torch.manual_seed(1)
+    net(x).square().mean().backward()
+    return [tensor.grad for tensor in (x, *net.parameters()) if tensor.grad is not None]
+
+
+def compare(net: nn.Module, x: torch.Tensor) -> None:
+    inverted = step(net, x)
+    net.activations = "store"
+    stored = step(net, x)
+    net.activations = "invert"
+    assert len(inverted) == len(stored)
+    assert max(relative_errors(inverted, stored)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "norm", ["BATCH", "INSTANCE", ("GROUP", {"num_groups": 2}), ("LAYER", {"normalized_shape": (8, 8)}), None]
+)
+def test_norms(norm: object) -> None:
+    compare(network(norm=norm) if norm != ("LAYER", {"normalized_shape": (8, 8)}) else one_level(norm), image())
+
+
+def one_level(norm: object) -> SegIUNet:
+    return randomize(SegIUNet(2, 1, 3, (4,), norm=norm)).double()
+
+
+def test_dropout_repeats_its_mask_and_leaves_the_generator_as_autograd_does() -> None:
+    net, x = network(dropout=0.5), image()
+    compare(net, x)
+    states = []
+    for net.activations in ("invert", "store"):
+        step(net, x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_batch_norm_moves_its_statistics_once_a_step() -> None:
+    net = network(norm="BATCH")
+    other = copy.deepcopy(net)
+    other.activations = "store"
+    x = image()
+    for _ in range(2):
+        step(net, x)
+        step(other, x)
+    for (name, buffer), expected in zip(net.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, msg=name)
+    assert any(name.endswith("num_batches_tracked") and int(buffer) == 2 for name, buffer in net.named_buffers())
+
+
+def test_activation_in_place() -> None:
+    compare(network(act=("LEAKYRELU", {"inplace": True})), image())
+
+
+def test_a_branch_that_keeps_its_output() -> None:
+    # tanh saves its output for the gradient, so the engine must not write over it.
+    compare(network(act="TANH"), image())
+
+
+def test_frozen_parameters() -> None:
+    net = network()
+    for parameter in net.iunet.encoder.parameters():
+        parameter.requires_grad_(False)
+    compare(net, image())
+    for parameter in net.iunet.parameters():
+        parameter.requires_grad_(False)
+    compare(net, image())
+    for parameter in net.stem.parameters():
+        parameter.requires_grad_(False)
+    compare(net, image().detach().requires_grad_(False))
+
+
+def test_an_input_without_gradient() -> None:
+    net = randomize(IUNet(2, (4, 8))).double()
+    compare(net, torch.randn(2, 4, 8, 8, dtype=torch.double))
+
+
+def test_unused_parameters_get_no_gradient() -> None:
+    def make_branch(dims: int, in_channels: int, out_channels: int, *_: object) -> nn.Module:
+        branch = nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        branch.unused = nn.Parameter(torch.zeros(1))
+        return branch
+
+    net = network(make_branch=make_branch)
+    compare(net, image())
+    assert net.iunet.encoder[0][0].branch.unused.grad is None
+
+
+def test_gradient_accumulation_and_two_forwards_before_one_backward() -> None:
+    net, first, second = network(), image(), image()
+    found = []
+    for net.activations in ("invert", "store"):
+        net.zero_grad()
+        first.grad = second.grad = None
+        one, two = net(first), net(second)
+        (one.square().mean() + two.sin().mean()).backward()
+        net(first).mean().backward()
+        found.append([first.grad, second.grad, *(parameter.grad for parameter in net.parameters())])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_retained_graph_can_be_used_again() -> None:
+    net, x = network(), image()
+    loss = net(x).square().mean()
+    once = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(net.parameters()))
+    assert max(relative_errors(again, once)) < 1e-10
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, list(net.parameters()))
+
+
+def test_the_caller_s_tensors_stay_as_they_are() -> None:
+    net = randomize(IUNet(2, (4, 8)))
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    y = net(x)
+    before = x.detach().clone(), y.detach().clone()
+    y.square().mean().backward()
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+    with torch.no_grad():
+        net.inverse(y)
+    assert torch.equal(y, before[1])
+
+
+def test_changing_the_output_in_place_is_noticed() -> None:
+    net = IUNet(2, (4, 8))
+    y = net(torch.randn(1, 4, 8, 8))
+    loss = (y * 2).sum()  # does not save y
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_changing_a_parameter_before_the_backward_pass_is_noticed() -> None:
+    net = IUNet(2, (4, 8))
+    loss = net(torch.randn(1, 4, 8, 8)).sum()
+    with torch.no_grad():
+        net.encoder[0][0].branch[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_double_backward_says_that_it_is_not_possible() -> None:
+    net = network()
+    (gradient,) = torch.autograd.grad(net(image()).square().sum(), net.stem.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def test_hooks_on_parameters_fire_once_and_hooks_on_modules_again() -> None:
+    net, x = network(), image()
+    branch = net.iunet.encoder[0][0].branch
+    counts = {"parameter": 0, "module": 0}
+    branch[0].weight.register_hook(lambda grad: counts.update(parameter=counts["parameter"] + 1) or 2 * grad)
+    branch.register_forward_hook(lambda *_: counts.update(module=counts["module"] + 1))
+    compare(net, x)
+    assert counts == {"parameter": 2, "module": 3}  # one step each; the module runs twice when rebuilding
+
+
+def test_no_grad_and_inference_mode_give_the_same_output() -> None:
+    net, x = network(), image()
+    expected = net(x)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    # At this depth, rounding inside the branches leaves the rebuilt gradients close to the stored ones.
+    net = randomize(SegIUNet(2, 1, 3, (8, 16), couplings=1), std=0.2)
+    x = torch.randn(2, 1, 16, 16, requires_grad=True)
+    seen = []
+    net.iunet.encoder[0][0].register_forward_hook(lambda module, args, output: seen.append(output[1].dtype))
+    found = []
+    for net.activations in ("invert", "store"):
+        net.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = net(x).float().square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([x.grad, *(parameter.grad for parameter in net.parameters())])
+    assert set(seen) == {torch.float32}
+    assert max(relative_errors(*found)) < 0.1
+    norms = [torch.stack([grad.norm() for grad in grads]) for grads in found]
+    assert (norms[0] > 0).equal(norms[1] > 0)
+
+
+def test_a_chain_without_an_end_says_what_to_do() -> None:
+    layer = AdditiveCoupling(nn.Conv1d(2, 2, 1))
+    first, second = layer(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), keep=False)
+    with pytest.raises(RuntimeError, match="keep=True"):
+        (first.sum() + second.sum()).backward()
+
+
+def test_states_may_leave_the_chain() -> None:
+    layers = nn.ModuleList(AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())) for _ in range(3)).double()
+    inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    found = []
+    for rebuilds in (True, False):
+        state, extra = tuple(inputs), 0.0
+        for index, layer in enumerate(layers):
+            layer.rebuilds = rebuilds
+            state = layer(*state, keep=index == 2)
+            extra = extra + (index + 1) * state[1].square().sum()
+        found.append(torch.autograd.grad(extra + state[0].sum(), [*inputs, *layers.parameters()]))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_layer_of_ones_own_needs_only_a_transform_and_its_inverse() -> None:
+    class Rotation(InvertibleLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.angle = nn.Parameter(torch.tensor(0.3, dtype=torch.double))
+
+        def transform(self, inputs, weights):
+            (angle,), (a, b) = weights, inputs
+            return a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+
+        def restore(self, outputs, weights):
+            return self.transform(outputs, (-weights[0],))
+
+    layer = Rotation()
+    inputs = [torch.randn(3, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(layer, inputs)
+    found = []
+    for layer.rebuilds in (True, False):
+        found.append(torch.autograd.grad(layer(*inputs)[0].sin().sum(), [*inputs, layer.angle]))
+    assert max(relative_errors(*found)) < 1e-12

@@ -1,0 +1,58 @@
+"""What the README shows first: an invertible network that learns, and one in the middle of other layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from monai_iunet import IUNet
+from tests.helpers import LiveBytes
+
+
+def test_a_2d_iunet_learns_to_mirror_images() -> None:
+    net = IUNet(spatial_dims=2, channels=(3, 8, 16), couplings=4)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        x = nn.functional.avg_pool2d(torch.rand(16, 3, 16, 16), 3, 1, 1)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), x.flip(-1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    torch.testing.assert_close(net.inverse(net(x)), x, atol=1e-3, rtol=1e-3)
+
+
+def between_convolutions(couplings: tuple[int, ...]) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(3, 64, 3, padding=1),
+        IUNet(spatial_dims=3, channels=(64, 128, 256), couplings=couplings),
+        nn.Conv3d(64, 10, 3, padding=1),
+    )
+
+
+def test_an_iunet_between_convolutions_trains() -> None:
+    net = between_convolutions((2, 3, 4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    x, target = torch.rand(1, 3, 8, 8, 8), torch.randint(10, (1, 8, 8, 8))
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_its_memory_saving_needs_no_asking() -> None:
+    alive = []
+    for couplings in ((2, 3, 4), (6, 9, 12)):
+        net = between_convolutions(couplings)
+        x = torch.rand(1, 3, 8, 8, 8)
+        with LiveBytes(ignore=[*net.parameters(), *net.buffers()]) as live:
+            y = net(x)
+            alive.append(live.now())
+        assert y.requires_grad
+    assert alive[0] == alive[1]
