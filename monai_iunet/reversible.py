@@ -141,12 +141,18 @@ class _Cell:
     Filled by the backward pass of the consumer, emptied by that of the producer.
     """
 
-    __slots__ = ("__weakref__", "consumer", "owned", "value")
+    __slots__ = ("__weakref__", "consumer", "memory", "owned", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, state: Tensor) -> None:
         self.value: Tensor | None = None
         self.owned = False  # whether the engine made the value, so that its memory may be reused
         self.consumer: _Call | None = None
+        self.memory = weakref.ref(state.untyped_storage()), state.storage_offset(), state.shape
+
+    def is_place_of(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the state of this cell: the same memory, not a copy or another view of it."""
+        storage, offset, shape = self.memory
+        return storage() is tensor.untyped_storage() and (tensor.storage_offset(), tensor.shape) == (offset, shape)
 
 
 class _Call:
@@ -178,7 +184,7 @@ class _Call:
             outputs = (self.layer.restore if self.inverse else self.layer.transform)(inputs, weights)
         if not all(map(torch.equal, before, _generator_states(self.device))):
             self.generator_states = before
-        self.outputs = tuple(_Cell() for _ in outputs)
+        self.outputs = tuple(map(_Cell, outputs))
         return outputs
 
     @contextmanager
@@ -274,12 +280,15 @@ def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool | Sequence[bool], i
 
 def _link(tensor: Tensor, consumer: _Call) -> weakref.ref[_Cell] | None:
     """The cell of a state that another call produced; from now on `consumer` can rebuild that state."""
-    call = getattr(tensor.grad_fn, "call", None)
-    if not isinstance(call, _Call):
+    if tensor.grad_fn is None:
         return None
-    cell = call.outputs[tensor.output_nr]
-    cell.consumer = consumer
-    return weakref.ref(cell)
+    # Fully sharded training puts a node before the layer that passes the state on as it is: look one node further.
+    for node, index in ((tensor.grad_fn, tensor.output_nr), *tensor.grad_fn.next_functions):
+        call = getattr(node, "call", None)
+        if isinstance(call, _Call) and call.outputs[index].is_place_of(tensor):
+            call.outputs[index].consumer = consumer
+            return weakref.ref(call.outputs[index])
+    return None
 
 
 def _rebuild(cell: _Cell) -> None:
@@ -307,7 +316,8 @@ def _rebuild(cell: _Cell) -> None:
             continue
         for output in call.outputs:
             found.pop(output, None)
-        for source, value in zip(call.sources, call.invert(tuple(outputs))):
+        known = tuple(value for value in outputs if value is not None)
+        for source, value in zip(call.sources, call.invert(known)):
             place = source() if source is not None else None
             if place is not None:
                 found[place] = value
@@ -326,7 +336,7 @@ def _stand_ins(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Te
     """
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
     leaf_of = {id(weight): leaf for weight, leaf in zip(weights, leaves)}
-    owners = [place for part in module.modules() for place in (part._parameters, part._buffers)]
+    owners: list[dict[str, Any]] = [place for part in module.modules() for place in (part._parameters, part._buffers)]
     originals = [dict(place) for place in owners]
     try:
         for place in owners:

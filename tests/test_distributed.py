@@ -1,0 +1,74 @@
+"""Distributed training on two processes: the gradients are those of one process with the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from monai_iunet import SegIUNet
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from tests.helpers import relative_errors
+
+
+def shard_each_coupling(net: nn.Module) -> nn.Module:
+    for module in list(net.modules()):
+        if isinstance(module, AdditiveCoupling):
+            fully_shard(module)
+    return fully_shard(net)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "DDP, unused parameters looked for": lambda net: DistributedDataParallel(net, find_unused_parameters=True),
+    "DDP, static graph": lambda net: DistributedDataParallel(net, static_graph=True),
+    "FSDP2 of the whole": lambda net: fully_shard(net),
+    "FSDP2 of each coupling": shard_each_coupling,
+}
+
+
+def network(activations: str) -> SegIUNet:
+    torch.manual_seed(0)
+    return SegIUNet(2, 1, 3, (4, 8), couplings=3, activations=activations)
+
+
+def whole_gradient(parameter: Any) -> torch.Tensor:
+    return parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+
+
+def train_one_step(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = network("store")
+    expected(images).square().mean().backward()
+    errors = {}
+    for name, wrap in WRAPPERS.items():
+        net = network("invert")
+        wrapped = wrap(net)
+        for _ in range(2):  # the second step is where a wrong bookkeeping of the first shows
+            wrapped.zero_grad()
+            wrapped(images[rank : rank + 1]).square().mean().backward()
+        found = [whole_gradient(parameter) for parameter in net.parameters()]
+        errors[name] = max(relative_errors(found, [parameter.grad for parameter in expected.parameters()]))
+    torch.save(errors, Path(folder) / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(train_one_step, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_gradients_are_those_of_one_process(errors: list[dict[str, float]], name: str) -> None:
+    assert max(of_rank[name] for of_rank in errors) < 1e-4
