@@ -117,4 +117,5 @@ class WholeCoupling(InvertibleLayer):
         return self.module(torch.cat(inputs, 1)).split(self.out_sizes, 1)
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        return self.module.inverse(torch.cat(outputs, 1)).split(self.in_sizes, 1)
+        whole: Tensor = self.module.inverse(torch.cat(outputs, 1))  # type: ignore[operator]
+        return whole.split(self.in_sizes, 1)

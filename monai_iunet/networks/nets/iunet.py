@@ -145,12 +145,13 @@ class IUNet(nn.Module):
             total - following // math.prod(stride)
             for total, following, stride in zip(self.channels, self.channels[1:], self.strides)
         ]
-        self.encoder = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        self.splits = nn.ModuleList()  # halves of a level to (skip, down), in the encoder
-        self.merges = nn.ModuleList()  # the same in the decoder, used backwards
-        self.downsamplings = nn.ModuleList()
-        self.upsamplings = nn.ModuleList()  # downsamplings used backwards
+        # Any, because iterating over an nn.ModuleList gives plain modules; these hold InvertibleLayers.
+        self.encoder: Any = nn.ModuleList()
+        self.decoder: Any = nn.ModuleList()
+        self.splits: Any = nn.ModuleList()  # halves of a level to (skip, down), in the encoder
+        self.merges: Any = nn.ModuleList()  # the same in the decoder, used backwards
+        self.downsamplings: Any = nn.ModuleList()
+        self.upsamplings: Any = nn.ModuleList()  # downsamplings used backwards
         for level, total in enumerate(self.channels):
             first = _halves(total, 0)
             last = _halves(total, self.couplings[level])
@@ -346,7 +347,7 @@ class IUNet(nn.Module):
         if not any(map(any, padding)):
             return x
         if self.padding_mode is None:
-            self._check_divides(x.shape[2:], "padding_mode is None: ", "Pad it, or set padding_mode.")
+            raise self._indivisible(x.shape[2:], "padding_mode is None: ", "Pad it, or set padding_mode.")
         return functional.pad(x, [side for pair in reversed(padding) for side in pair], mode=self.padding_mode)
 
     def _crop(self, x: Tensor, spatial_size: Sequence[int]) -> Tensor:
@@ -378,9 +379,12 @@ class IUNet(nn.Module):
 
     def _check_divides(self, spatial_size: Sequence[int], where: str, remedy: str) -> None:
         if any(extent % factor for extent, factor in zip(spatial_size, self.factors)):
-            raise ValueError(
-                f"{where}the spatial size must be divisible by {self.factors}, got {tuple(spatial_size)}. {remedy}"
-            )
+            raise self._indivisible(spatial_size, where, remedy)
+
+    def _indivisible(self, spatial_size: Sequence[int], where: str, remedy: str) -> ValueError:
+        return ValueError(
+            f"{where}the spatial size must be divisible by {self.factors}, got {tuple(spatial_size)}. {remedy}"
+        )
 
     def _check_codes(self, codes: Sequence[Tensor]) -> None:
         widths = [*self._skips, self.channels[-1]]
@@ -389,7 +393,7 @@ class IUNet(nn.Module):
             len(shape) != self.spatial_dims + 2 or shape[1] != width for shape, width in zip(came, widths)
         ):
             raise ValueError(f"codes must be {len(widths)} tensors with {widths} channels, got shapes {came}.")
-        size = codes[-1].shape[2:]
+        size = tuple(codes[-1].shape[2:])
         for level in reversed(range(len(self.strides))):
             size = tuple(extent * factor for extent, factor in zip(size, self.strides[level]))
             if tuple(codes[level].shape[2:]) != size:
