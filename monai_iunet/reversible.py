@@ -27,17 +27,35 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["InvertibleLayer", "Replay"]
+__all__ = ["InvertibleLayer", "Recall", "differentiate", "fill"]
 
 Tensors = tuple[Tensor, ...]
 OptionalTensors = tuple[Tensor | None, ...]
-Replay = Callable[[], AbstractContextManager[list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a layer's backward pass is told of the call.
+
+    Attributes:
+        weights: what `weights()` returned.
+        replay: context in which evaluating the module repeats the call, recorded by autograd; its value is the list of
+            leaves that stand in for `weights`, which the module's parameters are replaced by.
+        overwrite: per output, whether its memory may be reused.
+        inverse: whether the call was one of `inverse`, so that its "inputs" are what `forward` returns.
+    """
+
+    weights: Tensors
+    replay: Callable[[], AbstractContextManager[list[Tensor]]]
+    overwrite: Sequence[bool]
+    inverse: bool
 
 
 class InvertibleLayer(nn.Module):
@@ -92,36 +110,31 @@ class InvertibleLayer(nn.Module):
         return _run(self, outputs, keep, inverse=True)
 
     def pull_back(
-        self,
-        outputs: list[Tensor],
-        grad_outputs: OptionalTensors,
-        weights: Tensors,
-        replay: Replay,
-        overwrite: Sequence[bool],
-        inverse: bool,
+        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
         """From outputs and their gradients to inputs and theirs: the backward pass of one call.
 
         Args:
             outputs: what the call returned, rebuilt; empty the list to free them early.
             grad_outputs: their gradients, None where there is none.
-            weights: what `weights()` returned for the call.
-            replay: context in which evaluating the module repeats the call, recorded by autograd; its value is the
-                list of leaves that stand in for `weights`, which the module's parameters are replaced by.
-            overwrite: per output, whether its memory may be reused.
-            inverse: whether the call was one of `inverse`, so that "inputs" are what `forward` returns.
+            call: what else is known of the call.
 
         Returns:
             The inputs, their gradients, and the gradients of the weights (None where there is none).
         """
-        undo, redo = (self.transform, self.restore) if inverse else (self.restore, self.transform)
-        with replay() as leaf_weights, torch.no_grad():
+        undo, redo = (self.transform, self.restore) if call.inverse else (self.restore, self.transform)
+        with call.replay() as leaf_weights, torch.no_grad():
             inputs = undo(tuple(outputs), tuple(leaf_weights))
         leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-        with replay() as leaf_weights:
+        with call.replay() as leaf_weights:
             again = redo(leaves, tuple(leaf_weights))
         gradients = differentiate(again, (*leaves, *leaf_weights), grad_outputs)
         return inputs, gradients[: len(leaves)], gradients[len(leaves) :]
+
+
+def fill(grad_outputs: OptionalTensors, outputs: Sequence[Tensor]) -> Tensors:
+    """The gradients, zeros where there is none."""
+    return tuple(torch.zeros_like(out) if grad is None else grad for grad, out in zip(grad_outputs, outputs))
 
 
 def differentiate(outputs: Sequence[Any], inputs: Sequence[Tensor], grad_outputs: OptionalTensors) -> OptionalTensors:
@@ -264,7 +277,7 @@ class _Rebuilding(torch.autograd.Function):
         foreign = [output for output, ours in zip(outputs, overwrite) if not ours]
         del kept
         inputs, grad_inputs, grad_weights = call.layer.pull_back(
-            outputs, grad_outputs, weights, lambda: call.replay(weights), overwrite, call.inverse
+            outputs, grad_outputs, Recall(weights, lambda: call.replay(weights), overwrite, call.inverse)
         )
         call.hand_on(inputs, foreign)
         return (None, None, *grad_inputs, *grad_weights)

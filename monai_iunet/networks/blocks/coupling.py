@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors, differentiate
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, differentiate
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
@@ -61,28 +61,22 @@ class AdditiveCoupling(InvertibleLayer):
         return shift
 
     def pull_back(
-        self,
-        outputs: list[Tensor],
-        grad_outputs: OptionalTensors,
-        weights: Tensors,
-        replay: Replay,
-        overwrite: Sequence[bool],
-        inverse: bool,
+        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        changed_at, kept_at = (0, 1) if inverse else (1, 0)
+        changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
         changed, kept = outputs[changed_at], outputs[kept_at]
         grad_changed, grad_kept = grad_outputs[changed_at], grad_outputs[kept_at]
         leaf = kept.detach().requires_grad_()
-        with replay() as leaf_weights:
+        with call.replay() as leaf_weights:
             shift = self.branch(leaf)
         with torch.no_grad():
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
-            place = changed.data if overwrite[changed_at] else None
-            changed = torch.add(changed, shift.to(changed.dtype), alpha=1 if inverse else -1, out=place)
+            place = changed.data if call.overwrite[changed_at] else None
+            changed = torch.add(changed, shift.to(changed.dtype), alpha=1 if call.inverse else -1, out=place)
         grad_shift = None
         if grad_changed is not None:
-            grad_shift = (-grad_changed if inverse else grad_changed).to(shift.dtype)
+            grad_shift = (-grad_changed if call.inverse else grad_changed).to(shift.dtype)
         # Hold the place of the shift in the graph but not the shift, whose memory the gradients can then have.
         edge = get_gradient_edge(shift) if shift.requires_grad else None
         del shift
@@ -95,7 +89,9 @@ class AdditiveCoupling(InvertibleLayer):
         elif through_branch is not None:
             grad_kept = grad_kept + through_branch
         inputs, grad_inputs = (changed, kept), (grad_changed, grad_kept)
-        return (inputs[::-1], grad_inputs[::-1], gradients[1:]) if inverse else (inputs, grad_inputs, gradients[1:])
+        return (
+            (inputs[::-1], grad_inputs[::-1], gradients[1:]) if call.inverse else (inputs, grad_inputs, gradients[1:])
+        )
 
 
 class WholeCoupling(InvertibleLayer):

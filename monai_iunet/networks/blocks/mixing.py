@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
 
 __all__ = ["ChannelMixing"]
 
@@ -50,27 +50,19 @@ class ChannelMixing(InvertibleLayer):
         return _apply(weights[0].mT, outputs, self.in_sizes)
 
     def pull_back(
-        self,
-        outputs: list[Tensor],
-        grad_outputs: OptionalTensors,
-        weights: Tensors,
-        replay: Replay,
-        overwrite: Sequence[bool],
-        inverse: bool,
+        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        matrix = weights[0] if inverse else weights[0].mT
-        sizes = self.out_sizes if inverse else self.in_sizes
-        gradients = tuple(
-            torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs)
-        )
+        matrix = call.weights[0] if call.inverse else call.weights[0].mT
+        sizes = self.out_sizes if call.inverse else self.in_sizes
+        gradients = fill(grad_outputs, outputs)
         inputs = _apply(matrix, tuple(outputs), sizes)
         outputs.clear()
         grad_matrix = None
-        if weights[0].requires_grad:
+        if call.weights[0].requires_grad:
             # The products run over all voxels and need the pieces only once each.
             blocks = [[_outer(grad, piece) for piece in inputs] for grad in gradients]
             grad_matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
-            grad_matrix = grad_matrix.mT if inverse else grad_matrix
+            grad_matrix = grad_matrix.mT if call.inverse else grad_matrix
         return inputs, _apply(matrix, gradients, sizes), (grad_matrix,)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
 
 __all__ = ["ChannelPartition"]
 
@@ -37,20 +37,13 @@ class ChannelPartition(InvertibleLayer):
         return _cut(outputs, self.in_sizes)
 
     def pull_back(
-        self,
-        outputs: list[Tensor],
-        grad_outputs: OptionalTensors,
-        weights: Tensors,
-        replay: Replay,
-        overwrite: Sequence[bool],
-        inverse: bool,
+        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        sizes = self.out_sizes if inverse else self.in_sizes
-        filled = tuple(
-            torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs)
-        )
+        sizes = self.out_sizes if call.inverse else self.in_sizes
         # Copies, so that one piece does not keep the memory of the whole alive.
-        gradients = tuple(piece.clone() if piece._is_view() else piece for piece in _cut(filled, sizes))
+        gradients = tuple(
+            piece.clone() if piece._is_view() else piece for piece in _cut(fill(grad_outputs, outputs), sizes)
+        )
         return _cut(tuple(outputs), sizes), gradients, ()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Replay, Tensors
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
 
@@ -123,17 +123,11 @@ class OrthogonalDownsampling(InvertibleLayer):
         return (self._up(outputs, weights[0]),)
 
     def pull_back(
-        self,
-        outputs: list[Tensor],
-        grad_outputs: OptionalTensors,
-        weights: Tensors,
-        replay: Replay,
-        overwrite: Sequence[bool],
-        inverse: bool,
+        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        matrix = weights[0]
+        matrix = call.weights[0]
         grads = tuple(torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs))
-        if inverse:
+        if call.inverse:
             low, grad_low = self._down(outputs[0], matrix), self._down(grads[0], matrix)
             blocks = (_join(low), self._unshuffle(grads[0])) if matrix.requires_grad else None
             inputs, grad_inputs = low, grad_low
