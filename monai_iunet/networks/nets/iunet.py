@@ -6,18 +6,16 @@ Source: Etmann, Ke, Schönlieb, iUNets: Learnable Invertible Up- and Downsamplin
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from monai.networks.layers.factories import Conv
-from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
@@ -126,20 +124,7 @@ class IUNet(nn.Module):
             raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")
 
         def default_branch(dims: int, in_channels: int, out_channels: int, *_: Any) -> nn.Module:
-            hidden = [max(in_channels, out_channels)] * (convs_per_coupling - 1)
-            widths = [in_channels, *hidden, out_channels]
-            layers: list[nn.Module] = []
-            for before, after in itertools.pairwise(widths):
-                # A bias in front of a normalization would be taken away again.
-                layers.append(Conv[Conv.CONV, dims](before, after, kernel, padding="same", bias=norm is None))
-                if norm is not None:
-                    layers.append(get_norm_layer(norm, dims, after))
-                if dropout:
-                    layers.append(get_dropout_layer(dropout))
-                if act is not None:
-                    layers.append(get_act_layer(act))
-            # Flat, because a nested Sequential keeps the input of an inner one alive while that runs.
-            return nn.Sequential(*layers)
+            return convolutional_branch(dims, in_channels, out_channels, convs_per_coupling, kernel, act, norm, dropout)
 
         self._skips = [
             total - following // math.prod(stride)
