@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from monai.networks.layers.factories import Conv
@@ -35,7 +36,7 @@ def convolutional_branch(
     """
     widths = [in_channels, *[max(in_channels, out_channels)] * (convs - 1), out_channels]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
+    for before, after in itertools.pairwise(widths):
         # A bias in front of a normalization would be taken away again.
         layers.append(Conv[Conv.CONV, spatial_dims](before, after, kernel_size, padding="same", bias=norm is None))
         if norm is not None:

@@ -24,6 +24,8 @@ and Van Loan, Matrix Computations, section 5.1; Etmann, Ke, Schönlieb 2020 (arX
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,7 @@ class OrthogonalMatrix(nn.Module):
     """
 
     base: Tensor | None
+    constant: Tensor | None
 
     def __init__(
         self,
@@ -91,14 +94,54 @@ class OrthogonalMatrix(nn.Module):
         self.orthogonal_map = orthogonal_map
         self.register_buffer("base", base)
         self.weight = nn.Parameter(torch.zeros(shape), requires_grad=learnable)
+        self.register_buffer("constant", None, persistent=False)  # the matrices in evaluation
+        self._constant_of: tuple[Tensor, int] | None = None  # the weight it was computed from, and its version
 
     def forward(self) -> Tensor:
         """The matrices, `(size, size)` or `(count, size, size)`, in float32 or the higher precision of the weight."""
+        if self.constant is None:
+            return self._compute()
+        if torch.compiler.is_exporting():
+            return self.constant
+        if torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing():
+            return self._compute()
+        made_of, version = self._constant_of or (None, -1)
+        if made_of is not self.weight or version != self.weight._version:
+            self._make_constant()
+        return self.constant
+
+    def train(self, mode: bool = True) -> OrthogonalMatrix:
+        """In evaluation the matrices are computed once, here: faster, and exporters do not know the maps."""
+        super().train(mode)
+        self.constant, self._constant_of = None, None
+        if not mode:
+            self._make_constant()
+        return self
+
+    def _make_constant(self) -> None:
+        # A sharded or inference weight does not tell when it changes; then each call computes the matrices.
+        if hasattr(self.weight, "full_tensor") or self.weight.is_inference():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self.constant = self._compute()
+        self._constant_of = (self.weight, self.weight._version)
+
+    def _compute(self) -> Tensor:
         precision = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(self.weight.device.type, enabled=False):
             weight = self.weight.to(precision)
             matrix = ORTHOGONAL_MAPS[self.orthogonal_map](weight - weight.mT)
             return matrix if self.base is None else _polish(self.base.to(precision)) @ matrix
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalMatrix:
+        # A cast would round the constant: compute it anew from what became of the weight.
+        self.constant = None
+        super()._apply(fn, recurse)
+        return self if self.training else self.train(False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, orthogonal_map={self.orthogonal_map!r}, learnable={self.weight.requires_grad}"

@@ -78,3 +78,40 @@ def test_bad_arguments() -> None:
         OrthogonalMatrix(2, base=torch.ones(2, 2))
     with pytest.raises(ValueError, match="must have the shape"):
         OrthogonalMatrix(2, base=torch.eye(3))
+
+
+def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = OrthogonalMatrix(4, base=torch.linalg.qr(torch.randn(4, 4)).Q)
+    counts = []
+    compute = OrthogonalMatrix._compute
+    monkeypatch.setattr(OrthogonalMatrix, "_compute", lambda self: counts.append(1) or compute(self))
+
+    def check(tolerance: float = 1e-6) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(matrix(), compute(matrix), atol=tolerance, rtol=0)
+
+    matrix.eval()
+    for _ in range(3):
+        check()
+    assert len(counts) == 1
+    with torch.no_grad():
+        matrix.weight.normal_()  # in place, as optimizers do
+    check()
+    matrix.load_state_dict({**matrix.state_dict(), "weight": torch.randn(4, 4)})
+    check()
+    matrix.load_state_dict({**matrix.state_dict(), "weight": torch.randn(4, 4)}, assign=True)
+    check()
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        matrix.to(dtype)
+        check()
+        assert defect(matrix()) < 1e-5
+    matrix.train()
+    torch.nn.init.normal_(matrix.weight)
+    check()
+    torch.nn.init.normal_(matrix.eval().weight)
+    matrix.eval()
+    with torch.inference_mode():
+        matrix()
+    assert matrix().requires_grad  # with gradients, evaluation is differentiable as ever
+    matrix().sum().backward()
+    assert "constant" not in matrix.state_dict()
