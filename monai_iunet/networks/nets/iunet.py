@@ -173,7 +173,10 @@ class IUNet(nn.Module):
         self._bottom = ChannelPartition(_halves(deepest, self.couplings[-1]), (deepest,))
         self._bottom_up = ChannelPartition((deepest,), _halves(deepest, 0))
         self._turn = ChannelPartition(_halves(deepest, self.couplings[-1]), _halves(deepest, 0))
-        self._close = ChannelPartition(_halves(self.channels[0], self.couplings[0]), self.channels[:1])
+        # From the halves at the end of each level of the decoder to the whole.
+        self._joins: Any = nn.ModuleList(
+            ChannelPartition(_halves(total, count), (total,)) for total, count in zip(self.channels, self.couplings)
+        )
         self.activations = activations
 
     @property
@@ -202,11 +205,28 @@ class IUNet(nn.Module):
             A tensor like `x`, or of the padded size.
         """
         self._check(x, "x", self.channels[0])
-        spatial_size = x.shape[2:]
         codes = self._encode(self._pad(x), keep=False)
         codes.append(self._turn(*codes.pop(), keep=False))
         y = self._decode(codes)
-        return self._crop(y, spatial_size) if crop else y
+        return self._crop(y, x.shape[2:]) if crop else y
+
+    def forward_levels(self, x: Tensor) -> list[Tensor]:
+        """Apply the network and show what the decoder has at each level, for deep supervision.
+
+        Args:
+            x: `(batch, channels[0], *spatial)`, floating point.
+
+        Returns:
+            `len(strides)` tensors (at least one), finest first: the output of `forward`, then for each coarser level of
+            the decoder, without the coarsest of all, `(batch, channels[level], *spatial)` at its resolution. If the
+            size of `x` does not divide, these belong to the padded image.
+        """
+        self._check(x, "x", self.channels[0])
+        codes = self._encode(self._pad(x), keep=False)
+        codes.append(self._turn(*codes.pop(), keep=False))
+        tapped: list[Tensor] = []
+        y = self._decode(codes, tapped)
+        return [self._crop(y, x.shape[2:]), *reversed(tapped)]
 
     def inverse(self, y: Tensor, spatial_size: Sequence[int] | None = None) -> Tensor:
         """Apply the inverse of the network.
@@ -276,7 +296,7 @@ class IUNet(nn.Module):
                 state = layer.inverse(*state, keep=False)
         return self._open.inverse(*state)[0]
 
-    def _decode(self, codes: list[Any]) -> Tensor:
+    def _decode(self, codes: list[Any], tapped: list[Tensor] | None = None) -> Tensor:
         state = codes.pop()
         for level in reversed(range(len(self.decoder))):
             if level < len(self.merges):
@@ -284,10 +304,12 @@ class IUNet(nn.Module):
                 state = self.merges[level].inverse(codes.pop(), *state, keep=False)
             for layer in self.decoder[level]:
                 state = layer(*state, keep=False)
-        return self._close(*state)[0]
+            if tapped is not None and 0 < level < len(self.merges):
+                tapped.append(self._joins[level](*state)[0])
+        return self._joins[0](*state)[0]
 
     def _decode_inverse(self, y: Tensor, keep: bool) -> list[Any]:
-        state = self._close.inverse(_stream(y), keep=False)
+        state = self._joins[0].inverse(_stream(y), keep=False)
         codes: list[Any] = []
         for level, layers in enumerate(self.decoder):
             for layer in reversed(layers):

@@ -35,6 +35,8 @@ class SegIUNet(nn.Module):
         padding_mode: how images are padded whose size does not divide.
         activations: "invert" or "store".
         make_branch: coupling branches of one's own.
+        deep_supervision: in training, return logits for each level of the decoder too, as a list, finest first, of
+            `len(strides)` entries (see `IUNet.forward_levels`); in evaluation the finest alone.
 
     Raises:
         ValueError: for arguments that describe no network, and for inputs of the wrong shape or type.
@@ -66,6 +68,7 @@ class SegIUNet(nn.Module):
         padding_mode: str | None = "constant",
         activations: str = "invert",
         make_branch: MakeBranch | None = None,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         if in_channels < 1 or out_channels < 1:
@@ -91,6 +94,9 @@ class SegIUNet(nn.Module):
         convolution = Conv[Conv.CONV, spatial_dims]
         self.stem = convolution(in_channels, self.iunet.channels[0], kernel_size, padding="same")
         self.head = convolution(self.iunet.channels[0], out_channels, 1)
+        self.deep_supervision = deep_supervision
+        coarser = self.iunet.channels[1:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(convolution(width, out_channels, 1) for width in coarser)
 
     @property
     def activations(self) -> str:
@@ -101,7 +107,13 @@ class SegIUNet(nn.Module):
     def activations(self, value: str) -> None:
         self.iunet.activations = value
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`."""
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
+
+        With `deep_supervision`, in training, a list of them, finest first.
+        """
         self.iunet._check(x, "x", self.stem.in_channels)
-        return self.head(self.iunet(self.stem(x)))
+        if not (self.deep_supervision and self.training):
+            return self.head(self.iunet(self.stem(x)))
+        levels = self.iunet.forward_levels(self.stem(x))
+        return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]

@@ -352,6 +352,22 @@ def test_seg_iunet_checks_its_input() -> None:
         SegIUNet(3, 0, 4, (4, 16))
 
 
+@pytest.mark.parametrize("channels", [(4,), (4, 16), (4, 16, 32, 64)])
+def test_deep_supervision(channels: tuple[int, ...]) -> None:
+    net = randomize(SegIUNet(3, 1, 3, channels, couplings=2, deep_supervision=True)).double()
+    x = torch.randn(1, 1, 8, 16, 8, dtype=torch.double, requires_grad=True)
+    logits = net(x)
+    assert [tuple(level.shape) for level in logits] == [
+        (1, 3, 8 >> level, 16 >> level, 8 >> level) for level in range(max(len(channels) - 1, 1))
+    ]
+    found = []
+    for net.activations in ("invert", "store"):
+        loss = sum((level + 1) * logits.square().mean() for level, logits in enumerate(net(x)))
+        found.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+    assert max(relative_errors(*found)) < 1e-10
+    torch.testing.assert_close(net.eval()(x), logits[0])
+
+
 @pytest.mark.gpu
 def test_gradients_on_a_gpu() -> None:
     net, x = small(3, couplings=3)
