@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,6 +43,38 @@ def whole_gradient(parameter: Any) -> torch.Tensor:
     return parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
 
 
+def order_of_events(images: torch.Tensor) -> list[str]:
+    """When buckets of gradients are sent, and when the backward pass comes to the first coupling."""
+    net = network("invert")
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=0.0005)
+    events = []
+
+    def send(_, bucket):  # without annotations, which DDP would compare with the classes
+        events.append("bucket sent")
+        return default_hooks.allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, send)
+    for _ in range(2):  # the first step finds the order of the buckets
+        loss = wrapped(images).square().mean()
+        events.clear()
+        handle = net.iunet.encoder[0][0].branch.register_forward_hook(lambda *_: events.append("first coupling"))
+        loss.backward()
+        handle.remove()
+    return events
+
+
+def accumulate(rank: int, images: torch.Tensor) -> float:
+    """Error of gradients that were accumulated over two passes, the first without communication."""
+    expected, net = network("store"), network("invert")
+    (expected(images).square().mean() + expected(2 * images).square().mean()).backward()
+    wrapped = DistributedDataParallel(net)
+    mine = images[rank : rank + 1]
+    with wrapped.no_sync():
+        wrapped(mine).square().mean().backward()
+    wrapped(2 * mine).square().mean().backward()
+    return max(relative_errors([p.grad for p in net.parameters()], [p.grad for p in expected.parameters()]))
+
+
 def train_one_step(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -57,18 +90,26 @@ def train_one_step(rank: int, folder: str) -> None:
             wrapped(images[rank : rank + 1]).square().mean().backward()
         found = [whole_gradient(parameter) for parameter in net.parameters()]
         errors[name] = max(relative_errors(found, [parameter.grad for parameter in expected.parameters()]))
-    torch.save(errors, Path(folder) / f"{rank}.pt")
+    errors["DDP, accumulated"] = accumulate(rank, images)
+    torch.save({"errors": errors, "order": order_of_events(images[rank : rank + 1])}, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(train_one_step, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_gradients_are_those_of_one_process(errors: list[dict[str, float]], name: str) -> None:
-    assert max(of_rank[name] for of_rank in errors) < 1e-4
+@pytest.mark.parametrize("name", [*WRAPPERS, "DDP, accumulated"])
+def test_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    assert max(rank["errors"][name] for rank in ranks) < 1e-4
+
+
+def test_communication_overlaps_the_backward_pass(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["order"].count("first coupling") == 1
+        assert rank["order"].index("first coupling") > 2  # gradients of later layers were sent before
+        assert rank["order"][-1] == "bucket sent"
