@@ -1,0 +1,118 @@
+"""The command `monai-iunet`. What a command needs is imported when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import nibabel
+    import numpy as np
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Invertible U-Nets for MONAI.", pretty_exceptions_enable=False
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"monai-iunet {package_version('monai-iunet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def segment(
+    images: Annotated[list[Path] | None, typer.Argument(help="NIfTI images, .nii or .nii.gz.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("segmentations"),
+    bundle: Annotated[Path | None, typer.Option(help="Bundle folder. Default: the hippocampus bundle.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Segment both hippocampi of the MNI152 template.")] = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Segment the left-right mirror image: for crops of the other side.")
+    ] = False,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+) -> None:
+    """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
+    from monai_iunet.images import InputError
+
+    if example == bool(images):
+        raise typer.BadParameter("name images, or --example, and not both.")
+    try:
+        _segment(images or [], output, bundle, mirror, device)
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool, device: str) -> None:
+    from monai_iunet.images import InputError, check_folder, image_name, read_image
+
+    names = [image_name(path) for path in images]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"Several images have the name {', '.join(twice)}: results would overwrite each other. Rename."
+        )
+    # Everything that can be wrong is found before the first result is written.
+    for path in images:
+        read_image(path)
+
+    import torch
+
+    from monai_iunet import example
+    from monai_iunet.inference import BundleSegmenter, default_bundle
+
+    try:
+        place = None if device == "auto" else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available here. Use auto or cpu.") from error
+    segmenter = BundleSegmenter(bundle or default_bundle(), place)
+    for path in images:
+        segmenter.check_extent(read_image(path), str(path))
+    check_folder(output)
+    if not images:
+        template = example.load_template()
+        labels = example.segment_both_hippocampi(template, segmenter)
+        _report(template, labels, example.hippocampus_labels(segmenter.labels), "mni152", output)
+    for path, name in zip(images, names):
+        image = read_image(path)
+        _report(image, segmenter(image, mirrored=mirror), segmenter.labels, name, output)
+
+
+def _report(image: nibabel.Nifti1Image, labels: np.ndarray, names: dict[int, str], name: str, output: Path) -> None:
+    import nibabel
+
+    from monai_iunet.images import write_labels
+    from monai_iunet.overlay import save_overlay
+
+    voxel = nibabel.affines.voxel_sizes(image.affine).prod()
+    volumes = {value: int((labels == value).sum()) * voxel for value in names}
+    written = output / f"{name}_seg.nii.gz"
+    write_labels(labels, image, written)
+    save_overlay(image, labels, names, output / f"{name}_seg.png", title=name)
+    typer.echo(f"{written}")
+    width = max(map(len, names.values()))
+    for value, structure in names.items():
+        typer.echo(f"  {structure:<{width}}  {volumes[value]:8.0f} mm³")
+    for side in ("left", "right"):
+        parts = [volumes[value] for value, structure in names.items() if structure.startswith(f"{side} ")]
+        if len(parts) > 1:
+            typer.echo(f"  {f'{side}, whole':<{width}}  {sum(parts):8.0f} mm³")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,213 @@
+"""`monai-iunet segment`, as a person calls it."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from monai_iunet.cli import app
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def save(path: Path, data: np.ndarray | None = None, affine: np.ndarray | None = None) -> Path:
+    data = np.random.default_rng(0).random((35, 50, 36), dtype=np.float32) if data is None else data
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def test_the_example_segments_both_hippocampi(tmp_path: Path) -> None:
+    code, printed, _ = call("segment", "--example", "--output", tmp_path / "new" / "folder")
+    assert code == 0
+    written = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in written.iterdir()) == ["mni152_seg.nii.gz", "mni152_seg.png"]
+
+    from monai_iunet.example import load_template
+
+    template, result = load_template(), nibabel.load(written / "mni152_seg.nii.gz")
+    assert result.shape == template.shape
+    assert result.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(result.affine, template.affine)
+    labels = np.asarray(result.dataobj)
+    volumes = np.bincount(labels.ravel(), minlength=5)[1:]  # in mm³, voxels are 1 mm
+    assert (volumes > 500).all()
+    for side in (volumes[:2].sum(), volumes[2:].sum()):
+        assert 2000 < side < 7000
+    assert abs(volumes[:2].sum() - volumes[2:].sum()) < 0.3 * volumes.sum() / 2
+    for label, sign in ((1, -1), (2, -1), (3, 1), (4, 1)):
+        center = nibabel.affines.apply_affine(template.affine, np.argwhere(labels == label).mean(0))
+        assert 15 < sign * center[0] < 40
+        assert str(volumes[label - 1]) in printed
+    for anterior, posterior in ((1, 2), (3, 4)):
+        assert np.argwhere(labels == anterior)[:, 1].mean() > np.argwhere(labels == posterior)[:, 1].mean()
+
+
+def test_images_of_ones_own_in_any_orientation(tmp_path: Path) -> None:
+    from monai_iunet.example import LEFT_BOX, load_template
+
+    template = load_template()
+    low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
+    crop = template.slicer[tuple(slice(int(a), int(b) + 1) for a, b in zip(low[:3], high[:3]))]
+    nibabel.save(crop, tmp_path / "one.nii.gz")
+    turned = crop.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+    nibabel.save(turned, tmp_path / "two.nii")
+    code, printed, _ = call("segment", tmp_path / "one.nii.gz", tmp_path / "two.nii", "--output", tmp_path / "out")
+    assert code == 0
+    assert printed.count("anterior hippocampus") == 2
+    one, two = (nibabel.load(tmp_path / "out" / f"{name}_seg.nii.gz") for name in ("one", "two"))
+    np.testing.assert_allclose(one.affine, crop.affine)
+    np.testing.assert_allclose(two.affine, turned.affine)
+    assert two.shape == turned.shape
+    back = nibabel.as_closest_canonical(two)
+    np.testing.assert_allclose(back.affine, one.affine)
+    expected, found = np.asarray(one.dataobj), np.asarray(back.dataobj)
+    assert (expected > 0).sum() > 2000
+    assert (expected != found).mean() < 0.001
+
+
+def test_mirroring_twice_is_not_mirroring(tmp_path: Path) -> None:
+    data = np.random.default_rng(1).random((35, 50, 36), dtype=np.float32)
+    save(tmp_path / "as_is.nii.gz", data)
+    save(tmp_path / "mirror.nii.gz", data[::-1].copy())
+    call("segment", tmp_path / "as_is.nii.gz", "--output", tmp_path)
+    call("segment", "--mirror", tmp_path / "mirror.nii.gz", "--output", tmp_path)
+    one, two = (np.asarray(nibabel.load(tmp_path / f"{n}_seg.nii.gz").dataobj) for n in ("as_is", "mirror"))
+    np.testing.assert_array_equal(one, two[::-1])
+
+
+def truncated(path: Path) -> Path:
+    save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("not an image")
+    return path
+
+
+def zipped_text(path: Path) -> Path:
+    path.write_bytes(gzip.compress(b"not an image either"))
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def with_nan(path: Path) -> Path:
+    data = np.ones((35, 50, 36), dtype=np.float32)
+    data[3, 4, 5] = np.nan
+    return save(path, data)
+
+
+def without_orientation(path: Path) -> Path:
+    image = nibabel.Nifti1Image(np.ones((35, 50, 36), dtype=np.float32), np.eye(4))
+    image.set_qform(None, code=0)
+    image.set_sform(None, code=0)
+    nibabel.save(image, path)
+    return path
+
+
+def with_singular_affine(path: Path) -> Path:
+    image = nibabel.Nifti1Image(np.ones((35, 50, 36), dtype=np.float32), np.eye(4))
+    image.set_sform(np.diag([1.0, 1, 0, 1]), code=1)
+    nibabel.save(image, path)
+    return path
+
+
+BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda path: path, "no such file"),
+    "folder": (folder, "is a folder"),
+    "text": (text, "not a readable NIfTI"),
+    "zipped text": (zipped_text, "not a readable NIfTI"),
+    "truncated": (truncated, "truncated or damaged"),
+    "4D": (lambda path: save(path, np.ones((8, 8, 8, 2), np.float32)), r"shape (8, 8, 8, 2), a 3D volume"),
+    "complex": (lambda path: save(path, np.ones((8, 8, 8), np.complex64)), "type complex64"),
+    "NaN": (with_nan, "1 voxels are NaN"),
+    "no orientation": (without_orientation, "no orientation"),
+    "whole head": (lambda path: save(path, np.ones((90, 40, 40), np.float32)), "90 x 40 x 40 mm"),
+    "singular affine": (with_singular_affine, "affine that cannot be inverted"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_named_in_one_line_and_nothing_is_written(name: str, tmp_path: Path) -> None:
+    make, message = BAD_IMAGES[name]
+    good = save(tmp_path / "good.nii.gz")
+    bad = make(tmp_path / "bad.nii.gz")
+    code, printed, error = call("segment", good, bad, "--output", tmp_path / "out")
+    assert code == 2
+    assert printed == ""
+    assert error.startswith(f"Error: {bad}: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_not_nifti(tmp_path: Path) -> None:
+    code, _, error = call("segment", text(tmp_path / "image.png"))
+    assert code == 2
+    assert "not the name of a NIfTI file" in error
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.nii.gz")
+    code, _, error = call("segment", image, "--output", text(tmp_path / "taken"))
+    assert code == 2
+    assert error.startswith(f"Error: {tmp_path / 'taken'}: cannot be written")
+
+
+def test_results_that_would_overwrite_each_other(tmp_path: Path) -> None:
+    for side in ("a", "b"):
+        (tmp_path / side).mkdir()
+        save(tmp_path / side / "image.nii.gz")
+    code, _, error = call("segment", tmp_path / "a" / "image.nii.gz", tmp_path / "b" / "image.nii.gz")
+    assert code == 2
+    assert "Several images have the name image" in error
+
+
+def test_bad_bundles_and_devices(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.nii.gz")
+    code, _, error = call("segment", image, "--bundle", tmp_path)
+    assert code == 2
+    assert "configs/inference.json, configs/metadata.json, models/model.pt is missing" in error
+    code, _, error = call("segment", image, "--device", "gpu9")
+    assert code == 2
+    assert "--device gpu9: not available" in error
+
+
+def test_neither_images_nor_the_example() -> None:
+    assert call("segment")[0] == 2
+
+
+def test_the_installed_command_exits_with_2_and_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from monai_iunet.cli import main; main()", "segment", str(tmp_path / "no.nii.gz")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"Error: {tmp_path / 'no.nii.gz'}: no such file. Check the path.\n"
+
+
+def test_help_and_version_do_not_load_torch() -> None:
+    for option in ("--help", "--version"):
+        code = (
+            "import sys; from monai_iunet.cli import app\n"
+            f"try: app(['{option}'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'monai', 'numpy', 'nibabel') if m in sys.modules])"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == "[]"
