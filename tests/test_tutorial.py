@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from monai_iunet import IUNet
 from tests.helpers import LiveBytes
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def test_a_2d_iunet_learns_to_mirror_images() -> None:
@@ -56,3 +63,18 @@ def test_its_memory_saving_needs_no_asking() -> None:
             alive.append(live.now())
         assert y.requires_grad
     assert alive[0] == alive[1]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_code_of_the_readme_runs(index: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
+    if "restored" in names:
+        torch.testing.assert_close(names["restored"], names["images"], atol=1e-3, rtol=1e-3)
+
+
+def test_the_layout_in_the_readme_is_that_of_its_network() -> None:
+    net = IUNet(spatial_dims=2, channels=(3, 8, 16, 32, 64), couplings=4)
+    assert f"```text\n{net.layout()}\n```" in README.read_text()
