@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from monai_iunet import SegIUNet
-from tests.helpers import randomize
+from tests.helpers import randomize, relative_errors
 
 SIZES = [(16, 16, 16), (8, 24, 12)]
 
@@ -60,3 +60,22 @@ def test_onnx_with_dynamic_sizes(net: SegIUNet, tmp_path: Path) -> None:
     for x in map(image, SIZES):
         (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected(net, x), atol=1e-4, rtol=1e-4)
+
+
+def test_torch_compile_breaks_the_graph_once_in_training_and_never_in_evaluation() -> None:
+    net = randomize(SegIUNet(2, 1, 3, (4, 8)), std=0.2)
+    x = torch.rand(1, 1, 8, 8)
+    found = []
+    for forward in (torch.compile(net, backend="aot_eager"), net):
+        net.zero_grad()
+        forward(x).square().mean().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert max(relative_errors(*found)) < 1e-4
+    assert torch._dynamo.explain(net)(x).graph_count == 2  # the stem, and the head
+
+    net.eval()
+    with torch.no_grad():
+        assert torch._dynamo.explain(net)(x).graph_count == 1
+        torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
+        torch.nn.init.normal_(net.iunet.splits[0].matrix.weight)
+        torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))

@@ -103,7 +103,9 @@ class OrthogonalMatrix(nn.Module):
             return self._compute()
         if torch.compiler.is_exporting():
             return self.constant
-        if torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing():
+        # The version of a weight, which tells whether it has changed, cannot be read in a compiled graph.
+        with_gradients = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
+        if with_gradients or torch.compiler.is_compiling():
             return self._compute()
         made_of, version = self._constant_of or (None, -1)
         if made_of is not self.weight or version != self.weight._version:

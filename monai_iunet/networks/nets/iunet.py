@@ -205,10 +205,9 @@ class IUNet(nn.Module):
             A tensor like `x`, or of the padded size.
         """
         self._check(x, "x", self.channels[0])
-        codes = self._encode(self._pad(x), keep=False)
-        codes.append(self._turn(*codes.pop(), keep=False))
-        y = self._decode(codes)
-        return self._crop(y, x.shape[2:]) if crop else y
+        if _traced_with_gradients():
+            return self._forward_uncompiled(x, crop)[0]
+        return self._forward(x, crop)[0]
 
     def forward_levels(self, x: Tensor) -> list[Tensor]:
         """Apply the network and show what the decoder has at each level, for deep supervision.
@@ -222,11 +221,9 @@ class IUNet(nn.Module):
             size of `x` does not divide, these belong to the padded image.
         """
         self._check(x, "x", self.channels[0])
-        codes = self._encode(self._pad(x), keep=False)
-        codes.append(self._turn(*codes.pop(), keep=False))
-        tapped: list[Tensor] = []
-        y = self._decode(codes, tapped)
-        return [self._crop(y, x.shape[2:]), *reversed(tapped)]
+        if _traced_with_gradients():
+            return self._forward_uncompiled(x, True, True)
+        return self._forward(x, True, True)
 
     def inverse(self, y: Tensor, spatial_size: Sequence[int] | None = None) -> Tensor:
         """Apply the inverse of the network.
@@ -269,6 +266,15 @@ class IUNet(nn.Module):
         self._check_divides(y.shape[2:], "decode_inverse: ", "Pass what `decode` returned.")
         *skips, state = self._decode_inverse(y, keep=True)
         return (*skips, *self._bottom_up.inverse(*state))
+
+    def _forward(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
+        codes = self._encode(self._pad(x), keep=False)
+        codes.append(self._turn(*codes.pop(), keep=False))
+        tapped: list[Tensor] | None = [] if levels else None
+        y = self._decode(codes, tapped)
+        return [self._crop(y, x.shape[2:]) if crop else y, *reversed(tapped or [])]
+
+    _forward_uncompiled = torch._disable_dynamo(_forward)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
@@ -405,6 +411,14 @@ class IUNet(nn.Module):
             size = tuple(extent * factor for extent, factor in zip(size, self.strides[level]))
             if tuple(codes[level].shape[2:]) != size:
                 raise ValueError(f"The code of level {level} must have the spatial size {size}, got shapes {came}.")
+
+
+def _traced_with_gradients() -> bool:
+    """Whether torch.compile looks at a forward pass whose backward pass rebuilds activations.
+
+    It would break its graph at every layer and compile each piece again; better one break around the whole.
+    """
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
 
 
 def _stream(x: Tensor) -> Tensor:
