@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def randomize(module: nn.Module, std: float = 0.3) -> nn.Module:
@@ -26,31 +23,3 @@ def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
         float((a - b).norm()) / (float(b.norm()) if float(b.norm()) > 1e-8 * largest else largest)
         for a, b in zip(got, expected, strict=True)
     ]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensor storages that are alive: repeats exactly, unlike resident memory.
-
-    `peak` is the most that was alive after any operator; `now()` is what is alive now. Tensors that no operator has
-    touched inside the context do not count.
-    """
-
-    def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.peak = 0
-        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
-        self._alive: dict[int, weakref.ref] = {}
-
-    def now(self) -> int:
-        storages = [reference() for reference in self._alive.values()]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._ignored:
-                storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = weakref.ref(storage)
-        self._alive = {key: reference for key, reference in self._alive.items() if reference() is not None}
-        self.peak = max(self.peak, self.now())
-        return result

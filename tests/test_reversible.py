@@ -256,3 +256,57 @@ def test_a_layer_of_ones_own_needs_only_a_transform_and_its_inverse() -> None:
     for layer.rebuilds in (True, False):
         found.append(torch.autograd.grad(layer(*inputs)[0].sin().sum(), [*inputs, layer.angle]))
     assert max(relative_errors(*found)) < 1e-12
+
+
+def test_autocast_that_is_nested_or_disabled_inside_is_repeated() -> None:
+    class Branch(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+            self.seen: list[torch.dtype] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            low = self.first(x)
+            with torch.autocast("cpu", enabled=False):
+                high = self.second(x.float())
+            self.seen += [low.dtype, high.dtype]
+            return low.float().tanh() + high.tanh()
+
+    net = randomize(IUNet(2, (4, 8), couplings=1, make_branch=lambda dims, width, *_: Branch(width)), std=0.2)
+    branches = [module for module in net.modules() if isinstance(module, Branch)]
+    x = torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+        with torch.autocast("cpu", enabled=False):
+            y.square().mean().backward()
+    assert branches
+    for branch in branches:
+        assert branch.seen == [torch.bfloat16, torch.float32] * 2  # forward and repetition
+        assert branch.first.weight.grad.norm() > 0
+
+
+def test_the_gradient_of_a_leaf_input_is_not_doubled() -> None:
+    net = randomize(IUNet(2, (4, 8))).double()
+    x = torch.randn(1, 4, 8, 8, dtype=torch.double, requires_grad=True)
+    found = []
+    for net.activations in ("invert", "store"):
+        x.grad = None
+        net(x).sin().sum().backward()
+        found.append(x.grad)
+    assert max(relative_errors(*[[grad] for grad in found])) < 1e-10
+
+
+def test_meta_tensors_keep_their_geometry() -> None:
+    from monai.data import MetaTensor
+
+    net = SegIUNet(2, 1, 3, (4, 8))
+    affine = torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0]))
+    for mode in (net.train, net.eval):
+        mode()
+        logits = net(MetaTensor(torch.rand(1, 1, 8, 8), affine=affine))
+        assert isinstance(logits, MetaTensor)
+        torch.testing.assert_close(logits.affine.float(), affine)
+    net.train()
+    logits = net(MetaTensor(torch.rand(1, 1, 8, 8), affine=affine))
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())

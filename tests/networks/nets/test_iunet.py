@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from monai_iunet import IUNet, SegIUNet
-from tests.helpers import LiveBytes, randomize, relative_errors
+from monai_iunet.live_bytes import LiveBytes
+from tests.helpers import randomize, relative_errors
 
 SMALL = {1: ((5, 6, 8), 12), 2: ((4, 8, 16), 8), 3: ((4, 16, 32), 8)}
 LAYOUT = """\

@@ -1,0 +1,52 @@
+"""Peak bytes of live tensors, in units of the input's bytes: a figure that repeats exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from monai_iunet import IUNet
+from monai_iunet.live_bytes import LiveBytes
+
+
+def peaks(couplings: int) -> tuple[float, float]:
+    """Peak of a training step and of a forward pass without gradients, above parameters and their gradients.
+
+    In the step these are subtracted, not ignored: what backward of the loss itself holds, while no gradient of a
+    parameter has been touched yet, is no matter of the network.
+    """
+    net = IUNet(3, (32, 64, 128), couplings=couplings)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    parameters = list(net.parameters())
+    x = torch.randn(1, 32, 32, 32, 32)
+    with LiveBytes(ignore=net.buffers()) as training:
+        z = x * 1
+        y = net(z)
+        y.square().mean().backward()
+    del y, z
+    with LiveBytes(ignore=[*net.buffers(), *parameters]) as inference, torch.no_grad():
+        z = x * 1
+        y = net(z)
+    assert y.shape == z.shape == x.shape
+    unit = x.numel() * x.element_size()
+    held = 2 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return (training.peak - held) / unit, inference.peak / unit
+
+
+def check(depths: list[int]) -> None:
+    found = [peaks(couplings) for couplings in depths]
+    training, inference = zip(*found)
+    assert max(training) < 6.8
+    assert max(training) < 1.01 * min(training)
+    # Input, copy and state make 3, two tensors inside a branch 1; statistics and small matrices come on top.
+    assert max(inference) < 4.001
+
+
+def test_peak_is_flat_in_depth() -> None:
+    check([2, 5])
+
+
+@pytest.mark.slow
+def test_peak_is_flat_in_depth_to_30_couplings_per_level() -> None:
+    check([5, 10, 20, 30])
