@@ -59,7 +59,6 @@ class ChannelMixing(InvertibleLayer):
         outputs.clear()
         grad_matrix = None
         if call.weights[0].requires_grad:
-            # The products run over all voxels and need the pieces only once each.
             blocks = [[_outer(grad, piece) for piece in inputs] for grad in gradients]
             grad_matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
             grad_matrix = grad_matrix.mT if call.inverse else grad_matrix

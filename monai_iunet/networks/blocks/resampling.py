@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors
+from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
 
@@ -126,23 +126,22 @@ class OrthogonalDownsampling(InvertibleLayer):
         self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
         matrix = call.weights[0]
-        grads = tuple(torch.zeros_like(output) if grad is None else grad for output, grad in zip(outputs, grad_outputs))
+        grads = fill(grad_outputs, outputs)
+        inputs: Tensors
+        grad_inputs: Tensors
         if call.inverse:
-            low, grad_low = self._down(outputs[0], matrix), self._down(grads[0], matrix)
-            blocks = (_join(low), self._unshuffle(grads[0])) if matrix.requires_grad else None
-            inputs, grad_inputs = low, grad_low
+            inputs, grad_inputs = self._down(outputs[0], matrix), self._down(grads[0], matrix)
+            low, high = inputs, grads[0]
         else:
-            grad_high = self._up(grads, matrix)
-            high = self._up(tuple(outputs), matrix)
-            blocks = (_join(grads), self._unshuffle(high)) if matrix.requires_grad else None
-            inputs, grad_inputs = (high,), (grad_high,)
+            inputs, grad_inputs = (self._up(tuple(outputs), matrix),), (self._up(grads, matrix),)
+            low, high = grads, inputs[0]
         outputs.clear()
         grad_matrix = None
-        if blocks is not None:
-            low_side, high_side = blocks
-            low_side = low_side.reshape(high_side.shape)
+        if matrix.requires_grad:
+            # The gradient of y = K x is the outer product of grad y and x; that of x = K^T y, of y and grad x.
+            blocks = self._unshuffle(high)
             with torch.autocast(matrix.device.type, enabled=False):
-                grad_matrix = (low_side @ high_side.mT).sum(0)
+                grad_matrix = (_join(low).reshape(blocks.shape) @ blocks.mT).sum(0)
         return inputs, grad_inputs, (grad_matrix,)
 
     def _down(self, high: Tensor, matrix: Tensor) -> Tensors:
