@@ -154,18 +154,19 @@ class _Cell:
     Filled by the backward pass of the consumer, emptied by that of the producer.
     """
 
-    __slots__ = ("__weakref__", "consumer", "memory", "owned", "value")
+    __slots__ = ("__weakref__", "consumer", "identity", "owned", "storage", "value")
 
     def __init__(self, state: Tensor) -> None:
         self.value: Tensor | None = None
         self.owned = False  # whether the engine made the value, so that its memory may be reused
         self.consumer: _Call | None = None
-        self.memory = weakref.ref(state.untyped_storage()), state.storage_offset(), state.shape
+        self.storage = weakref.ref(state.untyped_storage())
+        self.identity = state.storage_offset(), state.shape, state._version
 
     def is_place_of(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the state of this cell: the same memory, not a copy or another view of it."""
-        storage, offset, shape = self.memory
-        return storage() is tensor.untyped_storage() and (tensor.storage_offset(), tensor.shape) == (offset, shape)
+        """Whether the tensor is the state of this cell: the same memory, unchanged, not a copy or another view."""
+        identity = tensor.storage_offset(), tensor.shape, tensor._version
+        return self.storage() is tensor.untyped_storage() and identity == self.identity
 
 
 class _Call:
