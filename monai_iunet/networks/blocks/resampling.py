@@ -117,48 +117,68 @@ class OrthogonalDownsampling(InvertibleLayer):
         return (self.matrix(),)
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        return self._down(inputs[0], weights[0])
+        return self._down(inputs, weights[0])
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        return (self._up(outputs, weights[0]),)
+        return self._up(outputs, weights[0])
 
     def pull_back(
         self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
     ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
         matrix = call.weights[0]
         grads = fill(grad_outputs, outputs)
-        inputs: Tensors
-        grad_inputs: Tensors
-        if call.inverse:
-            inputs, grad_inputs = self._down(outputs[0], matrix), self._down(grads[0], matrix)
-            low, high = inputs, grads[0]
-        else:
-            inputs, grad_inputs = (self._up(tuple(outputs), matrix),), (self._up(grads, matrix),)
-            low, high = grads, inputs[0]
-        outputs.clear()
+        undo = self._down if call.inverse else self._up
+        inputs, grad_inputs = undo(tuple(outputs), matrix), undo(grads, matrix)
         grad_matrix = None
         if matrix.requires_grad:
-            # The gradient of y = K x is the outer product of grad y and x; that of x = K^T y, of y and grad x.
-            blocks = self._unshuffle(high)
-            with torch.autocast(matrix.device.type, enabled=False):
-                grad_matrix = (_join(low).reshape(blocks.shape) @ blocks.mT).sum(0)
+            # Down: g x^T, and x = K^T y, so (g y^T) K. Up: y g^T of what went in and came back, and g = K^T g_y, so
+            # (y g_y^T) K. Either way at the low resolution, where nothing has to be unshuffled.
+            left, right = (inputs, grad_inputs) if call.inverse else (grads, tuple(outputs))
+            grad_matrix = self._outer(left, right) @ matrix
+        outputs.clear()
         return inputs, grad_inputs, (grad_matrix,)
 
-    def _down(self, high: Tensor, matrix: Tensor) -> Tensors:
-        blocks = self._unshuffle(high)
+    def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
+        (whole,) = high
+        size = [extent // factor for extent, factor in zip(whole.shape[2:], self.stride)]
         with torch.autocast(matrix.device.type, enabled=False):
-            low = matrix.to(blocks.dtype) @ blocks
-        size = [extent // factor for extent, factor in zip(high.shape[2:], self.stride)]
+            matrix = matrix.to(whole.dtype)
+            if _as_one_expression(whole, matrix):
+                low = matrix @ self._unshuffle(whole)
+            else:
+                low = whole.new_empty((*whole.shape[:2], math.prod(self.stride), math.prod(size)))
+                for group in _groups(whole.shape, whole.device):
+                    torch.matmul(matrix[group], self._unshuffle(whole[:, group]), out=low[:, group])
         low = low.flatten(1, 2).unflatten(2, size)
         return (low,) if len(self.out_sizes) == 1 else low.split(self.out_sizes, 1)
 
-    def _up(self, low: Tensors, matrix: Tensor) -> Tensor:
-        joined = _join(low)
-        count = math.prod(self.stride)
-        blocks = joined.flatten(2).unflatten(1, (-1, count))
+    def _up(self, low: Tensors, matrix: Tensor) -> Tensors:
+        size = low[0].shape[2:]
         with torch.autocast(matrix.device.type, enabled=False):
-            blocks = matrix.to(blocks.dtype).mT @ blocks
-        return self._shuffle(blocks, joined.shape[2:])
+            matrix = matrix.to(low[0].dtype).mT
+            if _as_one_expression(*low, matrix):
+                return (self._shuffle(matrix @ self._blocks(low, slice(0, len(matrix))), size),)
+            extents = (extent * factor for extent, factor in zip(size, self.stride))
+            high = low[0].new_empty((len(low[0]), len(matrix), *extents))
+            for group in _groups(high.shape, high.device):
+                high[:, group] = self._shuffle(matrix[group] @ self._blocks(low, group), size)
+        return (high,)
+
+    def _outer(self, left: Tensors, right: Tensors) -> Tensor:
+        """Outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`."""
+        batch, *size = left[0].shape[0], *left[0].shape[2:]
+        channels = len(self.matrix.weight)
+        with torch.autocast(left[0].device.type, enabled=False):
+            products = [
+                (self._blocks(left, group) @ self._blocks(right, group).mT).sum(0)
+                for group in _groups((batch, channels, math.prod(self.stride), *size), left[0].device)
+            ]
+        return torch.cat(products)
+
+    def _blocks(self, low: Tensors, group: slice) -> Tensor:
+        """What a group of channels has become at the low resolution, `(batch, channels, n, blocks)`."""
+        count = math.prod(self.stride)
+        return _narrow(low, group.start * count, group.stop * count).flatten(2).unflatten(1, (-1, count))
 
     def _unshuffle(self, high: Tensor) -> Tensor:
         """From `(batch, channels, *spatial)` to `(batch, channels, n, blocks)`."""
@@ -180,5 +200,30 @@ class OrthogonalDownsampling(InvertibleLayer):
         return high
 
 
-def _join(pieces: Tensors) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+def _as_one_expression(*tensors: Tensor) -> bool:
+    """Whether autograd or an exporter records what is done to the tensors."""
+    return (
+        (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    )
+
+
+def _groups(shape: Sequence[int], device: torch.device) -> list[slice]:
+    """Groups of the channels of `(batch, channels, ...)` to work on one after another.
+
+    What lies between the reordering and the product then fits into the cache of a CPU, and takes little of the memory of
+    a GPU; there the groups are large enough to keep it busy.
+    """
+    at_once = max(1, (2**18 if device.type == "cpu" else 2**26) * shape[1] // max(1, math.prod(shape)))
+    return [slice(start, min(start + at_once, shape[1])) for start in range(0, shape[1], at_once)]
+
+
+def _narrow(pieces: Tensors, start: int, stop: int) -> Tensor:
+    """Channels from `start` to `stop` of what the pieces make up; a copy only where they lie in several."""
+    found = []
+    for piece in pieces:
+        if start < piece.shape[1] and stop > 0:
+            found.append(piece[:, max(0, start) : stop])
+        start, stop = start - piece.shape[1], stop - piece.shape[1]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
