@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.live_bytes import LiveBytes
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 from monai_iunet.reversible import InvertibleLayer
 from tests.helpers import randomize, relative_errors
 
@@ -182,6 +184,64 @@ def test_hooks_on_parameters_fire_once_and_hooks_on_modules_again() -> None:
     assert counts == {"parameter": 2, "module": 3}  # one step each; the module runs twice when rebuilding
 
 
+def test_each_branch_is_evaluated_twice_a_step_and_each_matrix_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[OrthogonalMatrix] = []
+    compute = OrthogonalMatrix._compute
+    monkeypatch.setattr(OrthogonalMatrix, "_compute", lambda self: computed.append(self) or compute(self))
+    net, evaluated = network(), []
+    branches = [module.branch for module in net.modules() if isinstance(module, AdditiveCoupling)]
+    for branch in branches:
+        branch.register_forward_hook(lambda module, args, output: evaluated.append(module))
+    step(net, image())
+    assert sorted(map(id, evaluated)) == sorted(map(id, 2 * branches))
+    matrices = [module for module in net.modules() if isinstance(module, OrthogonalMatrix)]
+    assert sorted(map(id, computed)) == sorted(map(id, matrices))
+
+
+def test_float32_after_training_is_as_accurate_as_plain_autograd() -> None:
+    net = IUNet(2, (8, 16), couplings=24)  # 24 in each of two levels, in the encoder and in the decoder: 96
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def loss(network: IUNet) -> torch.Tensor:
+        x = torch.randn(1, 8, 16, 16, dtype=torch.double).to(next(network.parameters()).dtype)
+        return nn.functional.mse_loss(network(x), x.flip(-1))
+
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(net).backward()
+        optimizer.step()
+
+    def gradient(dtype: torch.dtype, activations: str, seed: int) -> torch.Tensor:
+        copied = copy.deepcopy(net).to(dtype)
+        copied.activations = activations
+        torch.manual_seed(seed)
+        loss(copied).backward()
+        return torch.cat([parameter.grad.flatten().double() for parameter in copied.parameters()])
+
+    errors = []
+    for seed in range(5):
+        exact = gradient(torch.double, "store", seed)
+        errors.append([(gradient(torch.float, mode, seed) - exact).norm() for mode in ("invert", "store")])
+    # The median, because now and then rounding takes a value over the kink of an activation, in either mode.
+    inverted, stored = torch.tensor(errors).median(0).values
+    assert inverted < 2 * stored
+
+
+def test_the_stem_keeps_the_image_and_the_head_what_the_engine_keeps() -> None:
+    net = SegIUNet(3, 1, 3, (8, 16, 32), couplings=2)
+    x = torch.rand(1, 1, 16, 16, 16)
+    with LiveBytes(ignore=[*net.parameters(), *net.buffers()]) as live:
+        logits = net(x)
+        alive = live.now()
+    matrices = sum(module.weight.numel() for module in net.modules() if isinstance(module, OrthogonalMatrix))
+    voxels = x.numel() * 4
+    kept = voxels * (1 + 8 + 3)  # image, output of the invertible part, logits
+    # Beside these only the orthogonal matrices, with what autograd keeps of the maps that made them.
+    assert kept <= alive < kept + 10 * 4 * matrices
+    assert 10 * 4 * matrices < 4 * voxels
+    logits.sum().backward()
+
+
 def test_no_grad_and_inference_mode_give_the_same_output() -> None:
     net, x = network(), image()
     expected = net(x)
@@ -318,3 +378,34 @@ def test_a_state_changed_in_place_between_two_layers_is_noticed() -> None:
     outputs = layers[1](first, second)
     with pytest.raises(RuntimeError, match="keep=True"):
         sum(output.sum() for output in outputs).backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_on_a_gpu(dtype: torch.dtype) -> None:
+    net = randomize(SegIUNet(3, 1, 3, (8, 16), couplings=1), std=0.2).cuda()
+    x = torch.randn(2, 1, 16, 16, 16, device="cuda")
+    found = []
+    for net.activations in ("invert", "store"):
+        net.zero_grad()
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        with torch.autocast("cuda", dtype=dtype):
+            loss = net(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert max(relative_errors(*found)) < 0.1
+
+
+@pytest.mark.gpu
+def test_dropout_on_a_gpu_repeats_its_mask() -> None:
+    net = network(dropout=0.5).cuda()
+    x = image().detach().cuda().requires_grad_()
+    compare(net, x)
+    states = []
+    for net.activations in ("invert", "store"):
+        step(net, x)
+        states.append(torch.cuda.get_rng_state())
+    assert torch.equal(*states)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from monai_iunet.networks.blocks import resampling
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
@@ -116,6 +117,23 @@ def test_resampling_equals_a_strided_grouped_convolution() -> None:
     x = torch.rand(2, 3, 4, 4, 4)
     kernel = layer.matrix().reshape(24, 1, 2, 2, 2)
     torch.testing.assert_close(layer(x)[0], nn.functional.conv3d(x, kernel, stride=2, groups=3))
+
+
+def test_large_resampling_goes_through_the_channels_in_groups() -> None:
+    # Five channels of two samples exceed a group; the pieces meet within the values of the third channel.
+    layer = randomize(OrthogonalDownsampling(5, (2, 2, 2), (18, 22)))
+    x = torch.randn(2, 5, 32, 64, 64, requires_grad=True)
+    assert len(resampling._groups(x.shape, x.device)) == 5
+    back = layer.inverse(*layer(x))[0]
+    torch.testing.assert_close(back, x)
+    weights = [torch.randn_like(piece) for piece in layer(x)]
+    found: dict[bool, list[torch.Tensor]] = {}
+    for layer.rebuilds in (True, False):
+        pieces = layer(x)
+        up = layer.inverse(*pieces)[0]
+        loss = sum((piece * weight).sum() for piece, weight in zip(pieces, weights)) + up.sin().sum()
+        found[layer.rebuilds] = [*pieces, up, *torch.autograd.grad(loss, [x, layer.matrix.weight])]
+    assert max(relative_errors(found[True], found[False])) < 1e-5
 
 
 @pytest.mark.parametrize("stride", list(itertools.product((1, 2, 4), repeat=2)))
