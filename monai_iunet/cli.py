@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     import nibabel
     import numpy as np
+    import torch
 
 __all__ = ["main"]
 
@@ -70,16 +71,10 @@ def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool
     for path in images:
         read_image(path)
 
-    import torch
-
     from monai_iunet import example
     from monai_iunet.inference import BundleSegmenter, default_bundle
 
-    try:
-        place = None if device == "auto" else torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available here. Use auto or cpu.") from error
-    segmenter = BundleSegmenter(bundle or default_bundle(), place)
+    segmenter = BundleSegmenter(bundle or default_bundle(), None if device == "auto" else _device(device))
     for path in images:
         segmenter.check_extent(read_image(path), str(path))
     check_folder(output)
@@ -111,6 +106,49 @@ def _report(image: nibabel.Nifti1Image, labels: np.ndarray, names: dict[int, str
         parts = [volumes[value] for value, structure in names.items() if structure.startswith(f"{side} ")]
         if len(parts) > 1:
             typer.echo(f"  {f'{side}, whole':<{width}}  {sum(parts):8.0f} mm³")
+
+
+@app.command()
+def benchmark(
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", ...')] = "cpu",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Measure other packages too, as far as they are installed.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("benchmark"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small networks, few rounds: whether everything runs, in a minute.")
+    ] = False,
+) -> None:
+    """Measure memory and speed: ours, and others side by side; writes benchmark.json and benchmark.png."""
+    from monai_iunet.images import InputError, check_folder
+
+    try:
+        place = _device(device)
+        check_folder(output)
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+    from rich.console import Console
+
+    from monai_iunet.benchmark import run
+
+    console = Console()
+    console.width = max(console.width, 150)  # the tables are wide; better cut by the terminal than wrapped
+    run.run_benchmark(place, peers, run.QUICK if quick else run.FULL, output, console)
+    typer.echo(f"{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
+
+
+def _device(name: str) -> torch.device:
+    """A device by its name, of which it is known that tensors can be made on it."""
+    import torch
+
+    from monai_iunet.images import InputError
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here. Use cpu.") from error
 
 
 def main() -> None:

@@ -50,12 +50,14 @@ class Recall:
             leaves that stand in for `weights`, which the module's parameters are replaced by.
         overwrite: per output, whether its memory may be reused.
         inverse: whether the call was one of `inverse`, so that its "inputs" are what `forward` returns.
+        inputs_wanted: whether a call upstream waits for the inputs; if not, `pull_back` may return none.
     """
 
     weights: Tensors
     replay: Callable[[], AbstractContextManager[list[Tensor]]]
     overwrite: Sequence[bool]
     inverse: bool
+    inputs_wanted: bool
 
 
 class InvertibleLayer(nn.Module):
@@ -277,8 +279,9 @@ class _Rebuilding(torch.autograd.Function):
         )
         foreign = [output for output, ours in zip(outputs, overwrite) if not ours]
         del kept
+        inputs_wanted = any(source is not None and source() is not None for source in call.sources)
         inputs, grad_inputs, grad_weights = call.layer.pull_back(
-            outputs, grad_outputs, Recall(weights, lambda: call.replay(weights), overwrite, call.inverse)
+            outputs, grad_outputs, Recall(weights, lambda: call.replay(weights), overwrite, call.inverse, inputs_wanted)
         )
         call.hand_on(inputs, foreign)
         return (None, None, *grad_inputs, *grad_weights)

@@ -9,7 +9,7 @@ from monai_iunet import IUNet
 from monai_iunet.live_bytes import LiveBytes
 
 
-def peaks(couplings: int) -> tuple[float, float]:
+def peaks(couplings: int, input_gradient: bool = False) -> tuple[float, float]:
     """Peak of a training step and of a forward pass without gradients, above parameters and their gradients.
 
     In the step these are subtracted, not ignored: what backward of the loss itself holds, while no gradient of a
@@ -19,7 +19,7 @@ def peaks(couplings: int) -> tuple[float, float]:
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     parameters = list(net.parameters())
-    x = torch.randn(1, 32, 32, 32, 32)
+    x = torch.randn(1, 32, 32, 32, 32, requires_grad=input_gradient)
     with LiveBytes(ignore=net.buffers()) as training:
         z = x * 1
         y = net(z)
@@ -34,8 +34,8 @@ def peaks(couplings: int) -> tuple[float, float]:
     return (training.peak - held) / unit, inference.peak / unit
 
 
-def check(depths: list[int]) -> None:
-    found = [peaks(couplings) for couplings in depths]
+def check(depths: list[int], input_gradient: bool = False) -> None:
+    found = [peaks(couplings, input_gradient) for couplings in depths]
     training, inference = zip(*found)
     assert max(training) < 6.8
     assert max(training) < 1.01 * min(training)
@@ -43,8 +43,9 @@ def check(depths: list[int]) -> None:
     assert max(inference) < 4.001
 
 
-def test_peak_is_flat_in_depth() -> None:
-    check([2, 5])
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_peak_is_flat_in_depth(input_gradient: bool) -> None:
+    check([2, 5], input_gradient)
 
 
 @pytest.mark.slow

@@ -212,8 +212,8 @@ def _as_one_expression(*tensors: Tensor) -> bool:
 def _groups(shape: Sequence[int], device: torch.device) -> list[slice]:
     """Groups of the channels of `(batch, channels, ...)` to work on one after another.
 
-    What lies between the reordering and the product then fits into the cache of a CPU, and takes little of the memory of
-    a GPU; there the groups are large enough to keep it busy.
+    What lies between the reordering and the product then fits into the cache of a CPU, or takes little of the memory
+    of a GPU, where the groups are large enough to keep it busy.
     """
     at_once = max(1, (2**18 if device.type == "cpu" else 2**26) * shape[1] // max(1, math.prod(shape)))
     return [slice(start, min(start + at_once, shape[1])) for start in range(0, shape[1], at_once)]

@@ -1,0 +1,95 @@
+"""Measuring: memory in live bytes, which repeat exactly, and time in alternating rounds, with its range."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from monai_iunet.live_bytes import LiveBytes
+
+__all__ = ["Spread", "forward_macs", "peak_of_inference", "peak_of_training", "ratio", "time_alternately"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and range of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Median and range of values."""
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, scale: float = 1.0, digits: int = 2) -> str:
+        """Such as `1.31 (1.28-1.40)`."""
+        return f"{self.median * scale:.{digits}f} ({self.low * scale:.{digits}f}-{self.high * scale:.{digits}f})"
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def time_alternately(
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each action in each round.
+
+    In every round each action runs once, in turn, forwards and backwards alternating, so that whatever else the machine
+    does meets all of them alike. One round to warm up is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name in list(actions)[:: 1 if number % 2 else -1]:
+            gc.collect()
+            _synchronize(device)
+            start = time.perf_counter()
+            actions[name]()
+            _synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> Spread:
+    """Spread of the quotients, round by round."""
+    return Spread.of(a / b for a, b in zip(above, below, strict=True))
+
+
+def peak_of_training(net: nn.Module, step: Callable[[], object]) -> int:
+    """Peak live bytes of a training step beside the parameters and their gradients, which are there before."""
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    with LiveBytes(ignore=[*net.parameters(), *net.buffers(), *gradients]) as live:
+        step()
+    return live.peak
+
+
+def peak_of_inference(net: nn.Module, run: Callable[[], object]) -> int:
+    """Peak live bytes of a forward pass without gradients, beside the parameters."""
+    with LiveBytes(ignore=[*net.parameters(), *net.buffers()]) as live, torch.no_grad():
+        run()
+    return live.peak
+
+
+def forward_macs(net: nn.Module, x: Tensor) -> float:
+    """Multiply-accumulate operations of a forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops() / 2
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

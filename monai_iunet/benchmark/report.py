@@ -1,0 +1,151 @@
+"""How the results are shown: tables in the terminal, a JSON file with everything, a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from monai_iunet.benchmark.measure import Spread
+from monai_iunet.benchmark.sections import Row
+from monai_iunet.images import write_atomically
+
+__all__ = ["COLUMNS", "draw_depth", "header", "show", "write_json"]
+
+Column = tuple[str, str, Callable[[Any], str]]
+
+
+def _spread(scale: float = 1.0, digits: int = 2) -> Callable[[Spread], str]:
+    return lambda value: value.text(scale, digits)
+
+
+def _number(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+# Per section: heading, key in the row, how to write the value.
+COLUMNS: dict[str, list[Column]] = {
+    "depth": [
+        ("network", "network", str),
+        ("couplings", "couplings", str),
+        ("training", "training_memory", _number(2)),
+        ("no_grad", "inference_memory", _number(2)),
+        ("training, s", "training_seconds", _spread()),
+        ("over store", "training_over_store", _spread()),
+        ("over iunets", "training_over_iunets", _spread()),
+        ("no_grad, s", "inference_seconds", _spread()),
+        ("over store", "inference_over_store", _spread()),
+    ],
+    "per_voxel": [
+        ("network", "network", str),
+        ("kMAC/voxel", "kmac_per_voxel", _number(0)),
+        ("parameters, M", "parameters", lambda value: f"{value / 1e6:.1f}"),
+        ("training, B/voxel", "training_bytes_per_voxel", _number(0)),
+        ("no_grad, B/voxel", "inference_bytes_per_voxel", _number(0)),
+        ("training step, µs/voxel", "training_microseconds_per_voxel", _spread()),
+        ("no_grad, µs/voxel", "inference_microseconds_per_voxel", _spread()),
+    ],
+    "resampling": [
+        ("layer", "layer", str),
+        ("forward, ms", "forward_milliseconds", _spread(digits=1)),
+        ("backward, ms", "backward_milliseconds", _spread(digits=1)),
+        ("forward over a copy", "forward_over_copy", _spread()),
+    ],
+    "largest_cubes": [("network", "network", str), ("largest cube", "largest_cube", str)],
+    "whole_volume": [
+        ("spatial size", "spatial_size", str),
+        ("fits", "fits", str),
+        ("allocated, GiB", "gibibytes", _number(1)),
+    ],
+}
+
+TITLES = {
+    "depth": "One training step of 3D U-Nets, memory in units of the input's bytes (the loss alone: 7)",
+    "per_voxel": "Segmentation networks of about equal cost: one training step, batch 1, float32",
+    "resampling": "Orthogonal downsampling by 2 per axis",
+    "largest_cubes": "Largest cube that trains, bf16 autocast, Adam, batch 1",
+    "whole_volume": "One training step of SegIUNet on a whole volume, bf16 autocast, Adam",
+}
+
+
+def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
+    """Machine and versions."""
+    packages = {name: version(name) for name in ("monai-iunet", "torch", "monai", "numpy")} | peers
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def show(section: str, rows: Sequence[Row], console: Console) -> None:
+    """Print a section as a table; columns that no row has are left out."""
+    table = Table(title=TITLES[section], title_justify="left", header_style="bold")
+    columns = [column for column in COLUMNS[section] if any(column[1] in row for row in rows)]
+    for heading, key, _ in columns:
+        table.add_column(heading, justify="left" if key in ("network", "layer") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(write(row[key]) if key in row else "" for _, key, write in columns))
+    console.print(table)
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Everything that was measured so far."""
+    text = json.dumps(results, indent=2, default=lambda value: value.as_dict()) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text.replace("NaN", "null")))
+
+
+def draw_depth(rows: Sequence[Row], caption: str, path: Path) -> None:
+    """Memory and time against depth, a line for everyone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    memory, time = figure.subplots(1, 2)
+    for number, name in enumerate(dict.fromkeys(row["network"] for row in rows)):
+        own = [row for row in rows if row["network"] == name]
+        depths = [row["couplings"] for row in own]
+        style: dict[str, Any] = {
+            "color": f"C{number}",
+            "marker": "o",
+            "linewidth": 3 if name == "ours, invert" else 1.5,
+        }
+        memory.plot(depths, [row["training_memory"] for row in own], label=name, **style)
+        seconds = [row["training_seconds"] for row in own]
+        time.plot(depths, [spread.median for spread in seconds], label=name, **style)
+        time.fill_between(
+            depths,
+            [spread.low for spread in seconds],
+            [spread.high for spread in seconds],
+            alpha=0.2,
+            color=f"C{number}",
+        )
+    memory.set(title="Peak memory of a training step", ylabel="bytes, in units of the input's")
+    time.set(title="Time of a training step", ylabel="seconds")
+    for axes in (memory, time):
+        axes.set(xlabel="couplings per level", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    memory.legend(frameon=False)
+    figure.supxlabel(caption, fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
