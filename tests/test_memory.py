@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from monai_iunet import IUNet
+from monai_iunet.benchmark.measure import forward_macs, peak_of_training
+from monai_iunet.benchmark.sections import EQUAL_COST
 from monai_iunet.live_bytes import LiveBytes
 
 
@@ -46,6 +48,13 @@ def check(depths: list[int], input_gradient: bool = False) -> None:
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_peak_is_flat_in_depth(input_gradient: bool) -> None:
     check([2, 5], input_gradient)
+
+
+def test_a_patch_takes_a_quarter_of_the_bytes_of_nnunet_s_network() -> None:
+    net = EQUAL_COST["SegIUNet"]()
+    x = torch.rand(1, 1, 64, 64, 64)
+    assert peak_of_training(net, lambda: net(x).square().mean().backward()) < 540 * 64**3
+    assert 220e3 < forward_macs(net, x) / 64**3 < 230e3
 
 
 @pytest.mark.slow
