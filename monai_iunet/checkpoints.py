@@ -1,0 +1,122 @@
+"""Checkpoints of a training: the last state, to go on from, and the best network, to use.
+
+Going on means that a training which was killed at any moment and started again ends as if it had not been. The state is
+saved after each epoch, and the random numbers of an epoch depend on the seed and the number of the epoch alone: all
+generators are seeded anew when an epoch begins. Files are written under another name and renamed, so each is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import set_determinism
+from torch import nn
+
+from monai_iunet.images import InputError, check_folder, write_atomically
+
+__all__ = ["Checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves `last.pt` after each epoch of a trainer and `model.pt` whenever its validator finds a better network.
+
+    Attach it after the trainer's other handlers, so that what they do at the end of an epoch is in what is saved.
+
+    Args:
+        folder: where the files go; created if need be.
+        model: the network whose weights `model.pt` holds.
+        state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say.
+        seed: of the random numbers.
+        resume: whether to go on from `last.pt`; a training without one begins at the beginning.
+        writes: whether this process writes; one of a distributed training.
+
+    Raises:
+        InputError: when `last.pt` is of another training.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        seed: int = 0,
+        resume: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.model = model
+        self.state = dict(state)
+        self.seed = seed
+        self.resume = resume
+        self.writes = writes
+
+    @property
+    def last(self) -> Path:
+        """File of the last state."""
+        return self.folder / "last.pt"
+
+    def attach(self, trainer: Engine, validator: Engine) -> None:
+        """Attach to a `monai.engines.Trainer` and the evaluator that validates its network."""
+        check_folder(self.folder)
+        if self.resume and self.last.is_file():
+            self._load(trainer, validator)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
+        validator.add_event_handler(Events.COMPLETED, self._save_best)
+
+    def _seed(self, trainer: Any) -> None:
+        seed = self.seed + trainer.state.epoch
+        set_determinism(seed)
+        transform = getattr(trainer.data_loader.dataset, "transform", None)
+        if hasattr(transform, "set_random_state"):
+            transform.set_random_state(seed)
+
+    def _save(self, trainer: Any, validator: Any) -> None:
+        if not self.writes:
+            return
+        scaler = getattr(trainer, "scaler_", None) or getattr(trainer, "scaler", None)
+        saved = {
+            "epoch": trainer.state.epoch,
+            "best": [float(validator.state.best_metric), int(validator.state.best_metric_epoch)],
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "model": self.model.state_dict(),
+            **{name: part.state_dict() for name, part in self.state.items()},
+        }
+        write_atomically(self.last, lambda path: torch.save(saved, path))
+
+    def _save_best(self, validator: Any) -> None:
+        if self.writes and validator.state.best_metric_epoch == validator.state.epoch:
+            weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+            write_atomically(self.folder / "model.pt", lambda path: torch.save(weights, path))
+            logger.info("Best network so far: %s", self.folder / "model.pt")
+
+    def _load(self, trainer: Any, validator: Any) -> None:
+        try:
+            saved = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for name, part in self.state.items():
+                part.load_state_dict(saved[name])
+            epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
+        except Exception as error:
+            raise InputError(
+                f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
+            ) from error
+        if epoch >= trainer.state.max_epochs:
+            raise InputError(
+                f"{self.last}: this training has finished its {epoch} epochs. Raise max_epochs to go on, or start "
+                "without resuming."
+            )
+        trainer.state.epoch = epoch
+        trainer.state.iteration = epoch * trainer.state.epoch_length
+        validator.state.best_metric, validator.state.best_metric_epoch = best
+        if scaler:
+            # The trainer makes its scaler when it runs.
+            trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
+        logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
