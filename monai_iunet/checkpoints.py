@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
@@ -75,7 +76,7 @@ class Checkpoints:
         seed = self.seed + trainer.state.epoch
         set_determinism(seed)
         transform = getattr(trainer.data_loader.dataset, "transform", None)
-        if hasattr(transform, "set_random_state"):
+        if isinstance(transform, Randomizable):
             transform.set_random_state(seed)
 
     def _save(self, trainer: Any, validator: Any) -> None:
