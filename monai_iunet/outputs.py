@@ -1,0 +1,84 @@
+"""From what a network says of a preprocessed image to a label map on the grid of the image's file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import Invertd, InvertibleTransform, MapTransform
+
+from monai_iunet.images import check_folder, image_name, write_labels
+
+__all__ = ["LabelsOnImageGridd", "SaveLabelsd"]
+
+
+class LabelsOnImageGridd(MapTransform):
+    """The most probable class of each voxel of the original image, `(1, *spatial)`, uint8.
+
+    Probabilities, not labels, are brought back to the grid of the image, so that borders stay smooth. That is done for
+    one class after another: beside the image only three volumes of its size are in memory, however many classes.
+
+    Args:
+        keys: probabilities `(classes, *spatial)` on the grid of the preprocessed image.
+        transform: the preprocessing, which is undone.
+        orig_keys: the preprocessed image.
+    """
+
+    def __init__(self, keys: KeysCollection, transform: InvertibleTransform, orig_keys: str = "image") -> None:
+        super().__init__(keys)
+        self.orig_key = orig_keys
+        self.invert = Invertd("pred", transform, orig_keys, nearest_interp=False, to_tensor=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            found[key] = self._labels(found[key], found[self.orig_key])
+        return found
+
+    def _labels(self, probabilities: torch.Tensor, image: Any) -> Any:
+        best: Any = None
+        labels: Any = None
+        for number in range(len(probabilities)):
+            one = torch.as_tensor(probabilities[number : number + 1]).float().cpu()
+            one = self.invert({"pred": one, self.orig_key: image})["pred"]
+            if best is None:
+                best, labels = one, torch.zeros_like(one, dtype=torch.uint8)
+                continue
+            better = one > best
+            labels[better] = number
+            best = torch.where(better, one, best)
+        return labels
+
+
+class SaveLabelsd(MapTransform):
+    """Write label maps beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
+
+    Args:
+        keys: label maps `(1, *spatial)` on the grid of the image's file.
+        output_dir: folder of the files; created if need be.
+        suffix: what is added to the name of the image.
+        orig_keys: the image, whose file is named in its meta data.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, suffix: str = "_seg", orig_keys: str = "image"
+    ) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.suffix = suffix
+        self.orig_key = orig_keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            source = found[self.orig_key].meta["filename_or_obj"]
+            image: Any = nibabel.load(source)
+            labels = np.asarray(torch.as_tensor(found[key])[0].cpu())
+            check_folder(self.output_dir)
+            write_labels(labels, image, self.output_dir / f"{image_name(source)}{self.suffix}.nii.gz")
+        return found
