@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
 from monai_iunet.images import InputError
+from monai_iunet.outputs import SaveLabelsd
 
 __all__ = ["BundleSegmenter", "default_bundle"]
 
@@ -66,7 +67,7 @@ class BundleSegmenter:
         self.network.to(self.device).eval()
         self.inferer = parser.get_parsed_content("inferer")
         self.preprocessing = _without(parser.get_parsed_content("preprocessing"), LoadImaged)
-        self.postprocessing = _without(parser.get_parsed_content("postprocessing"), SaveImaged)
+        self.postprocessing = _without(parser.get_parsed_content("postprocessing"), SaveImaged, SaveLabelsd)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -110,5 +111,5 @@ class BundleSegmenter:
         return np.flip(labels, axis) if mirrored else labels
 
 
-def _without(transforms: Compose, kind: type) -> Compose:
-    return Compose([transform for transform in transforms.transforms if not isinstance(transform, kind)])
+def _without(transforms: Compose, *kinds: type) -> Compose:
+    return Compose([transform for transform in transforms.transforms if not isinstance(transform, kinds)])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from monai.config import KeysCollection
+from monai.inferers import Inferer
 from monai.transforms import Flip, MapLabelValue, MapTransform, RandomizableTransform
+from torch import Tensor
 
-__all__ = ["RandMirrord"]
+__all__ = ["MirrorInferer", "RandMirrord"]
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
@@ -47,3 +50,33 @@ class RandMirrord(RandomizableTransform, MapTransform):
                 if key in self.label_keys and self.swap is not None:
                     found[key] = self.swap(found[key])
         return found
+
+
+class MirrorInferer(Inferer):
+    """Mean of the logits for an image and for its mirror image, mirrored back.
+
+    Args:
+        inferer: how the network is applied to either.
+        swap: pairs of classes that change places in the mirror.
+        spatial_axis: axis that runs from left to right.
+        enabled: if False, the mirror image is left out.
+    """
+
+    def __init__(
+        self, inferer: Inferer, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True
+    ) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.swap = [tuple(pair) for pair in swap]
+        self.axis = 2 + spatial_axis
+        self.enabled = enabled
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        logits: Any = self.inferer(inputs, network, *args, **kwargs)
+        if not self.enabled:
+            return logits
+        mirrored: Any = self.inferer(inputs.flip(self.axis), network, *args, **kwargs)
+        order = list(range(logits.shape[1]))
+        for one, other in self.swap:
+            order[one], order[other] = other, one
+        return (logits + torch.as_tensor(mirrored).flip(self.axis)[:, order]) / 2

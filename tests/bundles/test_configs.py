@@ -1,0 +1,92 @@
+"""The configs of all bundles: from one template, complete, and what MONAI expects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from monai_iunet.bundle_template import TASKS, Task, configs
+from monai_iunet.images import InputError
+from tests.bundles.helpers import BUNDLES
+
+BY_NAME = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+
+
+@BY_NAME
+def test_the_configs_are_those_of_the_template(task: Task) -> None:
+    folder = BUNDLES / task.name / "configs"
+    for name, config in configs(task).items():
+        assert json.loads((folder / name).read_text()) == json.loads(json.dumps(config)), (
+            f"{name}: write the configs again with `python -m monai_iunet.bundle_template`"
+        )
+
+
+def test_every_bundle_is_made_by_the_template() -> None:
+    assert {path.name for path in BUNDLES.iterdir() if path.is_dir()} == {task.name for task in TASKS}
+
+
+@BY_NAME
+@pytest.mark.parametrize(("name", "purpose"), [("train", "train"), ("evaluate", "infer"), ("inference", "infer")])
+def test_the_configs_have_the_properties_that_monai_asks_for(
+    task: Task, name: str, purpose: str, tmp_path: Path
+) -> None:
+    volume = nibabel.Nifti1Image(np.arange(512, dtype=np.float32).reshape(8, 8, 8), np.eye(4))
+    nibabel.save(volume, tmp_path / "a.nii.gz")
+    case = {"image": "a.nii.gz", "label": "a.nii.gz"}
+    sections = {"training": [case], "validation": [case], "test": ["a.nii.gz"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(sections))
+    folder = BUNDLES / task.name / "configs"
+    workflow = ConfigWorkflow(
+        str(folder / f"{name}.json"),
+        meta_file=str(folder / "metadata.json"),
+        logging_file=str(folder / "logging.conf"),
+        workflow_type=purpose,
+        bundle_root=str(BUNDLES / task.name),
+        dataset_dir=str(tmp_path),
+        ckpt_dir=str(tmp_path / "ckpt"),
+        output_dir=str(tmp_path / "out"),
+        check_data=False,
+        device="cpu",
+    )
+    workflow.initialize()
+    assert not workflow.check_properties()
+
+
+@BY_NAME
+def test_every_file_that_a_bundle_needs_is_there(task: Task) -> None:
+    bundle = BUNDLES / task.name
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt", "configs/logging.conf"):
+        assert (bundle / name).stat().st_size > 0, name
+    assert (bundle / "models" / "model.pt").stat().st_size < 25e6
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+
+
+@BY_NAME
+def test_the_metadata_describe_the_network(task: Task) -> None:
+    metadata = json.loads((BUNDLES / task.name / "configs" / "metadata.json").read_text())
+    image = metadata["network_data_format"]["inputs"]["image"]
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    names = {str(number): name for number, name in enumerate(("background", *task.classes))}
+    assert pred["channel_def"] == names
+    assert pred["num_channels"] == len(names)
+    assert image["spatial_shape"] == pred["spatial_shape"] == list(task.roi_size)
+    assert image["modality"] == task.modality
+
+
+@BY_NAME
+def test_a_bad_case_stops_the_training_before_it_begins(task: Task, tmp_path: Path) -> None:
+    cases = [{"image": "gone.nii.gz", "label": "gone_too.nii.gz"}]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases, "validation": cases}))
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / task.name / "configs" / "train.json")
+    parser.update({"bundle_root": str(BUNDLES / task.name), "dataset_dir": str(tmp_path)})
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("datalist")
+    assert isinstance(error.value.__cause__, InputError)
+    assert "gone.nii.gz: no such file" in str(error.value.__cause__)

@@ -1,0 +1,60 @@
+"""Bundles in several processes: as one process, but for the time."""
+
+from __future__ import annotations
+
+import csv
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bundles.helpers import run
+from tests.bundles.made_data import HIPPOCAMPUS as BUNDLE
+from tests.bundles.made_data import make_hippocampus_data
+
+
+def torchrun() -> list[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these processes would share a GPU")
+def test_two_processes_train_evaluate_and_segment_as_one(tmp_path: Path) -> None:
+    data = make_hippocampus_data(tmp_path / "data", training=2, validation=3)
+    small = {"network_def__channels": [4, 8], "network_def__couplings": 1, "dataset_dir": data, "amp": False}
+    recipe = {
+        **small,
+        "max_epochs": 2,
+        "val_interval": 2,
+        "roi_size": [56, 56, 56],
+        "output_dir": tmp_path / "log",
+        "train__random_transforms": "$[monai.transforms.SpatialPadd(['image', 'label'], @roi_size)]",
+    }
+    run(BUNDLE, "train.json", **recipe, batch_size=2, ckpt_dir=tmp_path / "one")
+    run(BUNDLE, "multi_gpu_train.json", torchrun(), **recipe, batch_size=1, ckpt_dir=tmp_path / "two")
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
+    assert one["epoch"] == two["epoch"] == 2
+    for name, weight in one["network"].items():
+        torch.testing.assert_close(two["network"][name], weight, rtol=1e-3, atol=1e-5)
+    assert one["best"] == pytest.approx(two["best"], abs=1e-4)
+
+    options = {**small, "checkpoint": tmp_path / "one" / "model.pt"}
+    tables = []
+    for config, launcher in (("evaluate.json", []), ("multi_gpu_evaluate.json", torchrun())):
+        run(BUNDLE, config, launcher, **options, output_dir=tmp_path / config)
+        tables.append((tmp_path / config / "cases.csv").read_text())
+    assert tables[0] == tables[1]
+    assert len(list(csv.DictReader(tables[0].splitlines()))) == 2 * 3
+
+    images = data / "imagesTr"
+    run(
+        BUNDLE,
+        "multi_gpu_inference.json",
+        torchrun(),
+        **{**options, "dataset_dir": images},
+        output_dir=tmp_path / "out",
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 5
