@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from monai_iunet.images import check_folder, write_atomically
+from monai_iunet.images import InputError, check_folder, write_atomically
+from monai_iunet.inference import default_bundle
 
-__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_configs"]
+__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "init_bundle", "write_configs"]
 
 Config = dict[str, Any]
 Transforms = list[Config]
@@ -70,6 +74,19 @@ class Task:
     batch_size: int = 2
     learning_rate: float = 2e-3
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):
+            raise InputError(f"name {self.name!r}: must consist of letters, digits and underscores.")
+        if self.modality not in ("MR", "CT"):
+            raise InputError(f"modality {self.modality!r}: must be MR or CT.")
+        if not all(self.classes) or len(set(self.classes)) < len(self.classes):
+            raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
+        if min(self.spacing) <= 0:
+            raise InputError(f"spacing {self.spacing}: must be positive.")
+        factor = 2 ** (len(self.channels) - 1)
+        if any(extent <= 0 or extent % factor for extent in self.roi_size):
+            raise InputError(f"roi_size {self.roi_size}: must be multiples of {factor}.")
+
     @property
     def num_classes(self) -> int:
         """Number of classes with the background."""
@@ -120,6 +137,110 @@ def write_configs(task: Task, bundle: str | Path) -> None:
         write_atomically(folder / name, partial(Path.write_text, data=text))
 
 
+def init_bundle(task: Task, folder: str | Path) -> Path:
+    """Write a new bundle, without weights: configs, metadata, logging, license and a README to complete.
+
+    Raises:
+        InputError: when the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder. Name another one.")
+    for part in ("configs", "docs", "models"):
+        check_folder(folder / part)
+    write_configs(task, folder)
+    example = default_bundle()
+    for name in ("LICENSE", "configs/logging.conf"):
+        shutil.copyfile(example / name, folder / name)
+    text = json.dumps(_metadata(task), indent=4) + "\n"
+    write_atomically(folder / "configs" / "metadata.json", partial(Path.write_text, data=text))
+    write_atomically(folder / "docs" / "README.md", partial(Path.write_text, data=_readme(task)))
+    license_text = f"The license of the data set {task.dataset}, and whom to cite.\n"
+    write_atomically(folder / "docs" / "data_license.txt", partial(Path.write_text, data=license_text))
+    return folder
+
+
+def _metadata(task: Task) -> Config:
+    names = ("background", *task.classes)
+    kind = {"MR": "magnitude", "CT": "hounsfield"}[task.modality]
+    shape = list(task.roi_size)
+    title = f"Segmentation of {', '.join(task.classes)} in {task.modality}"
+    patch = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
+    needed = ("nibabel", "pytorch-ignite", "scikit-image", "monai-iunet", "tensorboard")
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
+        "name": f"{title} with an invertible U-Net",
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "first version"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").split("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {name: version(name) for name in needed if _is_installed(name)},
+        "supported_apps": {},
+        "task": title,
+        "description": f"An invertible 3D U-Net for the {title[0].lower()}{title[1:]}.",
+        "authors": "",
+        "copyright": "",
+        "data_source": task.dataset,
+        "data_type": "nifti",
+        "image_classes": f"single channel {task.modality}",
+        "label_classes": "single channel, " + ", ".join(f"{value} {name}" for value, name in enumerate(names)),
+        "pred_classes": f"{len(names)} channels of logits: {', '.join(names)}",
+        "eval_metrics": {},
+        "intended_use": "Research. Not a medical device, not for diagnosis or treatment.",
+        "references": ["Etmann, Ke, Schönlieb: iUNets. 2020. arXiv:2005.05220"],
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    **patch,
+                    "format": kind,
+                    "modality": task.modality,
+                    "num_channels": 1,
+                    "value_range": [-5, 5] if task.modality == "MR" else [-1, 1],
+                    "channel_def": {"0": "image"},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    **patch,
+                    "format": "segmentation",
+                    "num_channels": len(names),
+                    "value_range": [0, 1],
+                    "channel_def": {str(value): name for value, name in enumerate(names)},
+                }
+            },
+        },
+    }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _readme(task: Task) -> str:
+    rows = "\n".join(f"| {value} | {name} |" for value, name in enumerate(task.classes, 1))
+    return f"""# {task.name}
+
+Segments in {task.modality}:
+
+| label | structure |
+|---|---|
+{rows}
+
+The data set is a folder with a `dataset.json` like those of the Medical Segmentation Decathlon, with the sections
+"training" and "validation", each a list of entries with an "image" and a "label". In this folder:
+
+```bash
+python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
+```
+"""
+
+
 def train_config(task: Task, distributed: bool = False) -> Config:
     """`train.json`, or `multi_gpu_train.json`."""
     return {
@@ -155,8 +276,14 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "total_iters": "@max_epochs",
             "power": 0.9,
         },
-        # The average of the weights over about the last 300 steps is validated and saved.
-        "average": {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.003},
+        # The average of the weights over about the last 300 steps, of fewer at the beginning, is validated and saved.
+        "average": {
+            "_target_": "ignite.handlers.EMAHandler",
+            "model": "@network",
+            "momentum": 0.003,
+            "momentum_warmup": 0.1,
+            "warmup_iters": 500,
+        },
         **_datalist(task),
         "preprocessing": _preprocessing(task, IMAGE_AND_LABEL),
         "train": {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["main"]
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Invertible U-Nets for MONAI.", pretty_exceptions_enable=False
@@ -137,6 +140,47 @@ def benchmark(
     console.width = max(console.width, 150)  # the tables are wide; better cut by the terminal than wrapped
     run.run_benchmark(place, peers, run.QUICK if quick else run.FULL, output, console)
     typer.echo(f"{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
+
+
+@app.command()
+def init_bundle(
+    name: Annotated[
+        str, typer.Option(help="Name of the bundle and of its folder, such as iunet_liver_ct_segmentation.")
+    ],
+    modality: Annotated[str, typer.Option(help="MR or CT.")],
+    classes: Annotated[str, typer.Option(help="Structures in the order of their labels, such as liver,tumor.")],
+    spacing: Annotated[str, typer.Option(help="Voxels that the network sees, in mm.")] = "1,1,1",
+    roi_size: Annotated[str, typer.Option(help="Patch, in voxels; multiples of 8.")] = "96,96,96",
+    output: Annotated[Path, typer.Option(help="Folder in which the bundle's folder is made.")] = Path("."),
+) -> None:
+    """Write a bundle for a task of one's own: configs to train, evaluate and segment, ready to run."""
+    from monai_iunet.images import InputError
+
+    try:
+        from monai_iunet import bundle_template
+
+        task = bundle_template.Task(
+            name=name,
+            modality=modality,  # type: ignore[arg-type] # it checks
+            classes=tuple(part.strip() for part in classes.split(",")),
+            dataset=name,
+            spacing=_numbers(spacing, float, "--spacing"),
+            roi_size=_numbers(roi_size, int, "--roi-size"),
+        )
+        typer.echo(bundle_template.init_bundle(task, output / name))
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:
+    from monai_iunet.images import InputError
+
+    try:
+        first, second, third = (kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} {text}: three numbers with commas are needed, such as 1,1,1.") from error
+    return first, second, third
 
 
 def _device(name: str) -> torch.device:
