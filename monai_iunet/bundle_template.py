@@ -382,9 +382,9 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "resume": "@resume",
             "writes": "$@rank == 0",
         },
-        "initialize": [
-            *_begin(distributed),
-            "$monai.utils.set_determinism(seed=@seed)",
+        # Nothing here that reads data: `monai.bundle.load` initializes too.
+        "initialize": [*_begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
+        "run": [
             "$monai.networks.copy_model_state(@network_def, torch.load(@pretrained, map_location='cpu', "
             "weights_only=True)) if @pretrained else None",
             "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @stop_at_nan)",
@@ -392,8 +392,8 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "$@progress.attach(@train#trainer)",
             "$@average.attach(@train#trainer)",
             "$@checkpoints.attach(@train#trainer, @validate#evaluator)",
+            "$@train#trainer.run()",
         ],
-        "run": ["$@train#trainer.run()"],
         "finalize": _end(distributed),
     }
 
