@@ -359,6 +359,11 @@ def train_config(task: Task, distributed: bool = False) -> Config:
                     "iteration_log": False,
                     "_disabled_": "$@rank > 0",
                 },
+                {
+                    "_target_": "monai_iunet.training_pictures.PictureHandler",
+                    "log_dir": "@output_dir",
+                    "_disabled_": "$@rank > 0",
+                },
                 "@early_stop",
             ],
             "evaluator": _evaluator("@validate#", "$@average.ema_model", key_metric=True),
