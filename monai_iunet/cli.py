@@ -62,6 +62,8 @@ def segment(
 
 
 def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool, device: str) -> None:
+    import numpy as np
+
     from monai_iunet.images import InputError, check_folder, image_name, read_image
 
     names = [image_name(path) for path in images]
@@ -74,20 +76,29 @@ def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool
     for path in images:
         read_image(path)
 
-    from monai_iunet import example
     from monai_iunet.inference import BundleSegmenter, default_bundle
+    from monai_iunet.whole_head import hippocampus_labels, load_template, register_template, segment_whole_head
 
     segmenter = BundleSegmenter(bundle or default_bundle(), None if device == "auto" else _device(device))
+    regions = {}
     for path in images:
-        segmenter.check_extent(read_image(path), str(path))
+        image = read_image(path)
+        if segmenter.finds_region(image, str(path)):
+            try:
+                regions[path] = register_template(image)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
     check_folder(output)
+    both_sides = hippocampus_labels(segmenter.labels)
     if not images:
-        template = example.load_template()
-        labels = example.segment_both_hippocampi(template, segmenter)
-        _report(template, labels, example.hippocampus_labels(segmenter.labels), "mni152", output)
+        template = load_template()
+        _report(template, segment_whole_head(template, segmenter, np.eye(4)), both_sides, "mni152", output)
     for path, name in zip(images, names):
         image = read_image(path)
-        _report(image, segmenter(image, mirrored=mirror), segmenter.labels, name, output)
+        if path in regions:
+            _report(image, segment_whole_head(image, segmenter, regions[path]), both_sides, name, output)
+        else:
+            _report(image, segmenter(image, mirrored=mirror), segmenter.labels, name, output)
 
 
 def _report(image: nibabel.Nifti1Image, labels: np.ndarray, names: dict[int, str], name: str, output: Path) -> None:

@@ -75,19 +75,22 @@ class BundleSegmenter:
         channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
         return {int(value): name for value, name in channels.items() if int(value) > 0}
 
-    def check_extent(self, image: nibabel.Nifti1Image, name: str) -> None:
-        """Refuse an image that shows more than the network has learned from.
+    def finds_region(self, image: nibabel.Nifti1Image, name: str) -> bool:
+        """Whether an image shows more than the network has learned from, so that the region has to be found first.
 
         Raises:
-            InputError: when an axis is longer than the bundle's metadata allow.
+            InputError: when an axis is longer than the metadata allow, and they name no way to find the region.
         """
         limit = self.metadata.get("max_field_of_view_mm")
         extent = np.array(image.shape) * np.sqrt((image.affine[:3, :3] ** 2).sum(0))
-        if limit is not None and extent.max() > limit:
+        if limit is None or extent.max() <= limit:
+            return False
+        if self.metadata.get("region_finder") != "whole_head":
             raise InputError(
                 f"{name}: {' x '.join(f'{length:.0f}' for length in extent)} mm, but {self.folder.name} has only seen "
                 f"images of up to {limit} mm. Crop the image around the structure first."
             )
+        return True
 
     @torch.no_grad()
     def __call__(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> np.ndarray:

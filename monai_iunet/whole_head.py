@@ -1,0 +1,178 @@
+"""Both hippocampi in a whole head: registration finds them, the network, which has only seen crops, segments them.
+
+The MNI152 template is registered to the image by mutual information, which needs no equal contrast: from several
+orientations at a coarse resolution, then rigid, then affine from coarse to fine. The template is skull-stripped, so
+only its brain, somewhat dilated, is compared. A box around each hippocampus of the template is then cut out of the
+image in the template's orientation and size, segmented, the right one in the mirror image, and pasted back.
+
+Source of the metric: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+from scipy import ndimage
+
+from monai_iunet.images import InputError
+
+if TYPE_CHECKING:
+    from monai_iunet.inference import BundleSegmenter
+
+__all__ = ["hippocampus_labels", "load_template", "register_template", "segment_whole_head"]
+
+# Around the left hippocampus, in mm of MNI space, about as large as the images of the training data.
+LEFT_BOX = ((-44.0, -46.0, -31.0), (-7.0, 5.0, 8.0))
+
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+START_ANGLES = (-25.0, 25.0)  # degrees about each axis, beside none
+LEAST_SIMILARITY = 0.5
+
+
+def load_template(resolution: int = 1) -> nibabel.Nifti1Image:
+    """The skull-stripped T1 template ICBM 152 2009, which nilearn ships: no download."""
+    from nilearn.datasets import load_mni152_template
+
+    return load_mni152_template(resolution=resolution)
+
+
+def hippocampus_labels(parts: dict[int, str]) -> dict[int, str]:
+    """Labels of both sides from those of one: left ones as they are, right ones counted on."""
+    return {
+        **{value: f"left {name}" for value, name in parts.items()},
+        **{value + len(parts): f"right {name}" for value, name in parts.items()},
+    }
+
+
+def segment_whole_head(
+    image: nibabel.Nifti1Image, segmenter: BundleSegmenter, to_image: np.ndarray | None = None
+) -> np.ndarray:
+    """Segment the left hippocampus as it is and the right one in the mirror image.
+
+    Args:
+        image: T1-weighted MRI of a head, with or without skull.
+        segmenter: of the hippocampus bundle.
+        to_image: 4 x 4 matrix from millimeters of MNI space to those of the image; None to register.
+
+    Returns:
+        Labels as in `hippocampus_labels`, uint8, on the grid of the image.
+
+    Raises:
+        InputError: when the registration failed.
+    """
+    to_image = register_template(image) if to_image is None else to_image
+    labels = np.zeros(image.shape, dtype=np.uint8)
+    best = np.full(image.shape, 0.5, np.float32)  # a voxel belongs to a structure if more than half of it does
+    data = image.get_fdata(dtype=np.float32)
+    for mirrored in (False, True):
+        corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
+        box = nibabel.affines.from_matvec(np.eye(3), corners.min(0))  # 1 mm, from voxels to MNI space
+        shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
+        box_to_image = np.linalg.inv(image.affine) @ to_image @ box  # voxels to voxels
+        crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
+        part = segmenter(nibabel.Nifti1Image(crop, box), mirrored=mirrored)
+        offset = len(segmenter.labels) if mirrored else 0
+        for value in segmenter.labels:
+            share = ndimage.affine_transform(
+                (part == value).astype(np.float32), np.linalg.inv(box_to_image), output_shape=image.shape, order=1
+            )
+            labels[share > best] = value + offset
+            best = np.maximum(best, share)
+    return labels
+
+
+def register_template(image: nibabel.Nifti1Image) -> np.ndarray:
+    """4 x 4 matrix from millimeters of MNI space to those of an image of a head.
+
+    Raises:
+        InputError: when the image is not like the template anywhere.
+    """
+    fixed, moving = _to_sitk(load_template(resolution=2)), _to_sitk(image)
+    brain = SimpleITK.BinaryDilate(SimpleITK.Cast(fixed > 0.01, SimpleITK.sitkUInt8), [3, 3, 3])
+    try:
+        affine = _align(fixed, moving, brain)
+    except RuntimeError as error:  # nothing to compare: a constant image, or no overlap
+        raise InputError("registration failed: the image does not look like a head at all.") from error
+    found = SimpleITK.Resample(moving, fixed, affine, SimpleITK.sitkLinear, 0.0)
+    similarity = _similarity(fixed, found, brain)
+    if similarity < LEAST_SIMILARITY:
+        raise InputError(
+            f"registration failed: the correlation of the image with the MNI152 template is {similarity:.2f}, at least "
+            f"{LEAST_SIMILARITY} is needed. Use a T1-weighted MRI of a whole head, or crop it around a hippocampus."
+        )
+    matrix = np.array(affine.GetMatrix()).reshape(3, 3)
+    center, translation = np.array(affine.GetCenter()), np.array(affine.GetTranslation())
+    return RAS_TO_LPS @ nibabel.affines.from_matvec(matrix, center + translation - matrix @ center) @ RAS_TO_LPS
+
+
+def _align(fixed: Any, moving: Any, brain: Any) -> Any:
+    """The affine transform from the fixed to the moving image."""
+    coarse = _method(brain, shrink=[4], smoothing=[6], sampled=0.3)
+    starts: list[tuple[float, int, Any]] = []
+    for start in _starts(fixed, moving):
+        coarse.SetInitialTransform(start, inPlace=True)
+        starts.append((coarse.MetricEvaluate(fixed, moving), len(starts), start))
+    results = []
+    for _, number, start in sorted(starts)[:4]:
+        coarse.SetInitialTransform(start, inPlace=True)
+        coarse.Execute(fixed, moving)
+        results.append((coarse.GetMetricValue(), number, start))
+    rigid = min(results)[2]
+    affine = SimpleITK.AffineTransform(rigid.GetMatrix(), rigid.GetTranslation(), rigid.GetCenter())
+    fine = _method(brain, shrink=[4, 2, 1], smoothing=[6, 3, 1], sampled=0.1)
+    fine.SetInitialTransform(affine, inPlace=True)
+    fine.Execute(fixed, moving)
+    return affine
+
+
+def _to_sitk(image: nibabel.Nifti1Image) -> Any:
+    affine = RAS_TO_LPS @ image.affine
+    spacing = nibabel.affines.voxel_sizes(affine)
+    converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(image.get_fdata(dtype=np.float32).T))
+    converted.SetOrigin(affine[:3, 3].tolist())
+    converted.SetSpacing(spacing.tolist())
+    converted.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return converted
+
+
+def _starts(fixed: Any, moving: Any) -> list[Any]:
+    """Rigid transforms to begin from: two ways to lay centers on each other, seven orientations each."""
+    angles = [np.zeros(3)]
+    angles += [np.deg2rad(angle) * np.eye(3)[axis] for axis, angle in itertools.product(range(3), START_ANGLES)]
+    kinds = SimpleITK.CenteredTransformInitializerFilter
+    found = []
+    for kind, angle in itertools.product((kinds.MOMENTS, kinds.GEOMETRY), angles):
+        centered = SimpleITK.CenteredTransformInitializer(fixed, moving, SimpleITK.Euler3DTransform(), kind)
+        start = SimpleITK.Euler3DTransform(centered)
+        start.SetRotation(*angle.tolist())
+        found.append(start)
+    return found
+
+
+def _method(brain: Any, shrink: list[int], smoothing: list[int], sampled: float) -> Any:
+    method = SimpleITK.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetMetricFixedMask(brain)
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentage(sampled, 7)  # a fixed seed
+    method.SetInterpolator(SimpleITK.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(2.0, 0.02, 150, 0.6, 1e-6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel(shrink)
+    method.SetSmoothingSigmasPerLevel(smoothing)  # mm
+    return method
+
+
+def _similarity(fixed: Any, found: Any, brain: Any) -> float:
+    """Correlation within the brain, both smoothed, so that noise does not count."""
+    inside = SimpleITK.GetArrayFromImage(brain) > 0
+    one, other = (
+        SimpleITK.GetArrayFromImage(SimpleITK.SmoothingRecursiveGaussian(x, 3.0))[inside] for x in (fixed, found)
+    )
+    if other.std() == 0:
+        return 0.0
+    return float(np.corrcoef(one, other)[0, 1])
