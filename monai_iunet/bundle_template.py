@@ -15,7 +15,7 @@ from typing import Any, Literal
 from monai_iunet.images import InputError, check_folder, write_atomically
 from monai_iunet.inference import default_bundle
 
-__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "init_bundle", "write_configs"]
+__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
 
 Config = dict[str, Any]
 Transforms = list[Config]
@@ -137,7 +137,7 @@ def write_configs(task: Task, bundle: str | Path) -> None:
         write_atomically(folder / name, partial(Path.write_text, data=text))
 
 
-def init_bundle(task: Task, folder: str | Path) -> Path:
+def write_bundle(task: Task, folder: str | Path) -> Path:
     """Write a new bundle, without weights: configs, metadata, logging, license and a README to complete.
 
     Raises:

@@ -153,8 +153,8 @@ def benchmark(
     typer.echo(f"{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
 
 
-@app.command()
-def init_bundle(
+@app.command("init-bundle")
+def new_bundle(
     name: Annotated[
         str, typer.Option(help="Name of the bundle and of its folder, such as iunet_liver_ct_segmentation.")
     ],
@@ -178,7 +178,7 @@ def init_bundle(
             spacing=_numbers(spacing, float, "--spacing"),
             roi_size=_numbers(roi_size, int, "--roi-size"),
         )
-        typer.echo(bundle_template.init_bundle(task, output / name))
+        typer.echo(bundle_template.write_bundle(task, output / name))
     except InputError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
