@@ -276,14 +276,8 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "total_iters": "@max_epochs",
             "power": 0.9,
         },
-        # The average of the weights over about the last 300 steps, of fewer at the beginning, is validated and saved.
-        "average": {
-            "_target_": "ignite.handlers.EMAHandler",
-            "model": "@network",
-            "momentum": 0.003,
-            "momentum_warmup": 0.1,
-            "warmup_iters": 500,
-        },
+        # The average of the weights over about the last 300 steps is validated and saved.
+        "average": {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.003},
         **_datalist(task),
         "preprocessing": _preprocessing(task, IMAGE_AND_LABEL),
         "train": {

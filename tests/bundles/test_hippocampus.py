@@ -29,7 +29,7 @@ def test_trains_evaluates_and_segments_what_it_has_learned(tmp_path: Path) -> No
     weights = tmp_path / "weights"
     log = run(
         BUNDLE, "train.json", **small, max_epochs=12, val_interval=6, batch_size=1, learning_rate=0.02, seed=3,
-        ckpt_dir=weights, output_dir=tmp_path / "log", roi_size=[24, 32, 24],
+        average__momentum=0.1, ckpt_dir=weights, output_dir=tmp_path / "log", roi_size=[24, 32, 24],
     )  # fmt: skip
     found = losses(log)
     assert len(found) == 12 * 4
