@@ -15,7 +15,7 @@ from typing import Any, Literal
 from monai_iunet.images import InputError, check_folder, write_atomically
 from monai_iunet.inference import default_bundle
 
-__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
+__all__ = ["HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
 
 Config = dict[str, Any]
 Transforms = list[Config]
@@ -103,19 +103,6 @@ HIPPOCAMPUS = Task(
     validation_cases=True,
     max_epochs=90,
 )
-
-HEADNECK = Task(
-    name="iunet_headneck_ct_segmentation",
-    modality="CT",
-    classes=("brainstem", "spinal cord", "right parotid", "left parotid", "esophagus", "larynx", "mandible"),
-    dataset="OpenKBP_HeadNeck",
-    spacing=(3.906, 3.906, 2.5),
-    roi_size=(56, 48, 48),
-    mirrored=((3, 4),),
-    partial_labels=True,
-    max_epochs=70,
-)
-
 
 TASKS = (HIPPOCAMPUS,)
 
@@ -401,9 +388,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
     """`evaluate.json`, or `multi_gpu_evaluate.json`: the validation cases, compared on the grids of their images."""
     return {
         **_header(task, distributed),
-        "network": "$@network_def.to(@device)",
-        "checkpoint": "$os.path.join(@bundle_root, 'models', 'model.pt')",
-        "output_dir": "$os.path.join(@bundle_root, 'eval')",
+        **_trained_network(),
         "check_data": True,
         "skip_bad_cases": False,
         "structures": list(task.classes),
@@ -444,9 +429,7 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
     """`inference.json`, or `multi_gpu_inference.json`: segments images into label maps on their grids."""
     return {
         **_header(task, distributed),
-        "network": "$@network_def.to(@device)",
-        "checkpoint": "$os.path.join(@bundle_root, 'models', 'model.pt')",
-        "output_dir": "$os.path.join(@bundle_root, 'eval')",
+        **_trained_network(),
         "skip_done": True,
         "largest_component": task.largest_component,
         "save_probabilities": False,
@@ -494,6 +477,14 @@ def _header(task: Task, distributed: bool) -> Config:
             "channels": list(task.channels),
             "couplings": task.couplings,
         },
+    }
+
+
+def _trained_network() -> Config:
+    return {
+        "network": "$@network_def.to(@device)",
+        "checkpoint": "$os.path.join(@bundle_root, 'models', 'model.pt')",
+        "output_dir": "$os.path.join(@bundle_root, 'eval')",
     }
 
 
