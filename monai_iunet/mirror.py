@@ -17,6 +17,8 @@ __all__ = ["MirrorInferer", "RandMirrord"]
 class RandMirrord(RandomizableTransform, MapTransform):
     """Flip images and label maps along an axis at random, and swap the labels of paired structures.
 
+    Where `NoteContouredd` has noted which structures of a label map were contoured, the notes are swapped too.
+
     Args:
         keys: images and label maps.
         label_keys: those of them that are label maps.
@@ -37,9 +39,9 @@ class RandMirrord(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, prob)
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)  # type: ignore[arg-type]
         self.flip = Flip(spatial_axis)
-        before = [label for pair in swap for label in pair]
-        after = [label for one, other in swap for label in (other, one)]
-        self.swap = MapLabelValue(before, after) if before else None
+        self.before = [label for pair in swap for label in pair]
+        self.after = [label for one, other in swap for label in (other, one)]
+        self.swap = MapLabelValue(self.before, self.after) if self.before else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         found = dict(data)
@@ -49,7 +51,14 @@ class RandMirrord(RandomizableTransform, MapTransform):
                 found[key] = self.flip(found[key])
                 if key in self.label_keys and self.swap is not None:
                     found[key] = self.swap(found[key])
+                    self._swap_contoured(found, f"{key}_contoured")
         return found
+
+    def _swap_contoured(self, found: dict[Hashable, Any], key: str) -> None:
+        if key in found:
+            contoured = found[key].clone()
+            contoured[self.before] = found[key][self.after]
+            found[key] = contoured
 
 
 class MirrorInferer(Inferer):
