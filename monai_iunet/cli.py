@@ -153,6 +153,25 @@ def benchmark(
     typer.echo(f"{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
 
 
+@app.command()
+def compare(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
+    max_epochs: Annotated[int, typer.Option(min=1, help="Epochs that each network is trained.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
+) -> None:
+    """Train DynUNet and SegResNet as a bundle trains its own network; print what each reaches and costs."""
+    from monai_iunet.comparison import as_markdown, compare_networks
+    from monai_iunet.images import InputError
+
+    try:
+        result = compare_networks(bundle, dataset_dir, output, max_epochs)
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(as_markdown(result))
+
+
 @app.command("init-bundle")
 def new_bundle(
     name: Annotated[

@@ -85,7 +85,9 @@ def test_mirroring_flips_both_and_swaps_paired_labels() -> None:
 
 def test_mirroring_swaps_what_is_noted_as_contoured() -> None:
     mirror = RandMirrord("label", "label", [[3, 4]], prob=1.0)
-    channels = Compose([NoteContouredd("label", 5), mirror, OneHotContouredd("label")])({"label": label_map(0, 1, 3)})["label"]
+    channels = Compose([NoteContouredd("label", 5), mirror, OneHotContouredd("label")])({"label": label_map(0, 1, 3)})[
+        "label"
+    ]
     assert channels[4].sum() > 0  # the right one, contoured, has become the left one
     assert channels[3].eq(-1).all()  # and whether there is a right one now, nobody knows
 
