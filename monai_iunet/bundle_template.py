@@ -29,6 +29,7 @@ IMPORTS = (
     "import torch",
     "from monai_iunet.cases import checked",
     "from monai_iunet.cases import images_to_segment",
+    "from monai_iunet.checkpoints import start_from",
 )
 
 
@@ -63,13 +64,13 @@ class Task:
     dataset: str
     spacing: tuple[float, float, float]
     roi_size: tuple[int, int, int]
-    window: tuple[float, float] = (-200.0, 500.0)
+    window: tuple[float, float] = (-160.0, 240.0)
     mirrored: tuple[tuple[int, int], ...] | None = None
     partial_labels: bool = False
     largest_component: bool = False
     validation_cases: bool = False
     channels: tuple[int, ...] = (32, 64, 128, 256)
-    couplings: int = 2
+    couplings: tuple[int, ...] = (2, 2, 2, 2)
     max_epochs: int = 60
     batch_size: int = 2
     learning_rate: float = 2e-3
@@ -190,9 +191,9 @@ def _metadata(task: Task) -> Config:
             "outputs": {
                 "pred": {
                     **patch,
-                    "format": "segmentation",
+                    "format": "labels",
                     "num_channels": len(names),
-                    "value_range": [0, 1],
+                    "value_range": [],
                     "channel_def": {str(value): name for value, name in enumerate(names)},
                 }
             },
@@ -313,7 +314,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "preprocessing": {"_target_": "Compose", "transforms": "@preprocessing"},
             "dataset": _dataset("$@datalist['validation']", "@validate#preprocessing"),
             "dataloader": _dataloader("@validate#dataset", 1, distributed),
-            "inferer": _sliding_window(),
+            "inferer": _sliding_window(task),
             "postprocessing": {
                 "_target_": "Compose",
                 "transforms": [
@@ -371,8 +372,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         # Nothing here that reads data: `monai.bundle.load` initializes too.
         "initialize": [*_begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
         "run": [
-            "$monai.networks.copy_model_state(@network_def, torch.load(@pretrained, map_location='cpu', "
-            "weights_only=True)) if @pretrained else None",
+            "$start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
             "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @stop_at_nan)",
             "$@early_stop.set_trainer(@train#trainer)",
             "$@progress.attach(@train#trainer)",
@@ -475,7 +475,7 @@ def _header(task: Task, distributed: bool) -> Config:
             "in_channels": 1,
             "out_channels": "@num_classes",
             "channels": list(task.channels),
-            "couplings": task.couplings,
+            "couplings": list(task.couplings),
         },
     }
 
@@ -551,7 +551,7 @@ def _largest_component(task: Task) -> Config:
 
 
 def _inferer(task: Task) -> Config:
-    sliding = {**_sliding_window(), "_target_": "SlidingWindowInfererAdapt"}
+    sliding = {**_sliding_window(task), "_target_": "SlidingWindowInfererAdapt"}
     if task.mirrored is None:
         return {"inferer": sliding}
     return {
@@ -640,7 +640,7 @@ def _label_transforms(task: Task) -> Transforms:
 
 def _random_transforms(task: Task) -> Transforms:
     keys = IMAGE_AND_LABEL
-    affine = {
+    deformation: Config = {
         "_target_": "RandAffined",
         "keys": keys,
         "prob": 0.7,
@@ -650,23 +650,29 @@ def _random_transforms(task: Task) -> Transforms:
         "mode": ["bilinear", "nearest"],
         "padding_mode": "border",
     }
-    transforms: Transforms = [{"_target_": "SpatialPadd", "keys": keys, "spatial_size": "@roi_size"}]
+    pad: Config = {"_target_": "SpatialPadd", "keys": keys, "spatial_size": "@roi_size"}
     if task.modality == "CT":
-        # Structures in a large field of view: look where they are, each class as often as the background.
-        transforms.append(
+        # Structures in a large field of view: look where they are, each class as often as the background, with a margin
+        # that the deformation takes what it moves in from. Padding with the least value adds air, and background.
+        larger = "$[extent * 5 // 4 for extent in @roi_size]"
+        shift: Config = {"translate_range": [6.0, 6.0, 6.0], "spatial_size": "@roi_size"}
+        transforms: Transforms = [
+            {**pad, "spatial_size": larger, "mode": "minimum"},
             {
                 "_target_": "RandCropByLabelClassesd",
                 "keys": keys,
                 "label_key": "label",
-                "spatial_size": "@roi_size",
+                "spatial_size": larger,
                 "num_classes": "@num_classes",
                 "warn": False,
-            }
-        )
-        transforms.append(affine)
+            },
+            {**deformation, **shift},
+        ]
     else:
-        transforms.append(affine)
-        transforms.append({"_target_": "RandSpatialCropd", "keys": keys, "roi_size": "@roi_size", "random_size": False})
+        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
+        elastic = {"_target_": "Rand3DElasticd", "sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
+        crop = {"_target_": "RandSpatialCropd", "keys": keys, "roi_size": "@roi_size", "random_size": False}
+        transforms = [pad, {**deformation, **elastic}, crop]
     if task.mirrored is not None:
         transforms.append(
             {
@@ -676,11 +682,11 @@ def _random_transforms(task: Task) -> Transforms:
                 "swap": [list(pair) for pair in task.mirrored],
             }
         )
-    transforms.append({"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.15})
     if task.modality == "MR":
+        transforms.append({"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.15})
         transforms.append({"_target_": "RandBiasFieldd", "keys": "image", "prob": 0.15, "coeff_range": [0.0, 0.2]})
         transforms.append({"_target_": "RandAdjustContrastd", "keys": "image", "prob": 0.2, "gamma": [0.7, 1.5]})
-    factor, offset, noise = (0.25, 0.25, 0.15) if task.modality == "MR" else (0.1, 0.1, 0.08)
+    factor, offset, noise = (0.25, 0.25, 0.15) if task.modality == "MR" else (0.1, 0.1, 0.05)
     transforms += [
         {"_target_": "RandScaleIntensityd", "keys": "image", "prob": 0.3, "factors": factor},
         {"_target_": "RandShiftIntensityd", "keys": "image", "prob": 0.3, "offsets": offset},
@@ -720,13 +726,14 @@ def _dataloader(dataset: str, batch_size: str | int, distributed: bool, shuffle:
     return loader
 
 
-def _sliding_window() -> Config:
+def _sliding_window(task: Task) -> Config:
     return {
         "_target_": "SlidingWindowInferer",
         "roi_size": "@roi_size",
         "sw_batch_size": 4,
         "overlap": 0.5,
         "mode": "gaussian",
+        "cval": -1.0 if task.modality == "CT" else 0.0,  # air, or the mean
     }
 
 

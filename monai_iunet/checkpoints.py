@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.networks import copy_model_state
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
 from monai_iunet.images import InputError, check_folder, write_atomically
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "start_from"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,3 +122,25 @@ class Checkpoints:
             # The trainer makes its scaler when it runs.
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
         logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
+
+
+def start_from(path: str | Path, *networks: nn.Module) -> None:
+    """Copy the weights of another training into networks, as far as they fit: fine-tuning.
+
+    Args:
+        path: state of a network, such as `model.pt`. What has another shape, the last convolution for other classes
+            say, is left as it is, and named in the log.
+        networks: of the same structure: the one that is trained, and its average.
+
+    Raises:
+        InputError: when the file is no state of a network, and when nothing in it fits.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        for network in networks:
+            _, taken, left = copy_model_state(network, weights)
+    except Exception as error:
+        raise InputError(f"{path}: not the weights of a network. {error}") from error
+    if not taken:
+        raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
+    logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")

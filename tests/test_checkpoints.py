@@ -14,7 +14,7 @@ from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_
 from monai.transforms import AsDiscreted, Compose, RandGaussianNoised, RandSpatialCropd
 from torch import nn
 
-from monai_iunet.checkpoints import Checkpoints
+from monai_iunet.checkpoints import Checkpoints, start_from
 from monai_iunet.images import InputError
 
 EPOCHS = 4
@@ -119,3 +119,24 @@ def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"last\.pt: not a state of this training"):
         training(tmp_path, resume=True)
+
+
+def test_starting_from_weights_takes_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    one, other, average = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, classes)) for classes in (4, 5, 5))
+    torch.save(one.state_dict(), tmp_path / "model.pt")
+    before = other[1].weight.clone()
+    start_from(tmp_path / "model.pt", other, average)
+    for network in (other, average):
+        assert torch.equal(network[0].weight, one[0].weight)
+    assert torch.equal(other[1].weight, before)
+    assert "new are: 1.bias, 1.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"), [({"a": torch.zeros(1)}, "nothing in it fits. It holds a"), ([1], "not the weights")]
+)
+def test_weights_of_something_else_are_refused(saved: object, message: str, tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=message):
+        start_from(tmp_path / "model.pt", nn.Linear(2, 3))

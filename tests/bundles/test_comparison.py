@@ -30,7 +30,7 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
         spacing=(1.0, 1.0, 1.0),
         roi_size=(24, 32, 24),
         channels=(8, 16, 32),
-        couplings=1,
+        couplings=(1, 1, 1),
     )
     bundle = write_bundle(task, tmp_path / "bundle")
     small = {**comparison.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}

@@ -8,12 +8,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from monai_iunet.bundle_template import TASKS, Task, configs
 from monai_iunet.images import InputError
 from tests.bundles.helpers import BUNDLES
 
+SCHEMA = "metadata_schema.json"
 BY_NAME = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
@@ -65,6 +66,20 @@ def test_every_file_that_a_bundle_needs_is_there(task: Task) -> None:
     assert (bundle / "models" / "model.pt").stat().st_size < 25e6
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     assert metadata["version"] in metadata["changelog"]
+
+
+@BY_NAME
+def test_the_metadata_have_the_structure_that_monai_specifies(task: Task) -> None:
+    # Given a file that exists, MONAI does not download the schema.
+    verify_metadata(BUNDLES / task.name / "configs" / "metadata.json", str(Path(__file__).with_name(SCHEMA)))
+
+
+def test_metadata_without_channels_are_refused(tmp_path: Path) -> None:
+    metadata = json.loads((BUNDLES / TASKS[0].name / "configs" / "metadata.json").read_text())
+    del metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="channel_def"):
+        verify_metadata(tmp_path / "metadata.json", str(Path(__file__).with_name(SCHEMA)))
 
 
 @BY_NAME

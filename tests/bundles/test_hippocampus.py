@@ -89,6 +89,25 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path
         assert all(torch.equal(killed[key], tensor) for key, tensor in whole.items())
 
 
+def test_fine_tuning_starts_from_the_committed_weights_with_other_classes(tmp_path: Path) -> None:
+    run(
+        BUNDLE, "train.json", pretrained=BUNDLE / "models" / "model.pt", num_classes=4, learning_rate=0, max_epochs=1,
+        val_interval=1, dataset_dir=make_hippocampus_data(tmp_path / "data", training=2), roi_size=[24, 32, 24],
+        ckpt_dir=tmp_path, output_dir=tmp_path / "log",
+    )  # fmt: skip
+    before, after = (
+        torch.load(path, weights_only=True) for path in (BUNDLE / "models" / "model.pt", tmp_path / "model.pt")
+    )
+    assert after["head.weight"].shape[0] == 4
+    # The average of equal weights is equal but for rounding.
+    changed = {
+        name
+        for name, tensor in after.items()
+        if before[name].shape != tensor.shape or not torch.allclose(before[name], tensor, rtol=1e-5, atol=1e-6)
+    }
+    assert changed == {"head.weight", "head.bias"}
+
+
 def test_the_committed_weights_reach_their_dice_on_the_validation_cases(hippocampus_data: Path, tmp_path: Path) -> None:
     run(BUNDLE, "evaluate.json", dataset_dir=hippocampus_data, output_dir=tmp_path, amp=False, check_data=False)
     with (tmp_path / "cases.csv").open() as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from monai.bundle import verify_metadata
 from typer.testing import CliRunner
 
 from monai_iunet.cli import app
@@ -31,6 +32,7 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
     assert output.strip() == str(bundle)
     for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "configs/logging.conf"):
         assert (bundle / name).stat().st_size > 0, name
+    verify_metadata(bundle / "configs" / "metadata.json", str(Path(__file__).with_name("metadata_schema.json")))
     data = make_hippocampus_data(tmp_path / "data")
     cases = json.loads((data / "dataset.json").read_text())["training"]
     (data / "dataset.json").write_text(json.dumps({"training": cases[:-1], "validation": cases[-1:]}))
