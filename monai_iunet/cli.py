@@ -98,10 +98,18 @@ def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool
         if path in regions:
             _report(image, segment_whole_head(image, segmenter, regions[path]), both_sides, name, output)
         else:
-            _report(image, segmenter(image, mirrored=mirror), segmenter.labels, name, output)
+            labels = segmenter(image, mirrored=mirror)
+            _report(image, labels, segmenter.labels, name, output, segmenter.window)
 
 
-def _report(image: nibabel.Nifti1Image, labels: np.ndarray, names: dict[int, str], name: str, output: Path) -> None:
+def _report(
+    image: nibabel.Nifti1Image,
+    labels: np.ndarray,
+    names: dict[int, str],
+    name: str,
+    output: Path,
+    window: tuple[float, float] | None = None,
+) -> None:
     import nibabel
 
     from monai_iunet.images import write_labels
@@ -111,7 +119,7 @@ def _report(image: nibabel.Nifti1Image, labels: np.ndarray, names: dict[int, str
     volumes = {value: int((labels == value).sum()) * voxel for value in names}
     written = output / f"{name}_seg.nii.gz"
     write_labels(labels, image, written)
-    save_overlay(image, labels, names, output / f"{name}_seg.png", title=name)
+    save_overlay(image, labels, names, output / f"{name}_seg.png", title=name, window=window)
     typer.echo(f"{written}")
     width = max(map(len, names.values()))
     for value, structure in names.items():
@@ -170,6 +178,23 @@ def compare(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(as_markdown(result))
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Option(help="Folder of a bundle that was trained and evaluated in it.")],
+    dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
+) -> None:
+    """Draw a bundle's training, and its best, median and worst case: pictures for its README."""
+    from monai_iunet.bundle_report import write_report
+    from monai_iunet.images import InputError
+
+    try:
+        written = write_report(bundle, dataset_dir)
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo("\n".join(map(str, written)))
 
 
 @app.command("init-bundle")

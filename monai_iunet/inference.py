@@ -19,6 +19,7 @@ from monai_iunet.outputs import SaveLabelsd
 __all__ = ["BundleSegmenter", "default_bundle"]
 
 REQUIRED = ("configs/inference.json", "configs/metadata.json", "models/model.pt")
+SOFT_TISSUE = (-160.0, 240.0)
 DEFAULT_BUNDLE = "iunet_hippocampus_mri_segmentation"
 
 
@@ -74,6 +75,12 @@ class BundleSegmenter:
         """Name of each label but the background."""
         channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
         return {int(value): name for value, name in channels.items() if int(value) > 0}
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Intensities to show as black and white: those of soft tissue where they are Hounsfield units."""
+        image = self.metadata["network_data_format"]["inputs"]["image"]
+        return SOFT_TISSUE if image["format"] == "hounsfield" else None
 
     def finds_region(self, image: nibabel.Nifti1Image, name: str) -> bool:
         """Whether an image shows more than the network has learned from, so that the region has to be found first.

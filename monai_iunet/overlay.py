@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
 
 from monai_iunet.images import write_atomically
 
-__all__ = ["save_overlay"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_overlay", "save_overlay"]
 
 
 def save_overlay(
@@ -19,9 +23,9 @@ def save_overlay(
     names: Mapping[int, str],
     path: Path,
     title: str | None = None,
-    margin: float = 20.0,
+    window: tuple[float, float] | None = None,
 ) -> None:
-    """Save contours of each label over a coronal, a sagittal and an axial plane, zoomed to what was found.
+    """Save the picture of `draw_overlay`.
 
     Args:
         image: the image.
@@ -29,6 +33,42 @@ def save_overlay(
         names: name of each label.
         path: PNG file to write.
         title: text above.
+        window: see `draw_overlay`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 4.6), facecolor="black")
+    try:
+        draw_overlay(figure, image, labels, names, title, window=window)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
+    finally:
+        plt.close(figure)
+
+
+def draw_overlay(
+    figure: Figure,
+    image: nibabel.Nifti1Image,
+    labels: np.ndarray,
+    names: Mapping[int, str],
+    title: str | None = None,
+    reference: np.ndarray | None = None,
+    window: tuple[float, float] | None = None,
+    bottom: float = 0.0,
+    height: float = 1.0,
+    margin: float = 20.0,
+) -> None:
+    """Draw contours of each label over a coronal, a sagittal and an axial plane, zoomed to what was found.
+
+    Args:
+        figure: where to draw.
+        image: the image.
+        labels: label volume of the same shape.
+        names: name of each label.
+        title: text above.
+        reference: true labels, of the same shape; drawn dashed.
+        window: intensities that become black and white; by default the 0.5 and 99.5 percentiles of what is shown.
+        bottom: lower edge of what is used of the figure, as a part of its height.
+        height: height of what is used of the figure, as a part of its height.
         margin: mm shown around the labels.
     """
     import matplotlib.pyplot as plt
@@ -36,46 +76,51 @@ def save_overlay(
     from nilearn import plotting
     from scipy import ndimage
 
-    found = np.argwhere(labels > 0)
+    shown_labels = labels if reference is None else np.where(labels > 0, labels, reference)
+    found = np.argwhere(shown_labels > 0)
     box = tuple(slice(0, extent) for extent in labels.shape)
     if len(found):
         pad = np.ceil(margin / np.sqrt((image.affine[:3, :3] ** 2).sum(0))).astype(int)
         box = tuple(slice(max(low, 0), high) for low, high in zip(found.min(0) - pad, found.max(0) + pad + 1))
     shown = image.slicer[box]
-    mask = labels[box]
     # The planes go through the middle of the largest connected structure, not between the two of a pair.
-    center = np.array(mask.shape) / 2
+    center = np.array(shown.shape) / 2
     if len(found):
-        parts, _ = ndimage.label(mask > 0)
+        parts, _ = ndimage.label(shown_labels[box] > 0)
         center = np.median(np.argwhere(parts == np.bincount(parts[parts > 0]).argmax()), axis=0)
-    figure = plt.figure(figsize=(12, 4.6), facecolor="black")
-    try:
-        data = np.asarray(shown.dataobj)
-        display = plotting.plot_anat(
-            shown,
-            cut_coords=tuple(nibabel.affines.apply_affine(shown.affine, center)),
-            figure=figure,
-            axes=(0, 0.1, 1, 0.8),
-            dim=0,
-            vmin=float(np.percentile(data, 0.5)),
-            vmax=float(np.percentile(data, 99.5)),
-            draw_cross=False,
-            colorbar=False,
-            black_bg=True,
-        )
-        colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-        handles = []
-        for index, (value, name) in enumerate(names.items()):
-            color = colors[index % len(colors)]
-            handles.append(Line2D([], [], color=color, linewidth=2, label=name))
-            if (mask == value).any():
-                structure = nibabel.Nifti1Image((mask == value).astype(np.uint8), shown.affine)
-                display.add_contours(structure, levels=[0.5], colors=[color], linewidths=1.5)
-        figure.legend(
-            handles=handles, loc="lower center", ncols=4, labelcolor="white", facecolor="black", frameon=False
-        )
-        if title:
-            figure.suptitle(title, color="white")
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
-    finally:
-        plt.close(figure)
+    low, high = window or np.percentile(np.asarray(shown.dataobj), (0.5, 99.5))
+    display = plotting.plot_anat(
+        shown,
+        cut_coords=tuple(nibabel.affines.apply_affine(shown.affine, center)),
+        figure=figure,
+        axes=(0, bottom + 0.1 * height, 1, 0.8 * height),
+        dim=0,
+        vmin=float(low),
+        vmax=float(high),
+        draw_cross=False,
+        colorbar=False,
+        black_bg=True,
+    )
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    handles = []
+    for index, (value, name) in enumerate(names.items()):
+        color = colors[index % len(colors)]
+        handles.append(Line2D([], [], color=color, linewidth=2, label=name))
+        for volume, style in ((labels, "solid"), (reference, "dashed")):
+            if volume is not None and (volume[box] == value).any():
+                structure = nibabel.Nifti1Image((volume[box] == value).astype(np.uint8), shown.affine)
+                display.add_contours(structure, levels=[0.5], colors=[color], linewidths=1.5, linestyles=style)
+    if reference is not None:
+        handles.append(Line2D([], [], color="white", linestyle="solid", label="found"))
+        handles.append(Line2D([], [], color="white", linestyle="dashed", label="true"))
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, bottom),
+        ncols=5,
+        labelcolor="white",
+        facecolor="black",
+        frameon=False,
+    )
+    if title:
+        figure.text(0.5, bottom + 0.97 * height, title, color="white", size="large", ha="center", va="top")
