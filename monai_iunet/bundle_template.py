@@ -15,7 +15,7 @@ from typing import Any, Literal
 from monai_iunet.images import InputError, check_folder, write_atomically
 from monai_iunet.inference import default_bundle
 
-__all__ = ["HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
+__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
 
 Config = dict[str, Any]
 Transforms = list[Config]
@@ -105,7 +105,22 @@ HIPPOCAMPUS = Task(
     max_epochs=90,
 )
 
-TASKS = (HIPPOCAMPUS,)
+HEADNECK = Task(
+    name="iunet_headneck_ct_segmentation",
+    modality="CT",
+    classes=("brainstem", "spinal cord", "right parotid", "left parotid", "esophagus", "larynx", "mandible"),
+    dataset="OpenKBP_HeadNeck",
+    spacing=(3.906, 3.906, 2.5),
+    roi_size=(56, 48, 48),
+    mirrored=((3, 4),),
+    partial_labels=True,
+    largest_component=True,
+    # Depth where it costs little: seven organs in a large field of view need more of it than one hippocampus.
+    couplings=(2, 3, 4, 4),
+    max_epochs=60,
+)
+
+TASKS = (HIPPOCAMPUS, HEADNECK)
 
 
 def configs(task: Task) -> dict[str, Config]:
@@ -555,7 +570,7 @@ def _inferer(task: Task) -> Config:
     if task.mirrored is None:
         return {"inferer": sliding}
     return {
-        "test_time_flips": False,
+        "test_time_flips": True,
         "inferer": {
             "_target_": "monai_iunet.mirror.MirrorInferer",
             "inferer": sliding,

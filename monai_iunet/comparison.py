@@ -36,7 +36,7 @@ NETWORKS: dict[str, Config] = {
         "kernel_size": [3, 3, 3, 3],
         "strides": [1, 2, 2, 2],
         "upsample_kernel_size": [2, 2, 2],
-        "filters": [16, 32, 64, 128],
+        "filters": [20, 40, 80, 160],
     },
     "SegResNet": {
         "_target_": "SegResNet",

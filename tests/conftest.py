@@ -21,9 +21,19 @@ def fixed_seed() -> None:
 @pytest.fixture
 def hippocampus_data() -> Path:
     """The Decathlon's Task04 with its labels, where it lies beside the checkout."""
-    folder = SHARED_DATA / "Task04_Hippocampus"
+    return _beside_the_checkout("Task04_Hippocampus")
+
+
+@pytest.fixture
+def headneck_data() -> Path:
+    """The OpenKBP challenge's patients as NIfTI files, where they lie beside the checkout."""
+    return _beside_the_checkout("OpenKBP_HeadNeck")
+
+
+def _beside_the_checkout(name: str) -> Path:
+    folder = SHARED_DATA / name
     if not folder.is_dir():
-        pytest.skip(f"the Task04_Hippocampus data is not beside the checkout ({folder.name} in ../shared/data)")
+        pytest.skip(f"the {name} data is not beside the checkout (in ../shared/data)")
     return folder
 
 

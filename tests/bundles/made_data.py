@@ -11,6 +11,7 @@ import numpy as np
 from tests.bundles.helpers import BUNDLES
 
 HIPPOCAMPUS = BUNDLES / "iunet_hippocampus_mri_segmentation"
+HEADNECK = BUNDLES / "iunet_headneck_ct_segmentation"
 
 
 def ball(shape: np.ndarray, center: np.ndarray, radius: float) -> np.ndarray:
@@ -41,4 +42,39 @@ def make_hippocampus_data(folder: Path, training: int = 4, validation: int = 1) 
         image = (100 * rng.normal(labels * 1.0, 0.3)).astype(np.float32)
         entries.append(save(folder, "Tr", name, image, labels, np.eye(4)))
     (folder / "dataset.json").write_text(json.dumps({"training": entries}))
+    return folder
+
+
+def make_headneck_data(folder: Path, training: int = 4, validation: int = 1) -> Path:
+    """A right and a left ball as parotids, a mandible between, contoured in every other case only, and small balls.
+
+    All are there in every image. Beyond a part of it nothing was scanned.
+    """
+    rng = np.random.default_rng(0)
+    shape, affine = np.array([40, 36, 32]), np.diag([3.9, 3.9, 2.5, 1.0])
+    # Place, Hounsfield units and radius of each structure.
+    places = {
+        1: ([0.5, 0.2, 0.8], 150.0, 3),
+        2: ([0.5, 0.2, 0.35], 150.0, 3),
+        3: ([0.7, 0.4, 0.5], 60.0, 5),
+        4: ([0.3, 0.4, 0.5], 60.0, 5),
+        5: ([0.5, 0.8, 0.35], 150.0, 3),
+        6: ([0.5, 0.8, 0.8], 150.0, 3),
+        7: ([0.5, 0.6, 0.55], 400.0, 5),
+    }
+    sections: dict[str, list[dict]] = {"training": [], "validation": []}
+    for number in range(training + validation):
+        image = rng.normal(-100, 20, shape)
+        labels = np.zeros(shape, np.uint8)
+        for value, (place, hounsfield, radius) in places.items():
+            mask = ball(shape, shape * place + rng.uniform(-1, 1, 3), radius)
+            image[mask] = rng.normal(hounsfield, 20, mask.sum())
+            if value != 7 or number % 2 == 0:
+                labels[mask] = value
+        image[:, :, :4] = -1000
+        labels[:, :, :4] = 0
+        section = "training" if number < training else "validation"
+        case = save(folder, "Tr", f"pt_{number}.nii.gz", image.astype(np.int16), labels, affine)
+        sections[section].append(case)
+    (folder / "dataset.json").write_text(json.dumps(sections))
     return folder

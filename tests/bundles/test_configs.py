@@ -11,6 +11,7 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from monai_iunet.bundle_template import TASKS, Task, configs
+from monai_iunet.comparison import as_markdown
 from monai_iunet.images import InputError
 from tests.bundles.helpers import BUNDLES
 
@@ -92,6 +93,22 @@ def test_the_metadata_describe_the_network(task: Task) -> None:
     assert pred["num_channels"] == len(names)
     assert image["spatial_shape"] == pred["spatial_shape"] == list(task.roi_size)
     assert image["modality"] == task.modality
+
+
+@BY_NAME
+def test_the_readme_shows_what_was_measured(task: Task) -> None:
+    bundle = BUNDLES / task.name
+    readme = (bundle / "docs" / "README.md").read_text()
+    comparison = bundle / "docs" / "comparison.json"
+    if comparison.is_file():
+        assert as_markdown(json.loads(comparison.read_text())) in readme
+    stated = json.loads((bundle / "configs" / "metadata.json").read_text())["eval_metrics"]
+    rows = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("| ")}
+    for name in task.classes:
+        assert f"| {stated['dice_' + name.replace(' ', '_')]:.3f} |" in rows[name]
+    for picture in ("cases.png", "training.png"):
+        assert f"]({picture})" in readme
+        assert (bundle / "docs" / picture).is_file()
 
 
 @BY_NAME
