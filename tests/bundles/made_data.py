@@ -8,10 +8,23 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from monai_iunet.bundle_template import Task
 from tests.bundles.helpers import BUNDLES
 
 HIPPOCAMPUS = BUNDLES / "iunet_hippocampus_mri_segmentation"
 HEADNECK = BUNDLES / "iunet_headneck_ct_segmentation"
+
+# For a bundle that learns `make_hippocampus_data` quickly.
+SMALL_TASK = Task(
+    name="small",
+    modality="MR",
+    classes=("front", "back"),
+    dataset="data",
+    spacing=(1.0, 1.0, 1.0),
+    roi_size=(24, 32, 24),
+    channels=(8, 16, 32),
+    couplings=(1, 1, 1),
+)
 
 
 def ball(shape: np.ndarray, center: np.ndarray, radius: float) -> np.ndarray:

@@ -13,20 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 from typer.testing import CliRunner
 
 from monai_iunet import SegIUNet, bundle_report
-from monai_iunet.bundle_template import Task, write_bundle
+from monai_iunet.bundle_template import write_bundle
 from monai_iunet.cli import app
-from tests.bundles.made_data import make_hippocampus_data
+from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
-TASK = Task(
-    name="small",
-    modality="MR",
-    classes=("front", "back"),
-    dataset="data",
-    spacing=(1.0, 1.0, 1.0),
-    roi_size=(24, 32, 24),
-    channels=(4, 8),
-    couplings=(1, 1),
-)
 DICE = {"made_0": 0.9, "made_1": 0.1, "made_2": 0.5, "made_3": 0.6, "made_4": 0.4}
 
 
@@ -41,8 +31,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A bundle with weights, a log and an evaluation, in which every case has the same Dice for both structures."""
-    folder = write_bundle(TASK, tmp_path / "bundle")
-    network = SegIUNet(3, 1, 3, TASK.channels, couplings=TASK.couplings)
+    folder = write_bundle(SMALL_TASK, tmp_path / "bundle")
+    network = SegIUNet(3, 1, 3, SMALL_TASK.channels, couplings=SMALL_TASK.couplings)
     torch.save(network.state_dict(), folder / "models" / "model.pt")
     with SummaryWriter(str(folder / "train")) as writer:
         for step in range(1, 201):
@@ -50,7 +40,7 @@ def bundle(tmp_path: Path) -> Path:
         for epoch in (5, 10):
             writer.add_scalar("val_mean_dice", epoch / 20, epoch)
     (folder / "eval").mkdir()
-    rows = [f"{case}.nii.gz,{name},{dice}" for case, dice in DICE.items() for name in TASK.classes]
+    rows = [f"{case}.nii.gz,{name},{dice}" for case, dice in DICE.items() for name in SMALL_TASK.classes]
     (folder / "eval" / "cases.csv").write_text("\n".join(["case,structure,dice", *rows]))
     return folder
 

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from monai_iunet import comparison
-from monai_iunet.bundle_template import Task, write_bundle
+from monai_iunet.bundle_template import write_bundle
 from monai_iunet.cli import app
 from monai_iunet.comparison import as_markdown
-from tests.bundles.made_data import make_hippocampus_data
+from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,17 +22,7 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
     data = make_hippocampus_data(tmp_path / "data", training=2)
     listed = json.loads((data / "dataset.json").read_text())["training"]
     (data / "dataset.json").write_text(json.dumps({"training": listed[:2], "validation": listed[2:]}))
-    task = Task(
-        name="small",
-        modality="MR",
-        classes=("front", "back"),
-        dataset="data",
-        spacing=(1.0, 1.0, 1.0),
-        roi_size=(24, 32, 24),
-        channels=(8, 16, 32),
-        couplings=(1, 1, 1),
-    )
-    bundle = write_bundle(task, tmp_path / "bundle")
+    bundle = write_bundle(SMALL_TASK, tmp_path / "bundle")
     small = {**comparison.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(comparison, "NETWORKS", {"SegResNet": small})
     words = ["compare", "--bundle", bundle, "--dataset-dir", data, "--max-epochs", 2, "--output", tmp_path / "out"]
