@@ -67,6 +67,7 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
         axes[0].set(xlabel="training step", ylabel="loss")
         axes[1].plot(list(dice), list(dice.values()), marker=".")
         axes[1].set(xlabel="epoch", ylabel="mean Dice in validation")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
         for axis in axes:
             axis.grid(alpha=0.3)
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
