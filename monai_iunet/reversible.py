@@ -272,7 +272,7 @@ class _Rebuilding(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         count = len(call.weights)
         weights, kept = ctx.saved_tensors[:count], dict(zip(ctx.kept, ctx.saved_tensors[count:]))
-        if not _graph_is_retained(ctx):
+        if not graph_is_retained(ctx):
             call.kept = {}
         outputs, overwrite = map(
             list, zip(*((kept[i], False) if i in kept else call.take_output(i) for i in range(len(call.outputs))))
@@ -382,7 +382,7 @@ def _set_generator_states(device: torch.device, states: Sequence[Tensor]) -> Non
         torch.get_device_module(device).set_rng_state(states[1], device)
 
 
-def _graph_is_retained(ctx: Any) -> bool:
+def graph_is_retained(ctx: Any) -> bool:
     """Whether the graph survives the backward pass that is running; if not, frees what this node saved."""
     ctx.maybe_clear_saved_tensors()
     try:
