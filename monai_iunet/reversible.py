@@ -51,6 +51,7 @@ class Recall:
         overwrite: per output, whether its memory may be reused.
         inverse: whether the call was one of `inverse`, so that its "inputs" are what `forward` returns.
         inputs_wanted: whether a call upstream waits for the inputs; if not, `pull_back` may return none.
+        remembered: what `remember` returned.
     """
 
     weights: Tensors
@@ -58,6 +59,7 @@ class Recall:
     overwrite: Sequence[bool]
     inverse: bool
     inputs_wanted: bool
+    remembered: Tensors
 
 
 class InvertibleLayer(nn.Module):
@@ -69,6 +71,8 @@ class InvertibleLayer(nn.Module):
 
     Attributes:
         rebuilds: whether the backward pass rebuilds the input (default), or plain autograd stores what it needs.
+        exact: whether the input is rebuilt to the last bit, by a layer that knows how.
+        largest: with `exact`, the size of the largest value that the last call has made.
 
     Example:
         >>> class Swap(InvertibleLayer):
@@ -81,6 +85,8 @@ class InvertibleLayer(nn.Module):
     """
 
     rebuilds: bool = True
+    exact: bool = False
+    largest: Tensor | None = None
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         """The bijection itself: outputs from inputs."""
@@ -96,6 +102,20 @@ class InvertibleLayer(nn.Module):
         They are computed once per call. By default the layer's parameters, which `transform` reads from the module.
         """
         return tuple(self.parameters())
+
+    def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
+        """What `recover` needs beside the outputs of a call, kept until its backward pass. By default nothing."""
+        return ()
+
+    def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
+        """The inputs of a call from its outputs. By default what `restore`, or `transform`, makes of them."""
+        return (self.transform if inverse else self.restore)(outputs, weights)
+
+    def note_largest(self, tensor: Tensor, scale: float = 1.0) -> None:
+        """Keep the size of the largest value of a call in `largest`, on its device."""
+        low, high = tensor.detach().aminmax()
+        size = torch.maximum(-low, high) * scale
+        self.largest = size if self.largest is None else torch.maximum(self.largest, size)
 
     def forward(self, *inputs: Tensor, keep: bool | Sequence[bool] = True) -> Tensors:
         """Apply the layer.
@@ -124,9 +144,9 @@ class InvertibleLayer(nn.Module):
         Returns:
             The inputs, their gradients, and the gradients of the weights (None where there is none).
         """
-        undo, redo = (self.transform, self.restore) if call.inverse else (self.restore, self.transform)
+        redo = self.restore if call.inverse else self.transform
         with call.replay() as leaf_weights, torch.no_grad():
-            inputs = undo(tuple(outputs), tuple(leaf_weights))
+            inputs = self.recover(tuple(outputs), tuple(leaf_weights), call.remembered, call.inverse)
         leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
         with call.replay() as leaf_weights:
             again = redo(leaves, tuple(leaf_weights))
@@ -192,6 +212,7 @@ class _Call:
         self.sources = tuple(_link(tensor, self) for tensor in inputs)
         self.outputs: tuple[_Cell, ...] = ()
         self.kept: dict[int, Tensor] = {}
+        self.remembered: Tensors = ()
 
     def evaluate(self, inputs: Tensors, weights: Tensors) -> Tensors:
         """The forward pass; notes what a repetition has to restore."""
@@ -201,6 +222,8 @@ class _Call:
         if not all(map(torch.equal, before, _generator_states(self.device))):
             self.generator_states = before
         self.outputs = tuple(map(_Cell, outputs))
+        with self._autocast():
+            self.remembered = self.layer.remember(inputs, outputs, weights, self.inverse)
         return outputs
 
     @contextmanager
@@ -217,7 +240,7 @@ class _Call:
     def invert(self, outputs: Tensors) -> Tensors:
         """The inputs from the outputs, without gradients."""
         with self.replay(self.weights) as weights, torch.no_grad():
-            return (self.layer.transform if self.inverse else self.layer.restore)(outputs, tuple(weights))
+            return self.layer.recover(outputs, tuple(weights), self.remembered, self.inverse)
 
     def take_output(self, index: int) -> tuple[Tensor, bool]:
         """A rebuilt output and whether its memory is ours; its cell is empty afterwards."""
@@ -272,17 +295,17 @@ class _Rebuilding(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         count = len(call.weights)
         weights, kept = ctx.saved_tensors[:count], dict(zip(ctx.kept, ctx.saved_tensors[count:]))
+        remembered = call.remembered
         if not graph_is_retained(ctx):
-            call.kept = {}
+            call.kept, call.remembered = {}, ()
         outputs, overwrite = map(
             list, zip(*((kept[i], False) if i in kept else call.take_output(i) for i in range(len(call.outputs))))
         )
         foreign = [output for output, ours in zip(outputs, overwrite) if not ours]
         del kept
         inputs_wanted = any(source is not None and source() is not None for source in call.sources)
-        inputs, grad_inputs, grad_weights = call.layer.pull_back(
-            outputs, grad_outputs, Recall(weights, lambda: call.replay(weights), overwrite, call.inverse, inputs_wanted)
-        )
+        recall = Recall(weights, lambda: call.replay(weights), overwrite, call.inverse, inputs_wanted, remembered)
+        inputs, grad_inputs, grad_weights = call.layer.pull_back(outputs, grad_outputs, recall)
         call.hand_on(inputs, foreign)
         return (None, None, *grad_inputs, *grad_weights)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from monai_iunet.networks.blocks.grid import on_grid, round_to_grid
 from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, differentiate
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
@@ -45,11 +46,17 @@ class AdditiveCoupling(InvertibleLayer):
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         changed, kept = inputs
-        return kept, changed + self._shift(kept, changed)
+        changed = changed + self._shift(kept, changed)
+        if self.exact:
+            self.note_largest(changed)
+        return kept, changed
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         kept, changed = outputs
-        return changed - self._shift(kept, changed), kept
+        changed = changed - self._shift(kept, changed)
+        if self.exact:
+            self.note_largest(changed)
+        return changed, kept
 
     def _shift(self, kept: Tensor, changed: Tensor) -> Tensor:
         shift = self.branch(kept)
@@ -58,7 +65,7 @@ class AdditiveCoupling(InvertibleLayer):
                 f"A coupling branch must map {tuple(kept.shape)} to {tuple(changed.shape)}, the shape of the half that "
                 f"it is added to; {type(self.branch).__name__} returned {tuple(shift.shape)}."
             )
-        return shift
+        return round_to_grid(shift) if self.exact else shift
 
     def pull_back(
         self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
@@ -73,7 +80,9 @@ class AdditiveCoupling(InvertibleLayer):
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
             place = changed.data if call.overwrite[changed_at] else None
-            changed = torch.add(changed, shift.to(changed.dtype), alpha=1 if call.inverse else -1, out=place)
+            added = on_grid(shift) if self.exact else shift.to(changed.dtype)
+            changed = torch.add(changed, added, alpha=1 if call.inverse else -1, out=place)
+            del added
         grad_shift = None
         if grad_changed is not None:
             grad_shift = (-grad_changed if call.inverse else grad_changed).to(shift.dtype)

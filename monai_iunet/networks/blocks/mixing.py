@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
+from monai_iunet.reversible import Tensors
 
 __all__ = ["ChannelMixing"]
 
 
-class ChannelMixing(InvertibleLayer):
+class ChannelMixing(OrthogonalLayer):
     """Multiply the channels of each voxel by an orthogonal matrix, which starts as the identity.
 
     Args:
@@ -40,29 +41,21 @@ class ChannelMixing(InvertibleLayer):
         self.out_sizes = tuple(out_sizes)
         self.matrix = OrthogonalMatrix(sum(self.in_sizes), orthogonal_map=orthogonal_map)
 
-    def weights(self) -> Tensors:
-        return (self.matrix(),)
+    def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
+        return _apply(matrix.mT, pieces, self.in_sizes) if transposed else _apply(matrix, pieces, self.out_sizes)
 
-    def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        return _apply(weights[0], inputs, self.out_sizes)
-
-    def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        return _apply(weights[0].mT, outputs, self.in_sizes)
-
-    def pull_back(
-        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
-    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        matrix = call.weights[0] if call.inverse else call.weights[0].mT
-        sizes = self.out_sizes if call.inverse else self.in_sizes
-        gradients = fill(grad_outputs, outputs)
-        inputs = _apply(matrix, tuple(outputs), sizes)
-        outputs.clear()
-        grad_matrix = None
-        if call.weights[0].requires_grad:
-            blocks = [[_outer(grad, piece) for piece in inputs] for grad in gradients]
-            grad_matrix = torch.cat([torch.cat(row, 1) for row in blocks], 0)
-            grad_matrix = grad_matrix.mT if call.inverse else grad_matrix
-        return inputs, _apply(matrix, gradients, sizes), (grad_matrix,)
+    def matrix_gradient(
+        self,
+        inputs: Tensors,
+        outputs: Tensors,
+        grad_inputs: Tensors,
+        grad_outputs: Tensors,
+        matrix: Tensor,
+        inverse: bool,
+    ) -> Tensor:
+        blocks = [[_outer(gradient, piece) for piece in inputs] for gradient in grad_outputs]
+        found = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+        return found.mT if inverse else found
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
+from monai_iunet.reversible import Tensors
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
 
@@ -80,7 +81,7 @@ def _haar(stride: Sequence[int]) -> Tensor:
     return matrix
 
 
-class OrthogonalDownsampling(InvertibleLayer):
+class OrthogonalDownsampling(OrthogonalLayer):
     """Downsample a tensor into pieces of the channels; `inverse` is the orthogonal upsampling.
 
     Args:
@@ -113,30 +114,25 @@ class OrthogonalDownsampling(InvertibleLayer):
         base = resampling_base(init, stride, in_channels)
         self.matrix = OrthogonalMatrix(math.prod(stride), in_channels, base, orthogonal_map, learnable)
 
-    def weights(self) -> Tensors:
-        return (self.matrix(),)
+    def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
+        return self._up(pieces, matrix) if transposed else self._down(pieces, matrix)
 
-    def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        return self._down(inputs, weights[0])
+    def needs_outputs(self, inverse: bool) -> bool:
+        return not inverse
 
-    def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        return self._up(outputs, weights[0])
-
-    def pull_back(
-        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
-    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        matrix = call.weights[0]
-        grads = fill(grad_outputs, outputs)
-        undo = self._down if call.inverse else self._up
-        inputs, grad_inputs = undo(tuple(outputs), matrix), undo(grads, matrix)
-        grad_matrix = None
-        if matrix.requires_grad:
-            # Down: g x^T, and x = K^T y, so (g y^T) K. Up: y g^T of what went in and came back, and g = K^T g_y, so
-            # (y g_y^T) K. Either way at the low resolution, where nothing has to be unshuffled.
-            left, right = (inputs, grad_inputs) if call.inverse else (grads, tuple(outputs))
-            grad_matrix = self._outer(left, right) @ matrix
-        outputs.clear()
-        return inputs, grad_inputs, (grad_matrix,)
+    def matrix_gradient(
+        self,
+        inputs: Tensors,
+        outputs: Tensors,
+        grad_inputs: Tensors,
+        grad_outputs: Tensors,
+        matrix: Tensor,
+        inverse: bool,
+    ) -> Tensor:
+        # Down: grad_y x^T, and x = K^T y, so (grad_y y^T) K. Up: y grad_x^T, and grad_x = K^T grad_y, so
+        # (y grad_y^T) K. Either way at the low resolution, where nothing has to be unshuffled.
+        left, right = (inputs, grad_inputs) if inverse else (grad_outputs, outputs)
+        return self._outer(left, right) @ matrix
 
     def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
         (whole,) = high

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
+from monai_iunet.networks.blocks.grid import LIMIT, round_to_grid
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
@@ -61,6 +62,8 @@ class IUNet(nn.Module):
         padding_mode: how images are padded whose size does not divide, as in `torch.nn.functional.pad`; None to refuse.
         activations: "invert" to rebuild activations in the backward pass, "store" for plain autograd. The parameters
             and outputs are the same; may be set on a built network too.
+        exact: round activations to a grid, so that they are rebuilt, and gradients taken, exactly to the last bit; see
+            `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too.
         make_branch: `make_branch(spatial_dims, in_channels, out_channels, stage, level, index)`, with stage "encoder"
             or "decoder", returns the branch of a coupling, a network from `in_channels` to `out_channels`. If what it
             returns has a method `inverse`, it stands in for the whole coupling, a bijection of
@@ -96,6 +99,7 @@ class IUNet(nn.Module):
         learnable_resampling: bool = True,
         padding_mode: str | None = "constant",
         activations: str = "invert",
+        exact: bool = False,
         make_branch: MakeBranch | None = None,
     ) -> None:
         super().__init__()
@@ -178,6 +182,23 @@ class IUNet(nn.Module):
             ChannelPartition(_halves(total, count), (total,)) for total, count in zip(self.channels, self.couplings)
         )
         self.activations = activations
+        self.exact = exact
+
+    @property
+    def exact(self) -> bool:
+        """Whether activations are rounded to a grid, and rebuilt to the last bit."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, value: bool) -> None:
+        if value and any(isinstance(module, WholeCoupling) for module in self.modules()):
+            raise ValueError("exact=True needs additive couplings: branches without a method `inverse`.")
+        self._exact = value
+        for layer in self._layers():
+            layer.exact = value
+
+    def _layers(self) -> list[InvertibleLayer]:
+        return [module for module in self.modules() if isinstance(module, InvertibleLayer)]
 
     @property
     def activations(self) -> str:
@@ -189,9 +210,8 @@ class IUNet(nn.Module):
         if value not in ("invert", "store"):
             raise ValueError(f'activations must be "invert" or "store", got {value!r}.')
         self._activations = value
-        for module in self.modules():
-            if isinstance(module, InvertibleLayer):
-                module.rebuilds = value == "invert"
+        for layer in self._layers():
+            layer.rebuilds = value == "invert"
 
     def forward(self, x: Tensor, crop: bool = True) -> Tensor:
         """Apply the network.
@@ -251,13 +271,13 @@ class IUNet(nn.Module):
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """The image of codes as `encode` returns them, through the decoder."""
         self._check_codes(codes)
-        *skips, deepest = map(_stream, codes)
+        *skips, deepest = map(self._enter, codes)
         return self._decode([*skips, self._bottom_up(deepest, keep=False)])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """The image whose codes these are: inverse of `encode`."""
         self._check_codes(codes)
-        *skips, deepest = map(_stream, codes)
+        *skips, deepest = map(self._enter, codes)
         return self._encode_inverse([*skips, self._bottom.inverse(deepest, keep=False)])
 
     def decode_inverse(self, y: Tensor) -> Tensors:
@@ -272,6 +292,8 @@ class IUNet(nn.Module):
         codes.append(self._turn(*codes.pop(), keep=False))
         tapped: list[Tensor] | None = [] if levels else None
         y = self._decode(codes, tapped)
+        if self.exact and not _is_exported():
+            self._check_grid()
         return [self._crop(y, x.shape[2:]) if crop else y, *reversed(tapped or [])]
 
     _forward_uncompiled = torch._disable_dynamo(_forward)
@@ -281,7 +303,7 @@ class IUNet(nn.Module):
 
     def _encode(self, x: Tensor, keep: bool) -> list[Any]:
         """The skipped channels per level, then the halves of the coarsest level."""
-        state = self._open(_stream(x), keep=False)
+        state = self._open(self._enter(x), keep=False)
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
             for layer in layers:
@@ -315,7 +337,7 @@ class IUNet(nn.Module):
         return self._joins[0](*state)[0]
 
     def _decode_inverse(self, y: Tensor, keep: bool) -> list[Any]:
-        state = self._joins[0].inverse(_stream(y), keep=False)
+        state = self._joins[0].inverse(self._enter(y), keep=False)
         codes: list[Any] = []
         for level, layers in enumerate(self.decoder):
             for layer in reversed(layers):
@@ -325,6 +347,27 @@ class IUNet(nn.Module):
                 codes.append(state[0])
                 state = self.upsamplings[level](*state[1:], keep=False)
         return [*codes, state]
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """What goes into the couplings."""
+        x = _stream(x)
+        if not self.exact:
+            return x
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"exact=True needs float32, also under autocast, got {x.dtype}.")
+        return round_to_grid(x)
+
+    def _check_grid(self) -> None:
+        """Raise an error if the layers' last calls have left the range of the grid."""
+        sizes = [layer.largest for layer in self._layers() if layer.largest is not None]
+        for layer in self._layers():
+            layer.largest = None
+        largest = float(torch.stack(sizes).amax()) if sizes else 0.0
+        if largest >= LIMIT:
+            raise OverflowError(
+                f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {largest:.0f}. Scale the "
+                "images, train with a lower learning rate or weight decay, or use exact=False."
+            )
 
     def layout(self) -> str:
         """Picture of the network: a row per level, a number of channels per coupling, and each split as (skip/down).
@@ -419,6 +462,10 @@ def _traced_with_gradients() -> bool:
     It would break its graph at every layer and compile each piece again; better one break around the whole.
     """
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+
+
+def _is_exported() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _stream(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class SegIUNet(nn.Module):
         learnable_resampling: whether the resampling is trained.
         padding_mode: how images are padded whose size does not divide.
         activations: "invert" or "store".
+        exact: whether activations are rebuilt to the last bit.
         make_branch: coupling branches of one's own.
         deep_supervision: in training, return logits for each level of the decoder too, as a list, finest first, of
             `len(strides)` entries (see `IUNet.forward_levels`); in evaluation the finest alone.
@@ -67,6 +68,7 @@ class SegIUNet(nn.Module):
         learnable_resampling: bool = True,
         padding_mode: str | None = "constant",
         activations: str = "invert",
+        exact: bool = False,
         make_branch: MakeBranch | None = None,
         deep_supervision: bool = False,
     ) -> None:
@@ -89,6 +91,7 @@ class SegIUNet(nn.Module):
             learnable_resampling=learnable_resampling,
             padding_mode=padding_mode,
             activations=activations,
+            exact=exact,
             make_branch=make_branch,
         )
         convolution = Conv[Conv.CONV, spatial_dims]
@@ -106,6 +109,15 @@ class SegIUNet(nn.Module):
     @activations.setter
     def activations(self, value: str) -> None:
         self.iunet.activations = value
+
+    @property
+    def exact(self) -> bool:
+        """See `IUNet.exact`."""
+        return self.iunet.exact
+
+    @exact.setter
+    def exact(self, value: bool) -> None:
+        self.iunet.exact = value
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
