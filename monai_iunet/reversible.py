@@ -24,6 +24,7 @@ Sources: Gomez et al., The Reversible Residual Network, 2017 (arXiv 1707.04585);
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -112,7 +113,9 @@ class InvertibleLayer(nn.Module):
         return (self.transform if inverse else self.restore)(outputs, weights)
 
     def note_largest(self, tensor: Tensor, scale: float = 1.0) -> None:
-        """Keep the size of the largest value of a call in `largest`, on its device."""
+        """Keep the size of the largest value of a call in `largest`, on its device; not in an export."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
         low, high = tensor.detach().aminmax()
         size = torch.maximum(-low, high) * scale
         self.largest = size if self.largest is None else torch.maximum(self.largest, size)
@@ -176,14 +179,20 @@ class _Cell:
     Filled by the backward pass of the consumer, emptied by that of the producer.
     """
 
-    __slots__ = ("__weakref__", "consumer", "identity", "owned", "storage", "value")
+    __slots__ = ("__weakref__", "consumer", "identity", "owned", "pinned", "storage", "value")
 
     def __init__(self, state: Tensor) -> None:
         self.value: Tensor | None = None
+        self.pinned: Tensor | None = None  # the state itself, for a consumer that will not rebuild it
         self.owned = False  # whether the engine made the value, so that its memory may be reused
         self.consumer: _Call | None = None
         self.storage = weakref.ref(state.untyped_storage())
         self.identity = state.storage_offset(), state.shape, state._version
+
+    @property
+    def known(self) -> Tensor | None:
+        """The state, if it is at hand."""
+        return self.value if self.pinned is None else self.pinned
 
     def is_place_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is the state of this cell: the same memory, unchanged, not a copy or another view."""
@@ -219,7 +228,7 @@ class _Call:
         before = _generator_states(self.device)
         with self._autocast():
             outputs = (self.layer.restore if self.inverse else self.layer.transform)(inputs, weights)
-        if not all(map(torch.equal, before, _generator_states(self.device))):
+        if list(map(_bytes_of, before)) != list(map(_bytes_of, _generator_states(self.device))):
             self.generator_states = before
         self.outputs = tuple(map(_Cell, outputs))
         with self._autocast():
@@ -245,6 +254,10 @@ class _Call:
     def take_output(self, index: int) -> tuple[Tensor, bool]:
         """A rebuilt output and whether its memory is ours; its cell is empty afterwards."""
         cell = self.outputs[index]
+        if cell.pinned is not None:
+            if not cell.is_place_of(cell.pinned):
+                raise RuntimeError("A state of a reversible chain was changed in place before its backward pass.")
+            return cell.pinned, False
         if cell.value is None:
             _rebuild(cell)
         value, cell.value = cell.value, None
@@ -314,20 +327,31 @@ def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool | Sequence[bool], i
     weights = layer.weights()
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights))
     if not (recorded and layer.rebuilds) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        for tensor in inputs if recorded else ():
+            if (cell := _cell_of(tensor)) is not None:
+                cell.pinned = tensor.detach()
         return (layer.restore if inverse else layer.transform)(inputs, weights)
     return _Rebuilding.apply(_Call(layer, inverse, inputs, weights), keep, *inputs, *weights)
 
 
 def _link(tensor: Tensor, consumer: _Call) -> weakref.ref[_Cell] | None:
     """The cell of a state that another call produced; from now on `consumer` can rebuild that state."""
+    cell = _cell_of(tensor)
+    if cell is None:
+        return None
+    cell.consumer = consumer
+    return weakref.ref(cell)
+
+
+def _cell_of(tensor: Tensor) -> _Cell | None:
+    """The cell of a state that a call produced, found by the state itself."""
     if tensor.grad_fn is None:
         return None
     # Fully sharded training puts a node before the layer that passes the state on as it is: look one node further.
     for node, index in ((tensor.grad_fn, tensor.output_nr), *tensor.grad_fn.next_functions):
         call = getattr(node, "call", None)
         if isinstance(call, _Call) and call.outputs[index].is_place_of(tensor):
-            call.outputs[index].consumer = consumer
-            return weakref.ref(call.outputs[index])
+            return call.outputs[index]
     return None
 
 
@@ -347,7 +371,7 @@ def _rebuild(cell: _Cell) -> None:
                 "be rebuilt. Call the last layer of the chain with `keep=True`."
             )
         outputs = [
-            call.kept[index] if index in call.kept else found.get(output, output.value)
+            call.kept[index] if index in call.kept else found.get(output, output.known)
             for index, output in enumerate(call.outputs)
         ]
         missing = [place for place, value in zip(call.outputs, outputs) if value is None]
@@ -397,6 +421,11 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
+
+
+def _bytes_of(state: Tensor) -> bytes:
+    """The content of a generator's state, read without an operator: memory is planned where operators only pretend."""
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def _set_generator_states(device: torch.device, states: Sequence[Tensor]) -> None:

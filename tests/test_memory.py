@@ -11,13 +11,13 @@ from monai_iunet.benchmark.sections import EQUAL_COST
 from monai_iunet.live_bytes import LiveBytes
 
 
-def peaks(couplings: int, input_gradient: bool = False) -> tuple[float, float]:
+def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> tuple[float, float]:
     """Peak of a training step and of a forward pass without gradients, above parameters and their gradients.
 
     In the step these are subtracted, not ignored: what backward of the loss itself holds, while no gradient of a
     parameter has been touched yet, is no matter of the network.
     """
-    net = IUNet(3, (32, 64, 128), couplings=couplings)
+    net = IUNet(3, (32, 64, 128), couplings=couplings, exact=exact)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     parameters = list(net.parameters())
@@ -48,6 +48,12 @@ def check(depths: list[int], input_gradient: bool = False) -> None:
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_peak_is_flat_in_depth(input_gradient: bool) -> None:
     check([2, 5], input_gradient)
+
+
+def test_exactness_costs_a_seventh_of_it_and_stays_flat() -> None:
+    plain, exact, deeper = (peaks(couplings, exact=exact)[0] for couplings, exact in ((2, False), (2, True), (5, True)))
+    assert plain < exact < 1.15 * plain
+    assert deeper < 1.01 * exact
 
 
 def test_a_patch_takes_a_quarter_of_the_bytes_of_nnunet_s_network() -> None:

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_iunet.live_bytes import LiveBytes
+from monai_iunet.plan import Loss
 
-__all__ = ["Spread", "forward_macs", "peak_of_inference", "peak_of_training", "ratio", "time_alternately"]
+__all__ = [
+    "Spread",
+    "forward_macs",
+    "peak_of_inference",
+    "peak_of_training",
+    "peak_with_optimizer",
+    "ratio",
+    "time_alternately",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def time_alternately(
     does meets all of them alike. One round to warm up is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
+    gc.freeze()  # what is there already need not be looked at before every run
     for number in range(rounds + 1):
         for name in list(actions)[:: 1 if number % 2 else -1]:
             gc.collect()
@@ -58,6 +68,7 @@ def time_alternately(
             _synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
+    gc.unfreeze()
     return seconds
 
 
@@ -80,6 +91,37 @@ def peak_of_inference(net: nn.Module, run: Callable[[], object]) -> int:
     """Peak live bytes of a forward pass without gradients, beside the parameters."""
     with LiveBytes(ignore=[*net.parameters(), *net.buffers()]) as live, torch.no_grad():
         run()
+    return live.peak
+
+
+def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: torch.dtype, loss: Loss) -> int:
+    """Peak bytes of a whole step of training with AdamW, the second one: parameters, optimizer and all.
+
+    On a GPU it is what PyTorch has allocated at most, elsewhere live bytes, without the target.
+    """
+    optimizer = torch.optim.AdamW(net.parameters())
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(net(images), target)
+        value.backward()
+        del value
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if images.device.type == "cuda":
+        before = torch.cuda.memory_allocated(images.device)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers(), images))
+        step()
+        torch.cuda.reset_peak_memory_stats(images.device)
+        step()
+        return torch.cuda.max_memory_allocated(images.device) - (before - held)
+    with LiveBytes(ignore=[target]) as live:
+        step()
+        live.peak = 0
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.detach()  # seen by the ruler, used or not
+        step()
     return live.peak
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from monai_iunet.networks.blocks.grid import LIMIT, round_to_grid
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
+from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.reversible import InvertibleLayer, Tensors
 
 __all__ = ["IUNet"]
@@ -29,7 +30,7 @@ MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
-class IUNet(nn.Module):
+class IUNet(ChosenActivations):
     """Invertible U-Net: a bijection of 1D, 2D or 3D images, trained without storing its activations.
 
     Additive couplings keep the resolution. Between levels a part of the channels is downsampled by a learnable
@@ -60,8 +61,10 @@ class IUNet(nn.Module):
         resampling_init: where the resampling starts: "haar", "pixel_shuffle", "random" or an orthogonal matrix.
         learnable_resampling: whether the resampling is trained.
         padding_mode: how images are padded whose size does not divide, as in `torch.nn.functional.pad`; None to refuse.
-        activations: "invert" to rebuild activations in the backward pass, "store" for plain autograd. The parameters
-            and outputs are the same; may be set on a built network too.
+        activations: "invert" to rebuild activations in the backward pass, "store" for plain autograd, or one of the two
+            per level, finest first; "auto" chooses for each size of images, so that a step is as fast as
+            `memory_budget` allows. The parameters and outputs are the same; may be set on a built network too.
+        memory_budget: for "auto", what a step may hold beside optimizer and loss: bytes, or such as "20 GiB".
         exact: round activations to a grid, so that they are rebuilt, and gradients taken, exactly to the last bit; see
             `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too.
         make_branch: `make_branch(spatial_dims, in_channels, out_channels, stage, level, index)`, with stage "encoder"
@@ -98,7 +101,8 @@ class IUNet(nn.Module):
         resampling_init: Any = "haar",
         learnable_resampling: bool = True,
         padding_mode: str | None = "constant",
-        activations: str = "invert",
+        activations: str | Sequence[str] = "invert",
+        memory_budget: int | str | None = None,
         exact: bool = False,
         make_branch: MakeBranch | None = None,
     ) -> None:
@@ -181,6 +185,7 @@ class IUNet(nn.Module):
         self._joins: Any = nn.ModuleList(
             ChannelPartition(_halves(total, count), (total,)) for total, count in zip(self.channels, self.couplings)
         )
+        self.memory_budget = memory_budget
         self.activations = activations
         self.exact = exact
 
@@ -201,17 +206,25 @@ class IUNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, InvertibleLayer)]
 
     @property
-    def activations(self) -> str:
-        """Where the backward pass has activations from: "invert" or "store"."""
-        return self._activations
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.channels)
 
-    @activations.setter
-    def activations(self, value: str) -> None:
-        if value not in ("invert", "store"):
-            raise ValueError(f'activations must be "invert" or "store", got {value!r}.')
-        self._activations = value
-        for layer in self._layers():
-            layer.rebuilds = value == "invert"
+    def set_levels(self, choice: Sequence[str]) -> None:
+        """Let each level "invert" or "store"."""
+        for level, activations in enumerate(choice):
+            for layer in self._layers_of(level):
+                layer.rebuilds = activations == "invert"
+
+    def _layers_of(self, level: int) -> Iterator[InvertibleLayer]:
+        """The layers of a level, and those between it and the next."""
+        between = (self.splits, self.merges, self.downsamplings, self.upsamplings)
+        yield from (*self.encoder[level], *self.decoder[level], self._joins[level])
+        yield from (layers[level] for layers in between if level < len(layers))
+        if level == 0:
+            yield self._open
+        if level == len(self.channels) - 1:
+            yield from (self._bottom, self._bottom_up, self._turn)
 
     def forward(self, x: Tensor, crop: bool = True) -> Tensor:
         """Apply the network.
@@ -225,6 +238,7 @@ class IUNet(nn.Module):
             A tensor like `x`, or of the padded size.
         """
         self._check(x, "x", self.channels[0])
+        self._fit(x)
         if _traced_with_gradients():
             return self._forward_uncompiled(x, crop)[0]
         return self._forward(x, crop)[0]
@@ -241,6 +255,7 @@ class IUNet(nn.Module):
             size of `x` does not divide, these belong to the padded image.
         """
         self._check(x, "x", self.channels[0])
+        self._fit(x)
         if _traced_with_gradients():
             return self._forward_uncompiled(x, True, True)
         return self._forward(x, True, True)
@@ -257,6 +272,7 @@ class IUNet(nn.Module):
         codes = self._decode_inverse(y, keep=False)
         codes.append(self._turn.inverse(*codes.pop(), keep=False))
         x = self._encode_inverse(codes)
+        self._check_grid()
         return x if spatial_size is None else self._crop(x, spatial_size)
 
     def encode(self, x: Tensor) -> Tensors:
@@ -266,34 +282,41 @@ class IUNet(nn.Module):
         """
         self._check(x, "x", self.channels[0])
         *skips, state = self._encode(self._pad(x), keep=True)
-        return (*skips, *self._bottom(*state))
+        deepest = self._bottom(*state)
+        self._check_grid()
+        return (*skips, *deepest)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """The image of codes as `encode` returns them, through the decoder."""
         self._check_codes(codes)
         *skips, deepest = map(self._enter, codes)
-        return self._decode([*skips, self._bottom_up(deepest, keep=False)])
+        y = self._decode([*skips, self._bottom_up(deepest, keep=False)])
+        self._check_grid()
+        return y
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """The image whose codes these are: inverse of `encode`."""
         self._check_codes(codes)
         *skips, deepest = map(self._enter, codes)
-        return self._encode_inverse([*skips, self._bottom.inverse(deepest, keep=False)])
+        x = self._encode_inverse([*skips, self._bottom.inverse(deepest, keep=False)])
+        self._check_grid()
+        return x
 
     def decode_inverse(self, y: Tensor) -> Tensors:
         """The codes that the decoder takes to this image: inverse of `decode`."""
         self._check(y, "y", self.channels[0])
         self._check_divides(y.shape[2:], "decode_inverse: ", "Pass what `decode` returned.")
         *skips, state = self._decode_inverse(y, keep=True)
-        return (*skips, *self._bottom_up.inverse(*state))
+        deepest = self._bottom_up.inverse(*state)
+        self._check_grid()
+        return (*skips, *deepest)
 
     def _forward(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
         codes = self._encode(self._pad(x), keep=False)
         codes.append(self._turn(*codes.pop(), keep=False))
         tapped: list[Tensor] | None = [] if levels else None
         y = self._decode(codes, tapped)
-        if self.exact and not _is_exported():
-            self._check_grid()
+        self._check_grid()
         return [self._crop(y, x.shape[2:]) if crop else y, *reversed(tapped or [])]
 
     _forward_uncompiled = torch._disable_dynamo(_forward)
@@ -358,7 +381,9 @@ class IUNet(nn.Module):
         return round_to_grid(x)
 
     def _check_grid(self) -> None:
-        """Raise an error if the layers' last calls have left the range of the grid."""
+        """Raise an error if the layers' last calls have left the range of the grid; not in an export."""
+        if not self.exact or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
         sizes = [layer.largest for layer in self._layers() if layer.largest is not None]
         for layer in self._layers():
             layer.largest = None
@@ -462,10 +487,6 @@ def _traced_with_gradients() -> bool:
     It would break its graph at every layer and compile each piece again; better one break around the whole.
     """
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
-
-
-def _is_exported() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _stream(x: Tensor) -> Tensor:

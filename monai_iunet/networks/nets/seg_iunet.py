@@ -8,12 +8,13 @@ from typing import Any, Literal
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
 
 __all__ = ["SegIUNet"]
 
 
-class SegIUNet(nn.Module):
+class SegIUNet(ChosenActivations):
     """Segmentation network: a convolution to `channels[0]`, an `IUNet`, a 1x1 convolution to the classes.
 
     Args:
@@ -33,7 +34,8 @@ class SegIUNet(nn.Module):
         resampling_init: where the resampling starts.
         learnable_resampling: whether the resampling is trained.
         padding_mode: how images are padded whose size does not divide.
-        activations: "invert" or "store".
+        activations: "invert" or "store", one of the two per level, or "auto".
+        memory_budget: for "auto".
         exact: whether activations are rebuilt to the last bit.
         make_branch: coupling branches of one's own.
         deep_supervision: in training, return logits for each level of the decoder too, as a list, finest first, of
@@ -67,7 +69,8 @@ class SegIUNet(nn.Module):
         resampling_init: Any = "haar",
         learnable_resampling: bool = True,
         padding_mode: str | None = "constant",
-        activations: str = "invert",
+        activations: str | Sequence[str] = "invert",
+        memory_budget: int | str | None = None,
         exact: bool = False,
         make_branch: MakeBranch | None = None,
         deep_supervision: bool = False,
@@ -90,7 +93,6 @@ class SegIUNet(nn.Module):
             resampling_init=resampling_init,
             learnable_resampling=learnable_resampling,
             padding_mode=padding_mode,
-            activations=activations,
             exact=exact,
             make_branch=make_branch,
         )
@@ -100,15 +102,17 @@ class SegIUNet(nn.Module):
         self.deep_supervision = deep_supervision
         coarser = self.iunet.channels[1:-1] if deep_supervision else ()
         self.deep_heads = nn.ModuleList(convolution(width, out_channels, 1) for width in coarser)
+        self.memory_budget = memory_budget
+        self.activations = activations
 
     @property
-    def activations(self) -> str:
-        """See `IUNet.activations`."""
-        return self.iunet.activations
+    def levels(self) -> int:
+        """Number of levels."""
+        return self.iunet.levels
 
-    @activations.setter
-    def activations(self, value: str) -> None:
-        self.iunet.activations = value
+    def set_levels(self, choice: Sequence[str]) -> None:
+        """Let each level "invert" or "store"."""
+        self.iunet.activations = choice
 
     @property
     def exact(self) -> bool:
@@ -125,6 +129,7 @@ class SegIUNet(nn.Module):
         With `deep_supervision`, in training, a list of them, finest first.
         """
         self.iunet._check(x, "x", self.stem.in_channels)
+        self._fit(x)
         if not (self.deep_supervision and self.training):
             return self.head(self.iunet(self.stem(x)))
         levels = self.iunet.forward_levels(self.stem(x))

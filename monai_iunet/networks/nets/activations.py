@@ -1,0 +1,89 @@
+"""The choice between rebuilding and storing activations, which `IUNet` and `SegIUNet` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ChosenActivations"]
+
+
+class ChosenActivations(nn.Module):
+    """Base of networks whose levels rebuild or store their activations.
+
+    A subclass defines `levels`, their number, and `set_levels`.
+    """
+
+    memory_budget: int | str | None = None
+    _automatic = False
+    _chosen: tuple[str, ...] = ()
+    _chosen_for: object = None
+
+    @property
+    def activations(self) -> str | tuple[str, ...]:
+        """Where the backward pass has activations from: "invert", "store", one of the two per level, or "auto"."""
+        if self._automatic:
+            return "auto"
+        return self._chosen[0] if len(set(self._chosen)) == 1 else self._chosen
+
+    @activations.setter
+    def activations(self, value: str | Sequence[str]) -> None:
+        automatic = isinstance(value, str) and value == "auto"
+        if automatic and self.memory_budget is None:
+            raise ValueError('activations="auto" needs a memory_budget, such as "20 GiB".')
+        every = "invert" if automatic else value
+        choice = (every,) * self.levels if isinstance(every, str) else tuple(every)
+        if len(choice) != self.levels or not set(choice) <= {"invert", "store"}:
+            raise ValueError(
+                f'activations must be "invert", "store", "auto" or one of the first two for each of the {self.levels} '
+                f"levels, got {value!r}."
+            )
+        self._automatic, self._chosen_for = automatic, None
+        self._choose(choice)
+
+    @property
+    def chosen_activations(self) -> tuple[str, ...]:
+        """The choice per level, finest first, which "auto" makes when it sees images."""
+        return self._chosen
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        raise TypeError(f"{type(self).__name__} does not define `levels`.")
+
+    def set_levels(self, choice: Sequence[str]) -> None:
+        """Let each level "invert" or "store"."""
+        raise TypeError(f"{type(self).__name__} does not define `set_levels`.")
+
+    def _choose(self, choice: tuple[str, ...]) -> None:
+        self._chosen = choice
+        self.set_levels(choice)
+
+    def activations_for(self, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+        """The choice per level for images of a shape, trained in float32 or under autocast to `dtype`.
+
+        Args:
+            image_shape: `(batch, channels, *spatial)`.
+            dtype: of autocast; float32 for none.
+        """
+        from monai_iunet.budget import best_activations
+
+        if not self._automatic or self.memory_budget is None:
+            return self._chosen
+        return best_activations(self, self.memory_budget, image_shape, dtype)
+
+    def _fit(self, x: Tensor) -> None:
+        """With "auto", choose for images like these, once for each shape and precision."""
+        if self._automatic and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            self._fit_uncompiled(x)
+
+    @torch._disable_dynamo
+    def _fit_uncompiled(self, x: Tensor) -> None:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        key = (tuple(x.shape), dtype, self.memory_budget)
+        if key != self._chosen_for:
+            self._choose(self.activations_for(x.shape, dtype))
+            self._chosen_for = key
