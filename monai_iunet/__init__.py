@@ -1,7 +1,8 @@
 """Invertible U-Nets for MONAI: volumetric segmentation networks whose training memory does not grow with depth.
 
 `IUNet` is the bijective network, `SegIUNet` the same between a convolutional stem and head; `plan_training` says what a
-training step will hold. Names are loaded on first use, so that importing the package is light.
+training step will hold, `reconstruction_error` how well activations are rebuilt. Names are loaded on first use, so that
+importing the package is light.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from monai_iunet.diagnostics import reconstruction_error
     from monai_iunet.networks.nets.iunet import IUNet
     from monai_iunet.networks.nets.seg_iunet import SegIUNet
     from monai_iunet.plan import TrainingPlan, plan_training
 
-__all__ = ["IUNet", "SegIUNet", "TrainingPlan", "plan_training"]
+__all__ = ["IUNet", "SegIUNet", "TrainingPlan", "plan_training", "reconstruction_error"]
 
 _MODULES = {
     "IUNet": "monai_iunet.networks.nets.iunet",
     "SegIUNet": "monai_iunet.networks.nets.seg_iunet",
     "TrainingPlan": "monai_iunet.plan",
     "plan_training": "monai_iunet.plan",
+    "reconstruction_error": "monai_iunet.diagnostics",
 }
 
 

@@ -1,0 +1,44 @@
+"""What is said of rebuilt activations."""
+
+from __future__ import annotations
+
+import torch
+
+from monai_iunet import IUNet, SegIUNet, reconstruction_error
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+
+
+def test_the_error_is_that_of_the_precision() -> None:
+    network = IUNet(2, (4, 8, 16), couplings=4)
+    x = torch.randn(2, 4, 32, 32)
+    single = reconstruction_error(network, x)
+    double = reconstruction_error(network.double(), x.double())
+    assert len(single) == len(double) == 3
+    assert all(1e-9 < error < 1e-5 for error in single)
+    assert all(error < 1e-13 for error in double)
+
+
+def test_autocast_shows_what_exact_mends() -> None:
+    network = SegIUNet(2, 1, 3, (4, 8, 16), couplings=8, activations="store")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    x = torch.randn(1, 1, 30, 32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        drift = reconstruction_error(network, x)
+        network.exact = True
+        exact = reconstruction_error(network, x)
+    assert max(drift) > 1e-4
+    assert exact == [0, 0, 0]
+    assert network.activations == "store"
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_level_that_is_rebuilt_wrongly_shows() -> None:
+    class Forgetful(AdditiveCoupling):
+        def _shift(self, kept: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+            return 1.1 * super()._shift(kept, changed)  # which the backward pass does not know
+
+    network = IUNet(2, (4, 8), couplings=2)
+    network.encoder[1][1] = Forgetful(network.encoder[1][1].branch)
+    errors = reconstruction_error(network, torch.randn(1, 4, 8, 8))
+    assert errors[1] > 1e-3
