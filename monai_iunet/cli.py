@@ -162,6 +162,35 @@ def benchmark(
 
 
 @app.command()
+def plan(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    gpu_memory: Annotated[
+        str | None, typer.Option(help='Show the largest patch and the most couplings too that this takes: "24 GiB".')
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 under autocast.")] = "float32",
+    patch: Annotated[str | None, typer.Option(help="Patch in voxels, such as 96,96,96. Default: the bundle's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Patches per step. Default: the bundle's.")] = None,
+) -> None:
+    """Say what a bundle's training will hold, part by part, and what fits a given memory; nothing is allocated."""
+    from monai_iunet.images import InputError
+
+    try:
+        from rich.console import Console
+
+        from monai_iunet.bundle_plan import BundleTraining, read_dtype
+
+        size = _numbers(patch, int, "--patch") if patch else None
+        training = BundleTraining(bundle, read_dtype(dtype), size, batch_size)
+        console = Console()
+        console.print(training.parts())
+        if gpu_memory is not None:
+            console.print(training.fitting(gpu_memory))
+    except InputError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
 def compare(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
