@@ -19,7 +19,7 @@ from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
 from monai_iunet.cli import app
 
 CPU = torch.device("cpu")
-TINY = run.Sizes((1, 2), (4, 8), 8, 8, 2, 8, rounds=2)
+TINY = run.Sizes((1, 2), (4, 8), 8, 8, 2, 8, 8, rounds=2)
 
 
 def test_spread_and_ratio() -> None:
@@ -79,6 +79,15 @@ def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypat
     memory = {(row["network"], row["couplings"]): row["training_memory"] for row in found["depth"]}
     assert memory["ours, invert", 2] < 1.05 * memory["ours, invert", 1]
     assert memory["ours, store", 2] > 1.2 * memory["ours, store", 1]
+    assert memory["ours, invert", 2] < memory["ours, auto", 2] <= sections.AUTO_UNITS
+    assert memory["ours, invert", 2] < memory["ours, exact", 2] < 1.2 * memory["ours, invert", 2]
+    bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["choices"]]
+    assert bytes_per_voxel == sorted(bytes_per_voxel)
+    assert [found["choices"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
+    for row in found["plans"]:
+        assert row["planned_over_measured"] == pytest.approx(1, abs=0.1)
+    for row in found["losses"]:
+        assert (row["memory"] < 3) == (row["loss"] == "ours, chunked")
     convolution = found["per_voxel"][1]
     assert convolution["kmac_per_voxel"] == pytest.approx(2 * 27 / 1e3)
     assert convolution["inference_bytes_per_voxel"] == 12
@@ -107,3 +116,5 @@ def test_the_command_on_a_gpu(tmp_path: Path) -> None:
     cubes = {row["network"]: row["largest_cube"] for row in found["largest_cubes"]}
     assert cubes["SegIUNet"] > cubes["DynUNet"] > 0
     assert found["whole_volume"][0]["fits"]
+    for row in found["plans"]:
+        assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)

@@ -1,4 +1,5 @@
-"""Other packages that save memory by inversion, each in a U-Net as much like ours as it allows.
+"""Our network in its variants, and other packages that save memory by inversion, each in a U-Net as much like ours as
+it allows.
 
 `iunets` builds its own U-Net, here around our branches. `memcnn` and `revlib` have couplings only; they run in our
 network, whose resampling and mixing is left to plain autograd.
@@ -90,8 +91,8 @@ class _Chain(nn.Module):
         raise TypeError("The chains of other packages are only trained here.")
 
 
-def _ours(activations: str) -> MakeNetwork:
-    return lambda channels, couplings: IUNet(3, channels, couplings=couplings, activations=activations)
+def _ours(**options: Any) -> MakeNetwork:
+    return lambda channels, couplings: IUNet(3, channels, couplings=couplings, **options)
 
 
 def _checkpointing(channels: Sequence[int], couplings: int) -> nn.Module:
@@ -141,8 +142,10 @@ def _iunets(channels: Sequence[int], couplings: int) -> nn.Module:
 
 
 CONTESTANTS: dict[str, MakeNetwork] = {
-    "ours, invert": _ours("invert"),
-    "ours, store": _ours("store"),
+    "ours, invert": _ours(),
+    "ours, exact": _ours(exact=True),
+    "ours, auto": _ours(activations="auto", memory_budget=1),
+    "ours, store": _ours(activations="store"),
     "torch checkpoint": _checkpointing,
     "iunets": _iunets,
     "memcnn": _chains(_memcnn),

@@ -19,7 +19,7 @@ from monai_iunet.benchmark.measure import Spread
 from monai_iunet.benchmark.sections import Row
 from monai_iunet.images import write_atomically
 
-__all__ = ["COLUMNS", "draw_depth", "header", "show", "write_json"]
+__all__ = ["COLUMNS", "draw", "header", "show", "write_json"]
 
 Column = tuple[str, str, Callable[[Any], str]]
 
@@ -54,6 +54,28 @@ COLUMNS: dict[str, list[Column]] = {
         ("training step, µs/voxel", "training_microseconds_per_voxel", _spread()),
         ("no_grad, µs/voxel", "inference_microseconds_per_voxel", _spread()),
     ],
+    "choices": [
+        ("activations", "activations", str),
+        ("training, B/voxel", "training_bytes_per_voxel", _number(0)),
+        ("training step, µs/voxel", "training_microseconds_per_voxel", _spread()),
+        ("over store", "training_over_store", _spread()),
+        ("over the line", "training_over_line", _spread()),
+    ],
+    "plans": [
+        ("network", "network", str),
+        ("dtype", "dtype", str),
+        ("planned, MiB", "planned_mebibytes", _number(1)),
+        ("measured, MiB", "measured_mebibytes", _number(1)),
+        ("planned over measured", "planned_over_measured", _number(3)),
+    ],
+    "losses": [
+        ("loss", "loss", str),
+        ("classes", "classes", str),
+        ("over the logits", "memory", _number(2)),
+        ("B/voxel", "bytes_per_voxel", _number(0)),
+        ("forward and backward, ms", "milliseconds", _spread(digits=1)),
+        ("over MONAI", "over_monai", _spread()),
+    ],
     "resampling": [
         ("layer", "layer", str),
         ("forward, ms", "forward_milliseconds", _spread(digits=1)),
@@ -71,6 +93,9 @@ COLUMNS: dict[str, list[Column]] = {
 TITLES = {
     "depth": "One training step of 3D U-Nets, memory in units of the input's bytes (the loss alone: 7)",
     "per_voxel": "Segmentation networks of about equal cost: one training step, batch 1, float32",
+    "choices": "SegIUNet with activations rebuilt, stored, or as a memory budget allows; the line joins the two ends",
+    "plans": "Peak of a training step with AdamW, Dice and cross-entropy, batch 1: planned and measured",
+    "losses": "Dice and cross-entropy: memory with logits and their gradient, in units of the logits",
     "resampling": "Orthogonal downsampling by 2 per axis",
     "largest_cubes": "Largest cube that trains, bf16 autocast, Adam, batch 1",
     "whole_volume": "One training step of SegIUNet on a whole volume, bf16 autocast, Adam",
@@ -105,7 +130,11 @@ def show(section: str, rows: Sequence[Row], console: Console) -> None:
     table = Table(title=TITLES[section], title_justify="left", header_style="bold")
     columns = [column for column in COLUMNS[section] if any(column[1] in row for row in rows)]
     for heading, key, _ in columns:
-        table.add_column(heading, justify="left" if key in ("network", "layer") else "right", no_wrap=True)
+        table.add_column(
+            heading,
+            justify="left" if key in ("network", "layer", "loss", "activations", "dtype") else "right",
+            no_wrap=True,
+        )
     for row in rows:
         table.add_row(*(write(row[key]) if key in row else "" for _, key, write in columns))
     console.print(table)
@@ -117,12 +146,24 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text.replace("NaN", "null")))
 
 
-def draw_depth(rows: Sequence[Row], caption: str, path: Path) -> None:
-    """Memory and time against depth, a line for everyone."""
+def draw(results: dict[str, Any], caption: str, path: Path) -> None:
+    """Memory and time against depth, a line for everyone; below, what a budget and many classes do."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    memory, time = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 8), layout="constrained", dpi=150)
+    (memory, time), (choices, losses) = figure.subplots(2, 2)
+    _draw_depth(results["depth"], memory, time)
+    _draw_choices(results["choices"], choices)
+    _draw_losses(results["losses"], losses)
+    for axes in (memory, time, choices, losses):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    time.legend_.remove()
+    figure.supxlabel(caption, fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _draw_depth(rows: Sequence[Row], memory: Any, time: Any) -> None:
     for number, name in enumerate(dict.fromkeys(row["network"] for row in rows)):
         own = [row for row in rows if row["network"] == name]
         depths = [row["couplings"] for row in own]
@@ -134,18 +175,35 @@ def draw_depth(rows: Sequence[Row], caption: str, path: Path) -> None:
         memory.plot(depths, [row["training_memory"] for row in own], label=name, **style)
         seconds = [row["training_seconds"] for row in own]
         time.plot(depths, [spread.median for spread in seconds], label=name, **style)
-        time.fill_between(
-            depths,
-            [spread.low for spread in seconds],
-            [spread.high for spread in seconds],
-            alpha=0.2,
-            color=f"C{number}",
-        )
+        low, high = [spread.low for spread in seconds], [spread.high for spread in seconds]
+        time.fill_between(depths, low, high, alpha=0.2, color=f"C{number}")
     memory.set(title="Peak memory of a training step", ylabel="bytes, in units of the input's")
     time.set(title="Time of a training step", ylabel="seconds")
     for axes in (memory, time):
         axes.set(xlabel="couplings per level", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    memory.legend(frameon=False)
-    figure.supxlabel(caption, fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _draw_choices(rows: Sequence[Row], axes: Any) -> None:
+    memory = [row["training_bytes_per_voxel"] for row in rows]
+    spreads = [row["training_microseconds_per_voxel"] for row in rows]
+    times = [spread.median for spread in spreads]
+    errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+    axes.plot([memory[0], memory[-1]], [times[0], times[-1]], "--", color="gray", label="line between the ends")
+    axes.errorbar(memory, times, errors, fmt="o", capsize=3, label="SegIUNet")
+    for row, x, y in zip(rows, memory, times):
+        axes.annotate(row["activations"], (x, y), xytext=(5, 6), textcoords="offset points", fontsize=8)
+    axes.set(title="Rebuilding or storing, level by level", xlabel="bytes per voxel", ylabel="µs per voxel")
+    axes.margins(x=0.2, y=0.2)
+
+
+def _draw_losses(rows: Sequence[Row], axes: Any) -> None:
+    names = list(dict.fromkeys(row["loss"] for row in rows))
+    classes = list(dict.fromkeys(row["classes"] for row in rows))
+    for number, name in enumerate(names):
+        heights = [row["memory"] for row in rows if row["loss"] == name]
+        places = [place + 0.4 * number for place in range(len(classes))]
+        bars = axes.bar(places, heights, 0.38, label=name)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8)
+    axes.set_xticks([place + 0.2 * (len(names) - 1) for place in range(len(classes))], map(str, classes))
+    axes.set(title="Peak memory of Dice and cross-entropy", xlabel="classes", ylabel="bytes, in units of the logits'")
+    axes.margins(y=0.25)

@@ -26,11 +26,12 @@ class Sizes:
     voxels_size: int
     resampling_channels: int
     resampling_size: int
+    loss_size: int
     rounds: int
 
 
-FULL = Sizes((5, 10, 20, 30), (32, 64, 128), 32, 64, 32, 64, rounds=5)
-QUICK = Sizes((2, 4), (8, 16, 32), 16, 32, 8, 32, rounds=2)
+FULL = Sizes((5, 10, 20, 30), (32, 64, 128), 32, 64, 32, 64, 96, rounds=5)
+QUICK = Sizes((2, 4), (8, 16, 32), 16, 32, 8, 32, 32, rounds=2)
 WHOLE_VOLUME = (512, 512, 304)
 
 
@@ -68,9 +69,16 @@ def run_benchmark(device: torch.device, peers: bool, sizes: Sizes, output: Path,
         with console.status(f"{couplings} couplings per level"):
             rows += sections.depth(names, couplings, sizes.rounds, device, sizes.depth_channels, sizes.depth_size)
     finish("depth", rows)
-    report.draw_depth(rows, _caption(results, sizes), output / "benchmark.png")
     with console.status("networks of equal cost"):
         finish("per_voxel", sections.per_voxel(sections.EQUAL_COST, sizes.voxels_size, sizes.rounds, device))
+    with console.status("activations by budget"):
+        make = sections.EQUAL_COST["SegIUNet"]
+        finish("choices", sections.choices(make, sizes.voxels_size, sizes.rounds, device))
+    with console.status("plans"):
+        finish("plans", sections.plans(sections.EQUAL_COST, sizes.voxels_size, device))
+    with console.status("losses"):
+        finish("losses", sections.losses(sizes.loss_size, sizes.rounds, device))
+    report.draw(results, _caption(results, sizes), output / "benchmark.png")
     with console.status("resampling"):
         finish(
             "resampling",
@@ -88,6 +96,6 @@ def run_benchmark(device: torch.device, peers: bool, sizes: Sizes, output: Path,
 def _caption(results: dict[str, Any], sizes: Sizes) -> str:
     versions = results["versions"]
     return (
-        f"3D, input {sizes.depth_channels[0]} x {sizes.depth_size} cubed, channels {sizes.depth_channels}; "
+        f"top: 3D, input {sizes.depth_channels[0]} x {sizes.depth_size} cubed, channels {sizes.depth_channels}; "
         f"{results['device']}; torch {versions['torch']}; {results['date']}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,16 +17,35 @@ from monai_iunet.benchmark.measure import (
     forward_macs,
     peak_of_inference,
     peak_of_training,
+    peak_with_optimizer,
     ratio,
     time_alternately,
 )
 from monai_iunet.benchmark.peers import CONTESTANTS, MakeNetwork
+from monai_iunet.budget import best_activations
+from monai_iunet.live_bytes import LiveBytes
+from monai_iunet.losses import ChunkedDiceCELoss
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
+from monai_iunet.networks.nets.iunet import IUNet
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
+from monai_iunet.plan import plan_training
 
-__all__ = ["EQUAL_COST", "depth", "largest_cubes", "per_voxel", "resampling", "whole_volume"]
+__all__ = [
+    "AUTO_UNITS",
+    "EQUAL_COST",
+    "choices",
+    "depth",
+    "largest_cubes",
+    "losses",
+    "per_voxel",
+    "plans",
+    "resampling",
+    "whole_volume",
+]
 
 Row = dict[str, Any]
+AUTO_UNITS = 20
+CLASSES = (3, 8, 118)
 
 
 def depth(
@@ -34,12 +54,16 @@ def depth(
     """Memory and time of one training step of 3D networks with that many couplings per level.
 
     The step is `z = x * 1; y = net(z); y.square().mean().backward()`. Memory is in units of the bytes of `x`; the loss
-    alone, around a network that does nothing, takes 7.
+    alone, around a network that does nothing, takes 7. "auto" may take `AUTO_UNITS`.
     """
     x = torch.randn(1, channels[0], *[size] * 3, device=device, requires_grad=True)
     unit = x.numel() * x.element_size()
     makers: dict[str, MakeNetwork] = {name: CONTESTANTS[name] for name in names}
     nets: dict[str, nn.Module] = {name: make(channels, couplings).to(device) for name, make in makers.items()}
+    for net in nets.values():
+        if isinstance(net, IUNet) and net.activations == "auto":
+            parameters = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
+            net.memory_budget = AUTO_UNITS * unit + 2 * parameters  # theirs and their gradients'
 
     def step(net: nn.Module) -> None:
         z = x * 1
@@ -123,6 +147,111 @@ def per_voxel(networks: dict[str, Callable[[], nn.Module]], size: int, rounds: i
         }
         for name, net in nets.items()
     ]
+
+
+def choices(make: Callable[[], Any], size: int, rounds: int, device: torch.device) -> list[Row]:
+    """Memory and time of a training step between rebuilding all activations and storing all, by budget.
+
+    Budgets are parts of the way from the memory of the one to that of the other. The line is that between the two ends
+    in memory and time; what lies below it does better than mixing the two.
+    """
+    x = torch.rand(1, 1, *[size] * 3, device=device)
+    ends = {activations: _with_activations(make(), activations).to(device) for activations in ("invert", "store")}
+    peaks = [plan_training(net, x.shape[2:], optimizer=None).training_peak for net in ends.values()]
+    nets = {"invert": ends["invert"]}
+    for part in (0.2, 0.4, 0.6, 0.8):
+        chosen = best_activations(ends["invert"], int(peaks[0] + part * (peaks[1] - peaks[0])), x.shape)
+        nets.setdefault(_short(chosen), _with_activations(make(), chosen).to(device))
+    nets["store"] = ends["store"]
+    actions = {name: _bind(lambda net: net(x).square().mean().backward(), net) for name, net in nets.items()}
+    seconds = time_alternately(actions, rounds, device)
+    memory = {name: peak_of_training(net, actions[name]) for name, net in nets.items()}
+    rows = []
+    for name in nets:
+        part = (memory[name] - memory["invert"]) / (memory["store"] - memory["invert"])
+        line = [(1 - part) * low + part * high for low, high in zip(seconds["invert"], seconds["store"])]
+        rows.append(
+            {
+                "activations": name,
+                "training_bytes_per_voxel": memory[name] / size**3,
+                "training_microseconds_per_voxel": Spread.of(1e6 * time / size**3 for time in seconds[name]),
+                "training_over_store": ratio(seconds[name], seconds["store"]),
+                "training_over_line": ratio(seconds[name], line),
+            }
+        )
+    return rows
+
+
+def _with_activations(net: Any, activations: str | Sequence[str]) -> Any:
+    net.activations = activations
+    return net
+
+
+def _short(chosen: Sequence[str]) -> str:
+    """Such as `store levels 2, 3`, the finest level being 1."""
+    stored = [str(level) for level, activations in enumerate(chosen, 1) if activations == "store"]
+    return f"store levels {', '.join(stored)}" if stored else "invert"
+
+
+def plans(networks: dict[str, Callable[[], nn.Module]], size: int, device: torch.device) -> list[Row]:
+    """What a step of training with AdamW and the loss was planned to hold at most, and what it held."""
+    images = torch.rand(1, 1, *[size] * 3, device=device)
+    target = torch.randint(0, 2, images.shape, device=device)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    rows = []
+    for name, net in _equal_cost(networks):
+        for dtype in (torch.float32, torch.bfloat16):
+            net.to(device)
+            planned = plan_training(net, images.shape[2:], dtype=dtype, loss=loss).training_peak
+            measured = peak_with_optimizer(net, images, target, dtype, loss)
+            net.cpu()
+            rows.append(
+                {
+                    "network": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "planned_mebibytes": planned / 2**20,
+                    "measured_mebibytes": measured / 2**20,
+                    "planned_over_measured": planned / measured,
+                }
+            )
+    return rows
+
+
+def losses(size: int, rounds: int, device: torch.device) -> list[Row]:
+    """Dice and cross-entropy, forward and backward, by number of classes: MONAI's and ours.
+
+    Memory is in units of the logits, which are counted, as is their gradient; the target is not.
+    """
+    rows = []
+    for classes in CLASSES:
+        logits = torch.randn(1, classes, *[size] * 3, device=device, requires_grad=True)
+        target = torch.randint(0, classes, (1, 1, *[size] * 3), device=device)
+        made: dict[str, nn.Module] = {
+            "ours, chunked": ChunkedDiceCELoss(to_onehot_y=True, softmax=True),
+            "MONAI": DiceCELoss(to_onehot_y=True, softmax=True),
+        }
+
+        def step(loss: nn.Module, logits: Tensor = logits, target: Tensor = target) -> None:
+            logits.grad = None
+            loss(logits, target).backward()
+
+        actions = {name: _bind(step, loss) for name, loss in made.items()}
+        seconds = time_alternately(actions, rounds, device)
+        for name, action in actions.items():
+            logits.grad = None
+            with LiveBytes(ignore=[target]) as live:
+                action()
+            rows.append(
+                {
+                    "loss": name,
+                    "classes": classes,
+                    "memory": live.peak / (logits.numel() * logits.element_size()),
+                    "bytes_per_voxel": live.peak / size**3,
+                    "milliseconds": Spread.of(1e3 * time for time in seconds[name]),
+                    "over_monai": ratio(seconds[name], seconds["MONAI"]),
+                }
+            )
+    return rows
 
 
 def resampling(rounds: int, device: torch.device, channels: int, size: int) -> list[Row]:
