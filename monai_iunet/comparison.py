@@ -111,7 +111,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [_row("", *networks), _row("---", *["---"] * len(networks))]
     for structure in networks[OURS]["dice"]:
         scores = ((each["dice"][structure], each["hausdorff95_mm"][structure]) for each in networks.values())
-        lines.append(_row(f"{structure}, Dice / HD95", *(f"{dice:.3f} / {hd95:.1f} mm" for dice, hd95 in scores)))
+        lines.append(
+            _row(f"{structure}, Dice / HD95", *(f"{dice:.3f} / {_millimeters(hd95)}" for dice, hd95 in scores))
+        )
     figures = {
         "mean Dice": lambda each: f"**{each['mean_dice']:.3f}**",
         "parameters": lambda each: f"{each['parameters'] / 1e6:.1f} M",
@@ -124,6 +126,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for name, difference in result["ours_minus"].items():
         lines.append(_row(name, "{mean:+.4f}".format(**difference), "{low:+.4f} to {high:+.4f}".format(**difference)))
     return "\n".join(lines) + "\n"
+
+
+def _millimeters(distance: float | None) -> str:
+    """A distance; there is none to what was not found at all."""
+    return "none" if distance is None else f"{distance:.1f} mm"
 
 
 def _row(*cells: str) -> str:
@@ -169,7 +176,8 @@ def _scores(rows: list[dict[str, str]]) -> Config:
         return {name: float(np.nanmean(found)) for name, found in values.items()}
 
     dice = means("dice")
-    return {"dice": dice, "hausdorff95_mm": means("hausdorff95_mm"), "mean_dice": float(np.mean(list(dice.values())))}
+    distances = {name: value if np.isfinite(value) else None for name, value in means("hausdorff95_mm").items()}
+    return {"dice": dice, "hausdorff95_mm": distances, "mean_dice": float(np.mean(list(dice.values())))}
 
 
 def _mean_dice_of_cases(rows: list[dict[str, str]]) -> np.ndarray:
