@@ -65,12 +65,14 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(5))
 def test_the_code_of_the_readme_runs(index: int) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     names: dict[str, Any] = {}
     exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
+    if "plan" in names:
+        assert names["plan"].training_peak > names["plan"].inference_peak > 2**30
     if "restored" in names:
         torch.testing.assert_close(names["restored"], names["images"], atol=1e-3, rtol=1e-3)
 
