@@ -92,7 +92,7 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
     if not cases.is_file():
         raise InputError(f"{cases}: no such file. Evaluate the bundle first.")
     dice: dict[str, list[float]] = {}
-    with cases.open(newline="") as file:
+    with cases.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             dice.setdefault(row["case"], []).append(float(row["dice"]))
     means = {case: float(np.nanmean(values)) for case, values in dice.items()}
@@ -113,7 +113,7 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
             draw_overlay(
                 figure,
                 image,
-                segmenter(image),
+                segmenter.segment(image).labels,
                 segmenter.labels,
                 title=f"{rank}: {case}, mean Dice {means[case]:.3f}",
                 reference=np.asarray(truth.dataobj),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from monai_iunet.images import InputError, check_folder, write_atomically
-from monai_iunet.inference import default_bundle
+from monai_iunet.installed import bundle_folder
 
 __all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
 
@@ -137,7 +137,7 @@ def write_configs(task: Task, bundle: str | Path) -> None:
     folder = check_folder(Path(bundle, "configs"))
     for name, config in configs(task).items():
         text = json.dumps(config, indent=4) + "\n"
-        write_atomically(folder / name, partial(Path.write_text, data=text))
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def write_bundle(task: Task, folder: str | Path) -> Path:
@@ -152,12 +152,12 @@ def write_bundle(task: Task, folder: str | Path) -> Path:
     for part in ("configs", "docs", "models"):
         check_folder(folder / part)
     write_configs(task, folder)
-    example = default_bundle()
+    example = bundle_folder()
     for name in ("LICENSE", "configs/logging.conf"):
         shutil.copyfile(example / name, folder / name)
     text = json.dumps(_metadata(task), indent=4) + "\n"
-    write_atomically(folder / "configs" / "metadata.json", partial(Path.write_text, data=text))
-    write_atomically(folder / "docs" / "README.md", partial(Path.write_text, data=_readme(task)))
+    write_atomically(folder / "configs" / "metadata.json", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_atomically(folder / "docs" / "README.md", partial(Path.write_text, data=_readme(task), encoding="utf-8"))
     license_text = f"The license of the data set {task.dataset}, and whom to cite.\n"
     write_atomically(folder / "docs" / "data_license.txt", partial(Path.write_text, data=license_text))
     return folder

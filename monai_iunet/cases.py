@@ -130,7 +130,7 @@ def _images(path: Path) -> list[Path]:
 
 def _listed(path: Path) -> list[str]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["test"] if isinstance(content, dict) else content
         return [entry["image"] if isinstance(entry, dict) else str(entry) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:

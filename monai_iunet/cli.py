@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -10,13 +13,26 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    import nibabel
-    import numpy as np
     import torch
 
 __all__ = ["main"]
 
 Number = TypeVar("Number", int, float)
+
+
+class TableFormat(str, Enum):
+    """Formats of a table of volumes."""
+
+    csv = "csv"
+    json = "json"
+
+
+class LabelFormat(str, Enum):
+    """Formats of labels."""
+
+    nifti = "nifti"
+    input = "input"
+
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Invertible U-Nets for MONAI.", pretty_exceptions_enable=False
@@ -38,96 +54,98 @@ def _options(
     pass
 
 
-@app.command()
-def segment(
-    images: Annotated[list[Path] | None, typer.Argument(help="NIfTI images, .nii or .nii.gz.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("segmentations"),
-    bundle: Annotated[Path | None, typer.Option(help="Bundle folder. Default: the hippocampus bundle.")] = None,
-    example: Annotated[bool, typer.Option("--example", help="Segment both hippocampi of the MNI152 template.")] = False,
-    mirror: Annotated[
-        bool, typer.Option("--mirror", help="Segment the left-right mirror image: for crops of the other side.")
-    ] = False,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
-) -> None:
-    """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """What a user can mend is said in a line, and the exit status is 2."""
     from monai_iunet.images import InputError
 
-    if example == bool(images):
-        raise typer.BadParameter("name images, or --example, and not both.")
     try:
-        _segment(images or [], output, bundle, mirror, device)
+        yield
     except InputError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-def _segment(images: list[Path], output: Path, bundle: Path | None, mirror: bool, device: str) -> None:
-    import numpy as np
-
-    from monai_iunet.images import InputError, check_folder, image_name, read_image
-
-    names = [image_name(path) for path in images]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(
-            f"Several images have the name {', '.join(twice)}: results would overwrite each other. Rename."
-        )
-    # Everything that can be wrong is found before the first result is written.
-    for path in images:
-        read_image(path)
-
-    from monai_iunet.inference import BundleSegmenter, default_bundle
-    from monai_iunet.whole_head import hippocampus_labels, load_template, register_template, segment_whole_head
-
-    segmenter = BundleSegmenter(bundle or default_bundle(), None if device == "auto" else _device(device))
-    regions = {}
-    for path in images:
-        image = read_image(path)
-        if segmenter.finds_region(image, str(path)):
-            try:
-                regions[path] = register_template(image)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
-    check_folder(output)
-    both_sides = hippocampus_labels(segmenter.labels)
-    if not images:
-        template = load_template()
-        _report(template, segment_whole_head(template, segmenter, np.eye(4)), both_sides, "mni152", output)
-    for path, name in zip(images, names):
-        image = read_image(path)
-        if path in regions:
-            _report(image, segment_whole_head(image, segmenter, regions[path]), both_sides, name, output)
-        else:
-            labels = segmenter(image, mirrored=mirror)
-            _report(image, labels, segmenter.labels, name, output, segmenter.window)
-
-
-def _report(
-    image: nibabel.Nifti1Image,
-    labels: np.ndarray,
-    names: dict[int, str],
-    name: str,
-    output: Path,
-    window: tuple[float, float] | None = None,
+@app.command()
+def segment(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Images: NIfTI, NRRD, MetaImage, or a folder with a DICOM series.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("segmentations"),
+    bundle: Annotated[
+        str, typer.Option(help='Bundle: a folder, or a name from "monai-iunet bundles", such as headneck.')
+    ] = "hippocampus",
+    example: Annotated[bool, typer.Option("--example", help="Segment both hippocampi of the MNI152 template.")] = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Segment the left-right mirror image: for crops of the other side.")
+    ] = False,
+    series: Annotated[
+        str | None, typer.Option(help="DICOM series, by its UID or the beginning or end of it.", show_default=False)
+    ] = None,
+    overlay: Annotated[bool, typer.Option(help="Write a picture of the contours, NAME_seg.png.")] = True,
+    volumes: Annotated[
+        TableFormat | None, typer.Option(help="Write the volumes of all images as a table, too.", show_default=False)
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of each class too, NAME_prob.nii.gz.")
+    ] = False,
+    format: Annotated[
+        LabelFormat, typer.Option(help="Format of the labels: NIfTI, or the input's own; DICOM SEG for a series.")
+    ] = LabelFormat.nifti,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
 ) -> None:
-    import nibabel
+    """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
+    if example == bool(images):
+        raise typer.BadParameter("name images, or --example, and not both.")
+    with _input_errors():
+        from monai_iunet.inference import BundleSegmenter
+        from monai_iunet.installed import bundle_folder
+        from monai_iunet.segment_files import Settings, segment_files, write_volumes
 
-    from monai_iunet.images import write_labels
-    from monai_iunet.overlay import save_overlay
+        place = None if device == "auto" else _device(device)
+        segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
+        results = []
+        for result in segment_files(images or [], segmenter, output, Settings(mirror, overlay, format.value, series)):
+            results.append(result)
+            typer.echo(f"{result.written}")
+            width = max(map(len, result.volumes))
+            for structure, volume in result.volumes.items():
+                typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+        if volumes is not None:
+            table = output / f"volumes.{volumes.value}"
+            write_volumes(results, table)
+            typer.echo(f"{table}")
 
-    voxel = nibabel.affines.voxel_sizes(image.affine).prod()
-    volumes = {value: int((labels == value).sum()) * voxel for value in names}
-    written = output / f"{name}_seg.nii.gz"
-    write_labels(labels, image, written)
-    save_overlay(image, labels, names, output / f"{name}_seg.png", title=name, window=window)
-    typer.echo(f"{written}")
-    width = max(map(len, names.values()))
-    for value, structure in names.items():
-        typer.echo(f"  {structure:<{width}}  {volumes[value]:8.0f} mm³")
-    for side in ("left", "right"):
-        parts = [volumes[value] for value, structure in names.items() if structure.startswith(f"{side} ")]
-        if len(parts) > 1:
-            typer.echo(f"  {f'{side}, whole':<{width}}  {sum(parts):8.0f} mm³")
+
+@app.command()
+def bundles() -> None:
+    """List the bundles that are installed: task, modality, classes, Dice and memory."""
+    with _input_errors():
+        from monai_iunet.installed import bundle_facts, installed_bundles
+
+        for name, folder in installed_bundles().items():
+            facts = bundle_facts(folder)
+            memory = facts["training_mib"]
+            lines = {
+                "task": facts["task"],
+                "modality": facts["modality"],
+                "classes": ", ".join(facts["classes"]),
+                "mean Dice": facts["dice"] and f"{facts['dice']:.3f} on its validation cases",
+                "training": memory and f"{memory} MiB in a step, beside parameters and gradients",
+            }
+            typer.echo(name)
+            for title, text in lines.items():
+                typer.echo(f"  {title:<11}{text or 'not measured'}")
+
+
+@app.command()
+def info() -> None:
+    """Print versions and devices, for a bug report."""
+    from monai_iunet.system import describe_system
+
+    for name, value in describe_system().items():
+        typer.echo(f"{name:<17}{value}")
 
 
 @app.command()
@@ -142,14 +160,11 @@ def benchmark(
     ] = False,
 ) -> None:
     """Measure memory and speed: ours, and others side by side; writes benchmark.json and benchmark.png."""
-    from monai_iunet.images import InputError, check_folder
+    with _input_errors():
+        from monai_iunet.images import check_folder
 
-    try:
         place = _device(device)
         check_folder(output)
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
 
     from rich.console import Console
 
@@ -172,9 +187,7 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Patches per step. Default: the bundle's.")] = None,
 ) -> None:
     """Say what a bundle's training will hold, part by part, and what fits a given memory; nothing is allocated."""
-    from monai_iunet.images import InputError
-
-    try:
+    with _input_errors():
         from rich.console import Console
 
         from monai_iunet.bundle_plan import BundleTraining, read_dtype
@@ -185,9 +198,6 @@ def plan(
         console.print(training.parts())
         if gpu_memory is not None:
             console.print(training.fitting(gpu_memory))
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -199,13 +209,9 @@ def compare(
 ) -> None:
     """Train DynUNet and SegResNet as a bundle trains its own network; print what each reaches and costs."""
     from monai_iunet.comparison import as_markdown, compare_networks
-    from monai_iunet.images import InputError
 
-    try:
+    with _input_errors():
         result = compare_networks(bundle, dataset_dir, output, max_epochs)
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
     typer.echo(as_markdown(result))
 
 
@@ -216,14 +222,10 @@ def report(
 ) -> None:
     """Draw a bundle's training, and its best, median and worst case: pictures for its README."""
     from monai_iunet.bundle_report import write_report
-    from monai_iunet.images import InputError
 
-    try:
+    with _input_errors():
         written = write_report(bundle, dataset_dir)
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo("\n".join(map(str, written)))
+        typer.echo("\n".join(map(str, written)))
 
 
 @app.command("init-bundle")
@@ -238,9 +240,7 @@ def new_bundle(
     output: Annotated[Path, typer.Option(help="Folder in which the bundle's folder is made.")] = Path("."),
 ) -> None:
     """Write a bundle for a task of one's own: configs to train, evaluate and segment, ready to run."""
-    from monai_iunet.images import InputError
-
-    try:
+    with _input_errors():
         from monai_iunet import bundle_template
 
         task = bundle_template.Task(
@@ -252,9 +252,6 @@ def new_bundle(
             roi_size=_numbers(roi_size, int, "--roi-size"),
         )
         typer.echo(bundle_template.write_bundle(task, output / name))
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:

@@ -101,7 +101,7 @@ def compare_networks(
         "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in NETWORKS},
     }
     text = json.dumps(result, indent=4) + "\n"
-    write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text))
+    write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text, encoding="utf-8"))
     return result
 
 
@@ -164,7 +164,7 @@ def _run(bundle: Path, config: str, settings: Config) -> None:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

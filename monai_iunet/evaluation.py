@@ -134,7 +134,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def _as_text(summary: Sequence[Row]) -> str:

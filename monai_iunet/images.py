@@ -3,78 +3,153 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
-__all__ = ["InputError", "check_folder", "image_name", "read_image", "write_atomically", "write_labels"]
+__all__ = [
+    "NIFTI",
+    "SUFFIXES",
+    "InputError",
+    "check_folder",
+    "check_image",
+    "image_name",
+    "label_image",
+    "read_image",
+    "write_atomically",
+    "write_labels",
+]
 
-SUFFIXES = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
+SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+SUFFIXES = NIFTI + SIMPLEITK
+# What deflate, the compression of all these formats, can reach at best (zlib's technical notes).
+LARGEST_COMPRESSION = 1032
+BROKEN = (nibabel.filebasedimages.ImageFileError, EOFError, OSError, ValueError, OverflowError, zlib.error)
 
 
 class InputError(ValueError):
     """Something that a user handed in cannot be used; the message names it and the remedy in one line."""
 
 
-def image_name(path: str | os.PathLike) -> str:
-    """File name without folder and NIfTI suffix.
+def image_name(path: str | os.PathLike, suffixes: Sequence[str] = NIFTI) -> str:
+    """File name without folder and suffix.
 
     Raises:
-        InputError: when the name has no NIfTI suffix.
+        InputError: when the name has none of the suffixes.
     """
     name = Path(path).name
-    for suffix in SUFFIXES:
+    for suffix in suffixes:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
-    raise InputError(f"{path}: not the name of a NIfTI file (.nii or .nii.gz). Convert the image to NIfTI first.")
+    raise InputError(
+        f"{path}: not the name of an image that can be read ({', '.join(suffixes)}). Convert the image to NIfTI first."
+    )
 
 
-def read_image(path: str | os.PathLike) -> nibabel.Nifti1Image:
-    """Read a 3D NIfTI image and make sure that it can be segmented.
+def read_image(path: str | os.PathLike, series: str | None = None) -> nibabel.Nifti1Image:
+    """Read a 3D image and make sure that it can be segmented.
+
+    Args:
+        path: a file of NIfTI, NRRD or MetaImage, a DICOM file that holds a volume, or a folder with a DICOM series.
+        series: Series Instance UID, or its beginning or end, where a folder holds several.
 
     Returns:
-        The image with its data read, float32.
+        The image with its data read, float32; the affine is in RAS.
 
     Raises:
         InputError: when there is no such file, it is damaged, not a 3D image, without orientation or not finite.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder. Name the image files in it.")
     if not path.exists():
         raise InputError(f"{path}: no such file. Check the path.")
-    image_name(path)
+    if path.is_dir():
+        from monai_iunet.dicom import read_series
+        from monai_iunet.geometry import from_simpleitk
+
+        return check_image(from_simpleitk(read_series(path, series)), str(path))
+    image_name(path, SUFFIXES)
+    image = _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_simpleitk(path)
+    return check_image(image, str(path))
+
+
+def _read_nifti(path: Path) -> nibabel.Nifti1Image:
     try:
         image = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+    except BROKEN as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}). Export or copy it again.") from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise InputError(f"{path}: {type(image).__name__} with the name of a NIfTI file. Convert it to NIfTI first.")
+    _check_size(path, math.prod(image.shape) * image.get_data_dtype().itemsize, path.stat().st_size)
+    return image
+
+
+def _read_simpleitk(path: Path) -> nibabel.Nifti1Image:
+    import SimpleITK
+
+    from monai_iunet.geometry import from_simpleitk
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        if reader.GetNumberOfComponents() > 1 or reader.GetDimension() < 3 or 1 in reader.GetSize()[2:3]:
+            raise InputError(
+                f"{path}: has the size {reader.GetSize()} with {reader.GetNumberOfComponents()} components, a 3D "
+                "volume of scalars is needed. Name one, or the folder of a DICOM series."
+            )
+        # A header may lie beside its data.
+        parts = path.parent.iterdir() if path.suffix.lower() in (".nhdr", ".mhd") else [path]
+        _check_size(path, math.prod(reader.GetSize()), sum(part.stat().st_size for part in parts if part.is_file()))
+        return from_simpleitk(reader.Execute())
+    except RuntimeError as error:
+        raise InputError(f"{path}: not readable, damaged or of another format. Export or copy it again.") from error
+
+
+def _check_size(path: Path, claimed: int, stored: int) -> None:
+    """Refuse a header that promises more than its file can hold, before memory is taken for it."""
+    if claimed > LARGEST_COMPRESSION * stored:
+        raise InputError(
+            f"{path}: its header promises {claimed} bytes, the file has {stored}: truncated or damaged. Copy it again."
+        )
+
+
+def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
+    """Make sure that an image can be segmented.
+
+    Args:
+        image: is given back.
+        name: what an error calls it.
+
+    Raises:
+        InputError: when it is not 3D, without orientation, damaged or not finite.
+    """
     shape = image.shape
-    if len(shape) != 3 or 0 in shape:
-        raise InputError(f"{path}: has the shape {shape}, a 3D volume is needed. Extract one volume of it first.")
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"{name}: has the shape {shape}, a 3D volume is needed. Extract one volume of it first.")
     if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: has voxels of type {image.get_data_dtype()}, numbers are needed. Convert it first.")
+        raise InputError(f"{name}: has voxels of type {image.get_data_dtype()}, numbers are needed. Convert it first.")
     header = image.header
     if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
         raise InputError(
-            f"{path}: has no orientation (qform and sform codes are 0), so left and right cannot be told apart. "
+            f"{name}: has no orientation (qform and sform codes are 0), so left and right cannot be told apart. "
             "Set the affine, for example with nibabel: `image.set_sform(affine, code=1)`."
         )
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: has an affine that cannot be inverted. Set a valid one with nibabel's `set_sform`.")
+        raise InputError(f"{name}: has an affine that cannot be inverted. Set a valid one with nibabel's `set_sform`.")
     try:
         data = image.get_fdata(dtype=np.float32)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: truncated or damaged ({_one_line(error)}). Copy it again.") from error
+    except BROKEN as error:
+        raise InputError(f"{name}: truncated or damaged ({_one_line(error)}). Copy it again.") from error
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
-        raise InputError(f"{path}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
+        raise InputError(f"{name}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
     return image
 
 
@@ -111,19 +186,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> None:
-    """Write a label volume as uint8 NIfTI in the geometry of an image.
+def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    """A label volume as uint8 NIfTI image in the geometry of an image.
 
     Args:
         labels: of the shape of the image.
         like: the image whose affine, codes and units it gets.
-        path: file to write.
     """
     image = nibabel.Nifti1Image(labels.astype(np.uint8), like.affine)
     for name in ("qform", "sform"):
         matrix, code = getattr(like, f"get_{name}")(coded=True)
         getattr(image, f"set_{name}")(matrix, int(code))
     image.header.set_xyzt_units(*like.header.get_xyzt_units())
+    return image
+
+
+def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> None:
+    """Write the `label_image` of a label volume; a file is there whole or not at all."""
+    image = label_image(labels, like)
     write_atomically(path, lambda temporary: nibabel.save(image, temporary))
 
 

@@ -11,6 +11,7 @@ Source of the metric: Mattes et al., PET-CT image registration in the chest usin
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import nibabel
@@ -18,6 +19,7 @@ import numpy as np
 import SimpleITK
 from scipy import ndimage
 
+from monai_iunet.geometry import RAS_TO_LPS, to_simpleitk
 from monai_iunet.images import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ __all__ = ["hippocampus_labels", "load_template", "register_template", "segment_
 # Around the left hippocampus, in mm of MNI space, about as large as the images of the training data.
 LEFT_BOX = ((-44.0, -46.0, -31.0), (-7.0, 5.0, 8.0))
 
-RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 START_ANGLES = (-25.0, 25.0)  # degrees about each axis, beside none
 LEAST_SIMILARITY = 0.5
 
@@ -50,7 +51,7 @@ def hippocampus_labels(parts: dict[int, str]) -> dict[int, str]:
 
 def segment_whole_head(
     image: nibabel.Nifti1Image, segmenter: BundleSegmenter, to_image: np.ndarray | None = None
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Segment the left hippocampus as it is and the right one in the mirror image.
 
     Args:
@@ -59,14 +60,17 @@ def segment_whole_head(
         to_image: 4 x 4 matrix from millimeters of MNI space to those of the image; None to register.
 
     Returns:
-        Labels as in `hippocampus_labels`, uint8, on the grid of the image.
+        Labels as in `hippocampus_labels`, uint8, on the grid of the image; and, if the segmenter gives them, the
+        probabilities of the background and each label, `(1 + labels, *spatial)`, float32.
 
     Raises:
         InputError: when the registration failed.
     """
     to_image = register_template(image) if to_image is None else to_image
+    number = len(segmenter.labels)
     labels = np.zeros(image.shape, dtype=np.uint8)
     best = np.full(image.shape, 0.5, np.float32)  # a voxel belongs to a structure if more than half of it does
+    probabilities = np.zeros((1 + 2 * number, *image.shape), np.float32) if segmenter.gives_probabilities else None
     data = image.get_fdata(dtype=np.float32)
     for mirrored in (False, True):
         corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
@@ -74,15 +78,18 @@ def segment_whole_head(
         shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
         box_to_image = np.linalg.inv(image.affine) @ to_image @ box  # voxels to voxels
         crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
-        part = segmenter(nibabel.Nifti1Image(crop, box), mirrored=mirrored)
-        offset = len(segmenter.labels) if mirrored else 0
+        part, part_probabilities = segmenter(nibabel.Nifti1Image(crop, box), mirrored=mirrored)
+        back = partial(ndimage.affine_transform, matrix=np.linalg.inv(box_to_image), output_shape=image.shape, order=1)
         for value in segmenter.labels:
-            share = ndimage.affine_transform(
-                (part == value).astype(np.float32), np.linalg.inv(box_to_image), output_shape=image.shape, order=1
-            )
-            labels[share > best] = value + offset
+            label = value + number * mirrored
+            share = back((part == value).astype(np.float32))
+            labels[share > best] = label
             best = np.maximum(best, share)
-    return labels
+            if probabilities is not None and part_probabilities is not None:
+                probabilities[label] = back(part_probabilities[value])
+    if probabilities is not None:
+        probabilities[0] = 1 - probabilities[1:].sum(0)
+    return labels, probabilities
 
 
 def register_template(image: nibabel.Nifti1Image) -> np.ndarray:
@@ -91,7 +98,7 @@ def register_template(image: nibabel.Nifti1Image) -> np.ndarray:
     Raises:
         InputError: when the image is not like the template anywhere.
     """
-    fixed, moving = _to_sitk(load_template(resolution=2)), _to_sitk(image)
+    fixed, moving = to_simpleitk(load_template(resolution=2)), to_simpleitk(image)
     brain = SimpleITK.BinaryDilate(SimpleITK.Cast(fixed > 0.01, SimpleITK.sitkUInt8), [3, 3, 3])
     try:
         affine = _align(fixed, moving, brain)
@@ -127,16 +134,6 @@ def _align(fixed: Any, moving: Any, brain: Any) -> Any:
     fine.SetInitialTransform(affine, inPlace=True)
     fine.Execute(fixed, moving)
     return affine
-
-
-def _to_sitk(image: nibabel.Nifti1Image) -> Any:
-    affine = RAS_TO_LPS @ image.affine
-    spacing = nibabel.affines.voxel_sizes(affine)
-    converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(image.get_fdata(dtype=np.float32).T))
-    converted.SetOrigin(affine[:3, 3].tolist())
-    converted.SetSpacing(spacing.tolist())
-    converted.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    return converted
 
 
 def _starts(fixed: Any, moving: Any) -> list[Any]:

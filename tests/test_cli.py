@@ -132,7 +132,7 @@ def with_singular_affine(path: Path) -> Path:
 
 BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda path: path, "no such file"),
-    "folder": (folder, "is a folder"),
+    "folder": (folder, "no DICOM series in this folder"),
     "text": (text, "not a readable NIfTI"),
     "zipped text": (zipped_text, "not a readable NIfTI"),
     "truncated": (truncated, "truncated or damaged"),
@@ -162,7 +162,7 @@ def test_bad_images_are_named_in_one_line_and_nothing_is_written(name: str, tmp_
 def test_a_name_that_is_not_nifti(tmp_path: Path) -> None:
     code, _, error = call("segment", text(tmp_path / "image.png"))
     assert code == 2
-    assert "not the name of a NIfTI file" in error
+    assert "not the name of an image that can be read" in error
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:

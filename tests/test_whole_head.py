@@ -12,18 +12,19 @@ from typer.testing import CliRunner
 
 from monai_iunet.cli import app
 from monai_iunet.images import InputError
-from monai_iunet.inference import BundleSegmenter, default_bundle
+from monai_iunet.inference import BundleSegmenter
+from monai_iunet.installed import bundle_folder
 from monai_iunet.whole_head import load_template, register_template, segment_whole_head
 
 
 @pytest.fixture(scope="module")
 def segmenter() -> BundleSegmenter:
-    return BundleSegmenter(default_bundle(), "cpu")
+    return BundleSegmenter(bundle_folder(), "cpu")
 
 
 @pytest.fixture(scope="module")
 def expected(segmenter: BundleSegmenter) -> np.ndarray:
-    return segment_whole_head(load_template(), segmenter, np.eye(4))
+    return segment_whole_head(load_template(), segmenter, np.eye(4))[0]
 
 
 def with_skull(brain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -79,10 +80,10 @@ def check(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarr
     image = nibabel.Nifti1Image(data.astype(np.float32), grid)
     if seed % 2:  # stored with axes in another order and direction
         turned = image.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
-        labels = segment_whole_head(turned, segmenter)
+        labels = segment_whole_head(turned, segmenter)[0]
         labels = np.asarray(nibabel.as_closest_canonical(nibabel.Nifti1Image(labels, turned.affine)).dataobj)
     else:
-        labels = segment_whole_head(image, segmenter)
+        labels = segment_whole_head(image, segmenter)[0]
     assert min(agreement(labels, grid, to_image, expected)) > 0.85
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -18,6 +17,7 @@ from rich.table import Table
 from monai_iunet.benchmark.measure import Spread
 from monai_iunet.benchmark.sections import Row
 from monai_iunet.images import write_atomically
+from monai_iunet.system import processor_name
 
 __all__ = ["COLUMNS", "draw", "header", "show", "write_json"]
 
@@ -107,22 +107,12 @@ def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
     packages = {name: version(name) for name in ("monai-iunet", "torch", "monai", "numpy")} | peers
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": packages,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def show(section: str, rows: Sequence[Row], console: Console) -> None:
@@ -143,7 +133,7 @@ def show(section: str, rows: Sequence[Row], console: Console) -> None:
 def write_json(results: dict[str, Any], path: Path) -> None:
     """Everything that was measured so far."""
     text = json.dumps(results, indent=2, default=lambda value: value.as_dict()) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text.replace("NaN", "null")))
+    write_atomically(path, lambda temporary: temporary.write_text(text.replace("NaN", "null"), encoding="utf-8"))
 
 
 def draw(results: dict[str, Any], caption: str, path: Path) -> None:

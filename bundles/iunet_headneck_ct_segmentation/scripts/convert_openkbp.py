@@ -93,7 +93,7 @@ def convert(clone: Path, output: Path) -> None:
             entries.append(paths[0] if section == "test" else {"image": paths[0], "label": paths[1]})
         dataset[section] = entries
     text = json.dumps(dataset, indent=1) + "\n"
-    write_atomically(output / "dataset.json", partial(Path.write_text, data=text))
+    write_atomically(output / "dataset.json", partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""The same volume as a nibabel and as a SimpleITK image.
+
+nibabel's affine takes voxels `(i, j, k)` to millimeters in RAS, where x runs to the right and y to the front;
+SimpleITK's origin, spacing and direction take them to millimeters in LPS, where both run the other way. The array of a
+SimpleITK image has its axes in the order k, j, i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+
+__all__ = ["RAS_TO_LPS", "from_simpleitk", "simpleitk_affine", "to_simpleitk"]
+
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def simpleitk_affine(image: Any) -> np.ndarray:
+    """The 4 x 4 affine of a 3D SimpleITK image, from voxels to millimeters in RAS."""
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    return RAS_TO_LPS @ nibabel.affines.from_matvec(direction * image.GetSpacing(), image.GetOrigin())
+
+
+def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
+    """A 3D SimpleITK image of scalars as a nibabel image, with the type of its voxels.
+
+    Example:
+        >>> import SimpleITK
+        >>> image = SimpleITK.Image(4, 5, 6, SimpleITK.sitkFloat32)
+        >>> image.SetSpacing((1.0, 1.0, 2.5))
+        >>> from_simpleitk(image).header.get_zooms()
+        (1.0, 1.0, 2.5)
+    """
+    converted = nibabel.Nifti1Image(
+        np.ascontiguousarray(SimpleITK.GetArrayFromImage(image).T),
+        simpleitk_affine(image),
+        dtype=SimpleITK.GetArrayViewFromImage(image).dtype,
+    )
+    converted.set_sform(converted.affine, code=1)
+    converted.set_qform(converted.affine, code=1)
+    converted.header.set_xyzt_units("mm")
+    return converted
+
+
+def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> Any:
+    """A 3D nibabel image as a SimpleITK image; shear, which SimpleITK cannot express, is left out.
+
+    Args:
+        image: gives the geometry.
+        data: voxels on its grid; None for those of the image, as float32.
+
+    Example:
+        >>> import nibabel, numpy
+        >>> to_simpleitk(nibabel.Nifti1Image(numpy.zeros((4, 5, 6)), numpy.eye(4))).GetSize()
+        (4, 5, 6)
+    """
+    data = image.get_fdata(dtype=np.float32) if data is None else data
+    affine = RAS_TO_LPS @ image.affine
+    spacing = nibabel.affines.voxel_sizes(affine)
+    converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(data.T))
+    converted.SetOrigin(affine[:3, 3].tolist())
+    converted.SetSpacing(spacing.tolist())
+    converted.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return converted

@@ -1,0 +1,84 @@
+"""The bundles that come with the package, and what their metadata say of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from monai_iunet.images import InputError
+
+__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles"]
+
+DEFAULT_BUNDLE = "iunet_hippocampus_mri_segmentation"
+
+
+def installed_bundles() -> dict[str, Path]:
+    """Name and folder of each bundle in the installed package, or beside it in a checkout.
+
+    Example:
+        >>> sorted(installed_bundles())
+        ['iunet_headneck_ct_segmentation', 'iunet_hippocampus_mri_segmentation']
+    """
+    package = Path(__file__).parent
+    for parent in (package, package.parent):
+        found = sorted((parent / "bundles").glob("*/configs/metadata.json"))
+        if found:
+            return {path.parents[1].name: path.parents[1] for path in found}
+    return {}
+
+
+def bundle_folder(bundle: str | Path | None = None) -> Path:
+    """The folder of a bundle.
+
+    Args:
+        bundle: a folder, the name of an installed bundle, or a part of it that only one has, such as "headneck"; None
+            for the hippocampus bundle.
+
+    Raises:
+        InputError: when there is no such bundle.
+
+    Example:
+        >>> bundle_folder("headneck").name
+        'iunet_headneck_ct_segmentation'
+    """
+    name = DEFAULT_BUNDLE if bundle is None else str(bundle)
+    if Path(name).is_dir():
+        return Path(name)
+    installed = installed_bundles()
+    fitting = [name] if name in installed else [one for one in installed if name in one]
+    if len(fitting) == 1:
+        return installed[fitting[0]]
+    raise InputError(
+        f"{name}: neither a bundle folder nor the name of one bundle that is installed "
+        f"({', '.join(installed) or 'there is none: install the package again'})."
+    )
+
+
+def bundle_facts(folder: Path) -> dict[str, Any]:
+    """What a bundle's metadata say of it, in short.
+
+    Returns:
+        "task", "modality", "classes" (a list), "dice" (mean over the validation cases) and "training_mib" (a step's
+        memory beside parameters and gradients); the last two are None where they have not been measured.
+
+    Raises:
+        InputError: when the metadata cannot be read.
+
+    Example:
+        >>> bundle_facts(bundle_folder("hippocampus"))["classes"]
+        ['anterior hippocampus', 'posterior hippocampus']
+    """
+    path = folder / "configs" / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        formats, resources = metadata["network_data_format"], metadata.get("resources", {})
+        return {
+            "task": metadata["task"],
+            "modality": formats["inputs"]["image"]["modality"],
+            "classes": [name for value, name in formats["outputs"]["pred"]["channel_def"].items() if int(value) > 0],
+            "dice": metadata["eval_metrics"].get("mean_dice"),
+            "training_mib": resources.get("training_step_mib_beside_parameters_and_gradients"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the metadata of a segmentation bundle. Name another bundle.") from error
