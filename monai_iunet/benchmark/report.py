@@ -181,7 +181,8 @@ def _draw_choices(rows: Sequence[Row], axes: Any) -> None:
     axes.plot([memory[0], memory[-1]], [times[0], times[-1]], "--", color="gray", label="line between the ends")
     axes.errorbar(memory, times, errors, fmt="o", capsize=3, label="SegIUNet")
     for row, x, y in zip(rows, memory, times):
-        axes.annotate(row["activations"], (x, y), xytext=(5, 6), textcoords="offset points", fontsize=8)
+        # Below the points, where the line between the ends is not.
+        axes.annotate(row["activations"], (x, y), xytext=(0, -16), textcoords="offset points", fontsize=8, ha="center")
     axes.set(title="Rebuilding or storing, level by level", xlabel="bytes per voxel", ylabel="µs per voxel")
     axes.margins(x=0.2, y=0.2)
 

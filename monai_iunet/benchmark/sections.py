@@ -63,7 +63,7 @@ def depth(
     for net in nets.values():
         if isinstance(net, IUNet) and net.activations == "auto":
             parameters = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
-            net.memory_budget = AUTO_UNITS * unit + 2 * parameters  # theirs and their gradients'
+            net.memory_budget = AUTO_UNITS * unit + parameters  # which are there anyway; gradients are not yet
 
     def step(net: nn.Module) -> None:
         z = x * 1
