@@ -191,3 +191,8 @@ def test_gradients_on_a_gpu_are_equal_to_the_last_bit(amp: bool) -> None:
             (y - target).square().mean().backward()
             gradients.append([parameter.grad for parameter in net.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+def test_a_text_is_no_switch() -> None:
+    with pytest.raises(ValueError, match="exact must be True or False, got 'false'"):
+        IUNet(2, (4, 8), exact="false")  # type: ignore[arg-type]

@@ -196,6 +196,8 @@ class IUNet(ChosenActivations):
 
     @exact.setter
     def exact(self, value: bool) -> None:
+        if not isinstance(value, bool):  # a config may well bring the text "false", which would count as true
+            raise ValueError(f"exact must be True or False, got {value!r}.")
         if value and any(isinstance(module, WholeCoupling) for module in self.modules()):
             raise ValueError("exact=True needs additive couplings: branches without a method `inverse`.")
         self._exact = value
