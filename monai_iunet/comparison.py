@@ -7,7 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,12 @@ OURS = "SegIUNet"
 
 
 def compare_networks(
-    bundle: str | Path, dataset_dir: str | Path, output_dir: str | Path, max_epochs: int, rounds: int = 5
+    bundle: str | Path,
+    dataset_dir: str | Path,
+    output_dir: str | Path,
+    max_epochs: int,
+    rounds: int = 5,
+    networks: Sequence[str] = tuple(NETWORKS),
 ) -> Config:
     """Train and evaluate the network of a bundle and those in `NETWORKS`, then measure what they cost, in turn.
 
@@ -64,6 +69,7 @@ def compare_networks(
         output_dir: folder for weights, logs and tables of each network, and for `comparison.json`.
         max_epochs: epochs that each is trained.
         rounds: times that a training step and the inference of a case are timed.
+        networks: which of `NETWORKS` to compare with.
 
     Returns:
         What `comparison.json` holds: "max_epochs"; "steps", of each training; "cases" of the evaluation; "networks",
@@ -81,24 +87,27 @@ def compare_networks(
             raise InputError(f"{needed}: no such file. Needed are the folder of a bundle and that of a data set.")
     folder = check_folder(output_dir / f"{max_epochs}_epochs")
     common = {"bundle_root": str(bundle.resolve()), "dataset_dir": str(Path(dataset_dir).resolve())}
-    definitions = {OURS: _parser(bundle, "train.json", common)["network_def"], **NETWORKS}
-    networks, dice = {}, {}
+    definitions = {
+        OURS: _parser(bundle, "train.json", common)["network_def"],
+        **{name: NETWORKS[name] for name in networks},
+    }
+    figures, dice = {}, {}
     for name, definition in definitions.items():
         settings = {**common, "network_def": definition, "check_data": False}
         _train(bundle, check_folder(folder / name), settings, max_epochs)
         _evaluate(bundle, folder / name, settings)
         rows = _read(folder / name / "eval" / "cases.csv")
-        networks[name] = _scores(rows)
+        figures[name] = _scores(rows)
         dice[name] = _mean_dice_of_cases(rows)
     for name, costs in _costs(bundle, common, definitions, rounds).items():
-        networks[name].update(costs)
+        figures[name].update(costs)
     state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
     result = {
         "max_epochs": max_epochs,
         "steps": max(int(each["step"]) for each in state["optimizer"]["state"].values()),
         "cases": len(dice[OURS]),
-        "networks": networks,
-        "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in NETWORKS},
+        "networks": figures,
+        "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in networks},
     }
     text = json.dumps(result, indent=4) + "\n"
     write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text, encoding="utf-8"))

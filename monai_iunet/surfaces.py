@@ -1,0 +1,75 @@
+"""Structures as surfaces in 3D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_surfaces"]
+
+
+def draw_surfaces(
+    figure: Figure,
+    labels: np.ndarray,
+    affine: np.ndarray,
+    names: Mapping[int, str],
+    elevation: float = 20.0,
+    azimuth: float = 60.0,
+) -> None:
+    """Draw the surface of each structure, shaded, in millimeters of the patient: x right, y front, z up.
+
+    Surfaces are those of marching cubes (Lorensen and Cline, 1987) at one half of the slightly smoothed labels.
+
+    Args:
+        figure: where to draw.
+        labels: label volume.
+        affine: 4 x 4, from voxels to millimeters in RAS.
+        names: name of each label; those that are not there are left out.
+        elevation: of the viewer, in degrees.
+        azimuth: of the viewer, in degrees.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> figure, labels = Figure(), np.zeros((9, 9, 9), np.uint8)
+        >>> labels[3:6, 3:6, 3:6] = 1
+        >>> draw_surfaces(figure, labels, np.eye(4), {1: "liver"})
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LightSource
+    from scipy import ndimage
+    from skimage import measure
+
+    axes: Any = figure.add_subplot(projection="3d")
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    shown = []
+    for number, (value, name) in enumerate(names.items()):
+        found = np.argwhere(labels == value)
+        if not len(found):
+            continue
+        low, high = found.min(0), found.max(0) + 1
+        box = tuple(slice(start, stop) for start, stop in zip(low, high))
+        smooth = ndimage.gaussian_filter(np.pad((labels[box] == value).astype(np.float32), 3), 0.7)
+        if smooth.max() <= 0.5:
+            continue
+        vertices, faces, _, _ = measure.marching_cubes(smooth, 0.5)
+        points = nibabel.affines.apply_affine(affine, vertices + low - 3)
+        axes.plot_trisurf(
+            *points.T,
+            triangles=faces,
+            color=colors[number % len(colors)],
+            lightsource=LightSource(azdeg=azimuth, altdeg=45),
+            label=name,
+        )
+        shown.append(points)
+    axes.view_init(elevation, azimuth)
+    axes.locator_params(nbins=4)
+    axes.set(xlabel="right, mm", ylabel="front, mm", zlabel="up, mm")
+    if shown:
+        axes.set_box_aspect(np.ptp(np.concatenate(shown), axis=0))
+        axes.legend(loc="center left", bbox_to_anchor=(1.1, 0.6), fontsize="small")
