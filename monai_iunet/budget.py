@@ -45,6 +45,13 @@ def largest_patch(
 
     Raises:
         ValueError: when not even the smallest patch fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> net = SegIUNet(2, in_channels=1, out_channels=2, channels=(8, 16))
+        >>> plan = largest_patch(net, "4 MiB", aspect=(2, 1))
+        >>> plan.spatial_size[0] == 2 * plan.spatial_size[1], plan.training_peak < 4 * 2**20
+        (True, True)
     """
     budget = parse_bytes(memory_budget)
 
@@ -109,6 +116,16 @@ def most_couplings(
 
     Raises:
         ValueError: when not even one coupling fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> couplings, plan = most_couplings(
+        ...     lambda couplings: SegIUNet(2, 1, 2, (8, 16), couplings=couplings, activations="store"),
+        ...     memory_budget="4 MiB",
+        ...     spatial_size=(64, 64),
+        ... )
+        >>> 1 <= couplings < 64 and plan.training_peak < 4 * 2**20
+        True
     """
     budget = parse_bytes(memory_budget)
 
@@ -152,6 +169,12 @@ def best_activations(
 
     Returns:
         "invert" or "store" per level; all "invert" if nothing fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> net = SegIUNet(2, in_channels=1, out_channels=2, channels=(8, 16))
+        >>> best_activations(net, "1 GiB", image_shape=(1, 1, 64, 64))
+        ('store', 'store')
     """
     budget = parse_bytes(memory_budget)
     levels = network.levels
@@ -196,6 +219,10 @@ def parse_bytes(size: int | str) -> int:
 
     Raises:
         ValueError: for anything else.
+
+    Example:
+        >>> parse_bytes("1.5 KiB")
+        1536
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size

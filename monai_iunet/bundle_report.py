@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from monai.bundle import ConfigParser
+from tqdm import tqdm
 
 from monai_iunet.images import InputError, check_folder, read_image, write_atomically
 from monai_iunet.inference import BundleSegmenter
@@ -108,7 +109,8 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
     figure = plt.figure(figsize=(12, 4.6 * len(chosen)), facecolor="black")
     try:
         height = 1 / len(chosen)
-        for number, (rank, case) in enumerate(chosen.items(), 1):
+        bar = tqdm(chosen.items(), "drawing cases", leave=False, disable=None)
+        for number, (rank, case) in enumerate(bar, 1):
             image, truth = (read_image(file) for file in files[case])
             draw_overlay(
                 figure,

@@ -56,6 +56,11 @@ class Task:
         max_epochs: epochs of the full training.
         batch_size: cases per step.
         learning_rate: at the beginning.
+
+    Example:
+        >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
+        >>> configs(task)["train.json"]["network_def"]["_target_"]
+        'monai_iunet.SegIUNet'
     """
 
     name: str

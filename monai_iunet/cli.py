@@ -178,7 +178,7 @@ def benchmark(
 
 @app.command()
 def plan(
-    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     gpu_memory: Annotated[
         str | None, typer.Option(help='Show the largest patch and the most couplings too that this takes: "24 GiB".')
     ] = None,
@@ -191,9 +191,10 @@ def plan(
         from rich.console import Console
 
         from monai_iunet.bundle_plan import BundleTraining, read_dtype
+        from monai_iunet.installed import bundle_folder
 
         size = _numbers(patch, int, "--patch") if patch else None
-        training = BundleTraining(bundle, read_dtype(dtype), size, batch_size)
+        training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), size, batch_size)
         console = Console()
         console.print(training.parts())
         if gpu_memory is not None:
@@ -252,6 +253,19 @@ def new_bundle(
             roi_size=_numbers(roi_size, int, "--roi-size"),
         )
         typer.echo(bundle_template.write_bundle(task, output / name))
+
+
+@app.command("nnunet-plans")
+def nnunet_plans(
+    plans: Annotated[Path, typer.Argument(help="Plans file of nnU-Net v2, such as nnUNetPlans.json.")],
+    configuration: Annotated[str, typer.Option(help="Configuration whose patch and batch are taken.")] = "3d_fullres",
+    couplings: Annotated[int, typer.Option(min=1, help="Couplings per level.")] = 2,
+) -> None:
+    """Add configurations with an invertible U-Net to nnU-Net's plans: at its patch, and at the largest that fits."""
+    with _input_errors():
+        from monai_iunet.nnunet import add_configurations
+
+        typer.echo("\n".join(add_configurations(plans, configuration, couplings)))
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:

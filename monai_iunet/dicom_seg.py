@@ -48,7 +48,7 @@ def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> No
         from pydicom.sr.codedict import codes
     except ImportError as error:
         raise InputError(
-            'DICOM SEG needs highdicom: pip install "monai-iunet[dicom]", or leave --format out for NIfTI.'
+            "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
         ) from error
     package = version("monai-iunet")
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -96,10 +96,11 @@ def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> No
 
 def _code(name: str, codes: Any) -> Any:
     """The SNOMED code of a structure by its name, trying fewer and fewer of the words before it; else of any organ."""
-    words = name.title().split()
+    keywords = {keyword.lower(): keyword for keyword in dir(codes)}
+    words = name.lower().split()
     for start in range(len(words)):
-        for ending in ("", "Gland"):
-            code = getattr(codes, "".join(words[start:]) + ending, None)
-            if code is not None:
-                return code
+        for ending in ("", "gland"):
+            keyword = keywords.get("".join(words[start:]) + ending)
+            if keyword:
+                return getattr(codes, keyword)
     return codes.Organ

@@ -19,7 +19,14 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def simpleitk_affine(image: Any) -> np.ndarray:
-    """The 4 x 4 affine of a 3D SimpleITK image, from voxels to millimeters in RAS."""
+    """The 4 x 4 affine of a 3D SimpleITK image, from voxels to millimeters in RAS.
+
+    Example:
+        >>> image = SimpleITK.Image(4, 5, 6, SimpleITK.sitkFloat32)
+        >>> image.SetOrigin((10.0, 20.0, 30.0))
+        >>> simpleitk_affine(image)[:3, 3].tolist()
+        [-10.0, -20.0, 30.0]
+    """
     direction = np.array(image.GetDirection()).reshape(3, 3)
     return RAS_TO_LPS @ nibabel.affines.from_matvec(direction * image.GetSpacing(), image.GetOrigin())
 

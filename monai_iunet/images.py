@@ -43,6 +43,10 @@ def image_name(path: str | os.PathLike, suffixes: Sequence[str] = NIFTI) -> str:
 
     Raises:
         InputError: when the name has none of the suffixes.
+
+    Example:
+        >>> image_name("folder/scan.nii.gz")
+        'scan'
     """
     name = Path(path).name
     for suffix in suffixes:
@@ -129,6 +133,12 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
 
     Raises:
         InputError: when it is not 3D, without orientation, damaged or not finite.
+
+    Example:
+        >>> check_image(nibabel.Nifti1Image(np.zeros((4, 5)), np.eye(4)), "x")
+        Traceback (most recent call last):
+            ...
+        monai_iunet.images.InputError: x: has the shape (4, 5), a 3D volume is needed. Extract one volume of it first.
     """
     shape = image.shape
     if len(shape) != 3 or min(shape) < 1:
@@ -192,6 +202,11 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
     Args:
         labels: of the shape of the image.
         like: the image whose affine, codes and units it gets.
+
+    Example:
+        >>> image = nibabel.Nifti1Image(np.zeros((4, 5, 6)), np.diag([1, 1, 2, 1]))
+        >>> label_image(np.ones((4, 5, 6)), image).get_data_dtype()
+        dtype('uint8')
     """
     image = nibabel.Nifti1Image(labels.astype(np.uint8), like.affine)
     for name in ("qform", "sform"):

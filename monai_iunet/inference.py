@@ -36,6 +36,11 @@ class Segmentation:
         labels: uint8, on its grid.
         names: name of each label but the background.
         probabilities: of the background and each label, `(1 + len(names), *spatial)`, float32; None unless asked for.
+
+    Example:
+        >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
+        >>> Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "tumor"}).volumes()
+        {'liver': 24.0, 'tumor': 0.0}
     """
 
     image: nibabel.Nifti1Image
@@ -151,6 +156,11 @@ class BundleSegmenter:
 
     Raises:
         InputError: when the folder is not a bundle, or its weights are not those of its network.
+
+    Example:
+        >>> segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+        >>> segmenter.labels
+        {1: 'anterior hippocampus', 2: 'posterior hippocampus'}
     """
 
     def __init__(

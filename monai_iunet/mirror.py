@@ -25,6 +25,12 @@ class RandMirrord(RandomizableTransform, MapTransform):
         swap: pairs of labels that change places, such as `[[3, 4]]` for a right and a left parotid.
         prob: probability of a flip.
         spatial_axis: axis that runs from left to right.
+
+    Example:
+        >>> flip = RandMirrord(["image", "label"], "label", swap=[[1, 2]], prob=1)
+        >>> found = flip({"image": torch.tensor([[5.0, 6.0]]), "label": torch.tensor([[1.0, 0.0]])})
+        >>> found["image"].tolist(), found["label"].tolist()
+        ([[6.0, 5.0]], [[0.0, 2.0]])
     """
 
     def __init__(
@@ -69,6 +75,12 @@ class MirrorInferer(Inferer):
         swap: pairs of classes that change places in the mirror.
         spatial_axis: axis that runs from left to right.
         enabled: if False, the mirror image is left out.
+
+    Example:
+        >>> from monai.inferers import SimpleInferer
+        >>> inferer = MirrorInferer(SimpleInferer(), swap=[])
+        >>> inferer(torch.tensor([[[1.0, 3.0]]]), lambda image: image * torch.tensor([2.0, 0.0])).tolist()
+        [[[1.0, 3.0]]]
     """
 
     def __init__(

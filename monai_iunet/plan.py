@@ -43,6 +43,11 @@ class TrainingPlan:
         loss: what the loss holds after its forward pass.
         training_peak: the most that is held at any moment of a step, all of the above included.
         inference_peak: the most that is held in a forward pass without gradients, parameters included.
+
+    Example:
+        >>> plan = plan_training(nn.Conv1d(1, 1, 1, bias=False), spatial_size=(100,), optimizer=None)
+        >>> plan.parameters, plan.gradients
+        (4, 4)
     """
 
     spatial_size: tuple[int, ...]
@@ -79,6 +84,12 @@ def plan_training(
 
     Raises:
         ValueError: when the network cannot be run on such images.
+
+    Example:
+        >>> from monai.networks.nets import UNet
+        >>> plan = plan_training(UNet(3, 1, 2, (8, 16), (2,)), spatial_size=(64, 64, 64))
+        >>> plan.training_peak > plan.inference_peak > plan.parameters
+        True
     """
     shape = (batch_size, in_channels, *spatial_size)
     with rehearse(network, shape, dtype) as fake:

@@ -42,7 +42,12 @@ def load_template(resolution: int = 1) -> nibabel.Nifti1Image:
 
 
 def hippocampus_labels(parts: dict[int, str]) -> dict[int, str]:
-    """Labels of both sides from those of one: left ones as they are, right ones counted on."""
+    """Labels of both sides from those of one: left ones as they are, right ones counted on.
+
+    Example:
+        >>> hippocampus_labels({1: "front", 2: "back"})
+        {1: 'left front', 2: 'left back', 3: 'right front', 4: 'right back'}
+    """
     return {
         **{value: f"left {name}" for value, name in parts.items()},
         **{value + len(parts): f"right {name}" for value, name in parts.items()},

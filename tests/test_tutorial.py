@@ -65,10 +65,10 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_the_code_of_the_readme_runs(index: int) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
     if "plan" in names:
@@ -79,4 +79,4 @@ def test_the_code_of_the_readme_runs(index: int) -> None:
 
 def test_the_layout_in_the_readme_is_that_of_its_network() -> None:
     net = IUNet(spatial_dims=2, channels=(3, 8, 16, 32, 64), couplings=4)
-    assert f"```text\n{net.layout()}\n```" in README.read_text()
+    assert f"```text\n{net.layout()}\n```" in README.read_text(encoding="utf-8")

@@ -39,8 +39,8 @@ def draw_network(channels: Sequence[int] = (32, 64, 128), couplings: int = 2) ->
         for number in range(couplings):
             for x in (left + number * (width + 6), right - number * (width + 6) - width):
                 parts.append(_box(x, top, width, height, BLUE))
-        parts.append(_text(left - 8, top + height / 2 + 4, str(count), anchor="end"))
-        parts.append(_text(right + 8, top + height / 2 + 4, str(count)))
+        for x in (left + (reach - 6) / 2, right - (reach - 6) / 2):
+            parts.append(_text(x, top - 6, str(count), anchor="middle"))
         inner, outer = left + reach, right - reach
         middle = top + height / 2
         if last:
@@ -53,7 +53,8 @@ def draw_network(channels: Sequence[int] = (32, 64, 128), couplings: int = 2) ->
             )
             parts.append(_arrow(inner + 8, middle, inner + 34, top + step + height / 2 - 4, ORANGE))
             parts.append(_arrow(outer - 34, top + step + height / 2 - 4, outer - 8, middle, ORANGE))
-            parts.append(_text(inner + 34, top + step - 12, f"{below} to {net.channels[level + 1]}", fill=ORANGE))
+            text = f"{below} to {net.channels[level + 1]}"
+            parts.append(_text(inner + 8, top + height / 2 + step / 2 + 4, text, anchor="end", fill=ORANGE))
         left, right = inner + 46, outer - 46
     bottom = 40 + levels * step
     legend = [

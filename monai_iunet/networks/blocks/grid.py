@@ -34,7 +34,12 @@ def round_to_grid(x: Tensor) -> Tensor:
 
 
 def on_grid(x: Tensor) -> Tensor:
-    """The nearest multiples of `STEP`, in float32 or better, without a gradient."""
+    """The nearest multiples of `STEP`, in float32 or better, without a gradient.
+
+    Example:
+        >>> on_grid(torch.tensor([0.1])).item() * 2**16
+        6554.0
+    """
     precision = torch.promote_types(x.dtype, torch.float32)
     return x.detach().to(precision, copy=True).div_(STEP).round_().mul_(STEP)
 

@@ -42,6 +42,10 @@ def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
 
     Raises:
         ValueError: unknown `init`, "haar" for a stride other than 1, 2 and 4, a matrix of the wrong shape.
+
+    Example:
+        >>> (resampling_base("haar", (2,), 1) * 2**0.5).round().tolist()
+        [[1.0, 1.0], [1.0, -1.0]]
     """
     size = math.prod(stride)
     if isinstance(init, str):
