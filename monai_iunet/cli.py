@@ -207,13 +207,17 @@ def compare(
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
     max_epochs: Annotated[int, typer.Option(min=1, help="Epochs that each network is trained.")],
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
+    networks: Annotated[str, typer.Option(help="Which networks to compare with.")] = "DynUNet,SegResNet",
 ) -> None:
-    """Train DynUNet and SegResNet as a bundle trains its own network; print what each reaches and costs."""
-    from monai_iunet.comparison import as_markdown, compare_networks
-
+    """Train other networks as a bundle trains its own; print what each reaches and costs."""
     with _input_errors():
-        result = compare_networks(bundle, dataset_dir, output, max_epochs)
-    typer.echo(as_markdown(result))
+        from monai_iunet.comparison import NETWORKS, as_markdown, compare_networks
+        from monai_iunet.images import InputError
+
+        names = [name.strip() for name in networks.split(",")]
+        if not set(names) <= set(NETWORKS):
+            raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
+        typer.echo(as_markdown(compare_networks(bundle, dataset_dir, output, max_epochs, networks=names)))
 
 
 @app.command()

@@ -67,10 +67,9 @@ def draw_slice(
     axes.imshow(np.take(data, index, axis).T, cmap="gray", vmin=float(low), vmax=float(high), **options)
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     shown = np.take(labels, index, axis).T
-    for set_limits, other in zip((axes.set_xlim, axes.set_ylim), [other for other in range(3) if other != axis]):
-        bright = np.flatnonzero((data > low).any(axis=tuple(each for each in range(3) if each != other)))
-        if len(bright):
-            set_limits(bright[0] - 0.5, bright[-1] + 0.5)
+    horizontal, vertical = (_extent(data > low, other) for other in range(3) if other != axis)
+    axes.set_xlim(*horizontal)
+    axes.set_ylim(*vertical)
     for number, value in enumerate(names):
         if (shown == value).any():
             axes.contour(shown == value, levels=[0.5], colors=[colors[number % len(colors)]], linewidths=1.5)
@@ -145,6 +144,13 @@ def _canonical(image: nibabel.Nifti1Image, labels: np.ndarray) -> tuple[nibabel.
     """Both with their axes to the right, to the front and up."""
     turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(labels.astype(np.uint8), image.affine))
     return nibabel.as_closest_canonical(image), np.asarray(turned.dataobj)
+
+
+def _extent(mask: np.ndarray, axis: int) -> tuple[float, float]:
+    """Where a mask begins and ends along an axis; the whole axis if it is empty."""
+    found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+    first, last = (found[0], found[-1]) if len(found) else (0, mask.shape[axis] - 1)
+    return first - 0.5, last + 0.5
 
 
 def _fullest(labels: np.ndarray, axis: int) -> int:

@@ -72,4 +72,4 @@ def draw_surfaces(
     axes.set(xlabel="right, mm", ylabel="front, mm", zlabel="up, mm")
     if shown:
         axes.set_box_aspect(np.ptp(np.concatenate(shown), axis=0))
-        axes.legend(loc="center left", bbox_to_anchor=(1.1, 0.6), fontsize="small")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.6), fontsize="small")

@@ -26,6 +26,7 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
     small = {**comparison.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(comparison, "NETWORKS", {"SegResNet": small})
     words = ["compare", "--bundle", bundle, "--dataset-dir", data, "--max-epochs", 2, "--output", tmp_path / "out"]
+    words += ["--networks", "SegResNet"]
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -63,3 +64,10 @@ def test_a_folder_without_configs_is_no_bundle(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2
     assert "train.json: no such file" in result.stderr
+
+
+def test_unknown_networks_are_refused(tmp_path: Path) -> None:
+    words = ["compare", "--bundle", tmp_path, "--dataset-dir", tmp_path, "--max-epochs", 1, "--networks", "DynUNet,VNet"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2
+    assert "one or several of DynUNet,SegResNet are needed" in result.stderr

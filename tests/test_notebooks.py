@@ -1,0 +1,92 @@
+"""The notebooks run from a fresh kernel, and what is committed of their outputs is clean and small."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.notebooks import NOTEBOOKS, execute
+
+# What makes each run in seconds.
+SMALL: dict[str, dict[str, Any]] = {
+    "01_invertible_unet_first_steps": {"steps": 40, "batch_size": 8},
+    "02_segment_mri": {"resolution": 2},
+    "03_segment_ct": {"phantom_spacing": 5.0},
+    "04_train_your_own": {
+        "training_cases": 4,
+        "validation_cases": 2,
+        "max_epochs": 2,
+        "compare_epochs": 1,
+        "compare_networks": "DynUNet",
+        "channels": (4, 8),
+    },
+    "05_memory": {
+        "depths": (2, 4),
+        "gpu_memory": "6 GiB",
+        "patch_multiple": 64,
+        "patch_networks": ("SegIUNet", "UNet"),
+        "precision_depths": (1, 4),
+    },
+    "06_scale_out": {"max_epochs": 2, "cases": 4},
+}
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def texts(notebook: nbformat.NotebookNode) -> str:
+    """All that is printed in the outputs."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_runs_from_a_fresh_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADNECK_CT", raising=False)
+    notebook = execute(path, SMALL[path.stem])
+    assert pictures(notebook) == pictures(nbformat.read(path, as_version=4))
+    if path.stem.startswith("06"):
+        assert texts(notebook).count("exit code 0") == 2
+        assert "exit code -9" in texts(notebook)
+        whole, sharded = re.findall(r"^(?:whole|sharded) +([\d. ]+?)  ", texts(notebook), flags=re.MULTILINE)
+        assert whole == sharded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_runs_in_full(path: Path) -> None:
+    assert pictures(execute(path)) > 0
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_what_is_committed_is_executed_clean_and_small(path: Path) -> None:
+    assert path.stem in SMALL
+    assert path.stat().st_size < 2 * 2**20
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+    assert not re.search(r"(^|[\s'\"=:(])/(tmp|home|root|usr|work|mnt|opt|Users|var)\b", texts(notebook))
+    assert "Warning" not in texts(notebook)
+    assert pictures(notebook) > 0
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_begins_as_those_of_monai(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert "Licensed under the Apache License, Version 2.0" in notebook.cells[0].source
+    headings = [line for cell in notebook.cells[1:] for line in cell.source.splitlines() if line.startswith("## ")]
+    assert headings[:2] == ["## Setup environment", "## Setup imports"]
+    assert "print_config()" in notebook.cells[5].source
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
+
+
+def test_there_are_six() -> None:
+    assert [path.stem for path in PATHS] == list(SMALL)
