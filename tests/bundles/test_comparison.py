@@ -67,7 +67,8 @@ def test_a_folder_without_configs_is_no_bundle(tmp_path: Path) -> None:
 
 
 def test_unknown_networks_are_refused(tmp_path: Path) -> None:
-    words = ["compare", "--bundle", tmp_path, "--dataset-dir", tmp_path, "--max-epochs", 1, "--networks", "DynUNet,VNet"]
+    words = ["compare", "--bundle", tmp_path, "--dataset-dir", tmp_path, "--max-epochs", 1]
+    words += ["--networks", "DynUNet,VNet"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2
     assert "one or several of DynUNet,SegResNet are needed" in result.stderr
