@@ -56,14 +56,14 @@ def _options(
 
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
-    """What a user can mend is said in a line, and the exit status is 2."""
+    """Errors in a line: the exit status is 2 for what a user handed in, 1 for a full disk and the like."""
     from monai_iunet.images import InputError
 
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
 
 @app.command()

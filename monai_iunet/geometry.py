@@ -38,8 +38,8 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
         >>> import SimpleITK
         >>> image = SimpleITK.Image(4, 5, 6, SimpleITK.sitkFloat32)
         >>> image.SetSpacing((1.0, 1.0, 2.5))
-        >>> from_simpleitk(image).header.get_zooms()
-        (1.0, 1.0, 2.5)
+        >>> nibabel.affines.voxel_sizes(from_simpleitk(image).affine).tolist()
+        [1.0, 1.0, 2.5]
     """
     converted = nibabel.Nifti1Image(
         np.ascontiguousarray(SimpleITK.GetArrayFromImage(image).T),

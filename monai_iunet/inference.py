@@ -39,8 +39,8 @@ class Segmentation:
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
-        >>> Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "tumor"}).volumes()
-        {'liver': 24.0, 'tumor': 0.0}
+        >>> Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "tumor"}).volumes()["tumor"]
+        0.0
     """
 
     image: nibabel.Nifti1Image

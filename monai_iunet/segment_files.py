@@ -86,6 +86,8 @@ def segment_files(
     Raises:
         InputError: when an image cannot be segmented, or results would overwrite each other.
     """
+    if not images and segmenter.metadata.get("region_finder") != "whole_head":
+        raise InputError(f"{segmenter.folder.name}: the example is a head, which it does not segment. Name images.")
     names = [_name(path) for path in images] if images else ["mni152"]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,29 @@ def test_a_series_without_identity_gives_no_dicom_seg(tmp_path: Path) -> None:
 
 def test_simpleitk_geometry_survives(crop: nibabel.Nifti1Image) -> None:
     np.testing.assert_allclose(from_simpleitk(to_simpleitk(crop)).affine, crop.affine)
+
+
+def test_the_example_is_no_ct() -> None:
+    code, _, error = call("segment", "--example", "--bundle", "headneck")
+    assert code == 2
+    assert "the example is a head" in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_a_disk_that_is_full_leaves_no_part_of_a_file(crop: nibabel.Nifti1Image, tmp_path: Path) -> None:
+    import resource
+
+    nibabel.save(crop, tmp_path / "crop.nii.gz")
+    words = ["segment", "crop.nii.gz", "--output", "out", "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, "-c", "from monai_iunet.cli import main; main()", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),  # bytes that a file may have
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
