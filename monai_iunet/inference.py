@@ -123,7 +123,7 @@ def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tu
         raise InputError(f"{name}: has no valid affine. Pass the 4 x 4 matrix from voxels to millimeters as `affine`.")
     data = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
     data = data[0] if data.ndim == 4 and len(data) == 1 else data
-    if data.dtype.kind in "iu" or data.dtype == np.float16:  # NIfTI has no float16, and nibabel no int64 by default
+    if data.dtype.kind in "iub" or data.dtype == np.float16:  # NIfTI has neither bool nor float16
         data = data.astype(np.float32)
     volume = nibabel.Nifti1Image(data, np.asarray(affine, dtype=float))
     return check_image(volume, name), name
@@ -227,9 +227,13 @@ class BundleSegmenter:
             Where the region is, as `segment` takes it; None where the image is segmented as it is.
 
         Raises:
-            InputError: when an axis is longer than the metadata allow, and they name no way to find the region, or it
-                was not found.
+            InputError: when the image is constant; when an axis is longer than the metadata allow, and they name no way
+                to find the region, or it was not found.
         """
+        if np.ptp(image.get_fdata(dtype=np.float32)) == 0:
+            raise InputError(
+                f"{name}: all voxels have the same value, so there is nothing to segment. Check the export."
+            )
         limit = self.metadata.get("max_field_of_view_mm")
         extent = np.array(image.shape) * np.sqrt((image.affine[:3, :3] ** 2).sum(0))
         if limit is None or extent.max() <= limit:

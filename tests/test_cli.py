@@ -140,7 +140,11 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "complex": (lambda path: save(path, np.ones((8, 8, 8), np.complex64)), "type complex64"),
     "NaN": (with_nan, "1 voxels are NaN"),
     "no orientation": (without_orientation, "no orientation"),
-    "whole head": (lambda path: save(path, np.ones((90, 40, 40), np.float32)), "registration failed"),
+    "whole head": (
+        lambda path: save(path, np.eye(90, 1600, dtype=np.float32).reshape(90, 40, 40)),
+        "registration failed",
+    ),
+    "constant": (lambda path: save(path, np.ones((35, 50, 36), np.float32)), "all voxels have the same value"),
     "singular affine": (with_singular_affine, "affine that cannot be inverted"),
 }
 

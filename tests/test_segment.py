@@ -97,7 +97,8 @@ def test_every_kind_of_image_comes_back_as_its_kind(
         (SimpleITK.Image(5, 5, SimpleITK.sitkFloat32), {}, "3D volume of scalars"),
         (nibabel.Nifti1Image(np.zeros((5, 5, 5)), np.eye(4)), {"affine": np.eye(4)}, "has an affine of its own"),
         ([1, 2, 3], {}, "a path, a nibabel or SimpleITK image"),
-        (np.zeros((100, 5, 5)), {"affine": np.eye(4)}, "registration failed"),
+        (np.eye(100, 25).reshape(100, 5, 5), {"affine": np.eye(4)}, "registration failed"),
+        (np.zeros((5, 5, 5)), {"affine": np.eye(4)}, "all voxels have the same value"),
         ("nowhere.nii", {}, "no such file"),
     ],
 )
@@ -106,6 +107,23 @@ def test_what_cannot_be_segmented_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         monai_iunet.segment(image, segmenter, **options)
+
+
+@pytest.mark.parametrize("shape", [(35, 51, 1), (1, 51, 36), (1, 2, 1)])
+def test_thin_volumes_are_segmented(shape: tuple[int, ...], segmenter: BundleSegmenter) -> None:
+    image = np.random.default_rng(0).random(shape) > 0.5
+    image.flat[:2] = False, True
+    labels = monai_iunet.segment(image, segmenter, affine=np.eye(4))
+    assert labels.shape == shape
+    assert labels.dtype == np.uint8
+
+
+def test_the_scale_of_the_intensities_does_not_matter(segmenter: BundleSegmenter, crop: nibabel.Nifti1Image) -> None:
+    data = crop.get_fdata(dtype=np.float32)
+    expected = monai_iunet.segment(data, segmenter, affine=crop.affine)
+    for factor in (1e-6, 1e6):
+        found = monai_iunet.segment(data * np.float32(factor), segmenter, affine=crop.affine)
+        assert (found == expected).mean() > 0.9999
 
 
 def test_a_dicom_series_and_its_formats(crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path: Path) -> None:
