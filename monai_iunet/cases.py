@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_iunet.images import InputError, image_name, read_image
+from monai_iunet.images import InputError, check_names, image_name, read_image
 
 __all__ = ["checked", "images_to_segment"]
 
@@ -98,11 +98,7 @@ def images_to_segment(
     if not found:
         raise InputError(f"{source}: no NIfTI image (.nii or .nii.gz) there. Name images or a folder of them.")
     names = [image_name(path) for path in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(
-            f"Several images have the name {', '.join(twice)}: results would overwrite each other. Rename."
-        )
+    check_names(names)
     results = [Path(output_dir, f"{name}{suffix}.nii.gz") for name in names]
     left = [path for path, result in zip(found, results) if not (skip_done and result.exists())]
     if len(left) < len(found):

@@ -19,6 +19,7 @@ __all__ = [
     "InputError",
     "check_folder",
     "check_image",
+    "check_names",
     "image_name",
     "label_image",
     "read_image",
@@ -55,6 +56,19 @@ def image_name(path: str | os.PathLike, suffixes: Sequence[str] = NIFTI) -> str:
     raise InputError(
         f"{path}: not the name of an image that can be read ({', '.join(suffixes)}). Convert the image to NIfTI first."
     )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Make sure that results named after images do not overwrite each other.
+
+    Raises:
+        InputError: when a name is there twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"Several images have the name {', '.join(twice)}: results would overwrite each other. Rename."
+        )
 
 
 def read_image(path: str | os.PathLike, series: str | None = None) -> nibabel.Nifti1Image:

@@ -23,6 +23,7 @@ from monai_iunet.images import (
     SUFFIXES,
     InputError,
     check_folder,
+    check_names,
     image_name,
     label_image,
     read_image,
@@ -89,11 +90,7 @@ def segment_files(
     if not images and segmenter.metadata.get("region_finder") != "whole_head":
         raise InputError(f"{segmenter.folder.name}: the example is a head, which it does not segment. Name images.")
     names = [_name(path) for path in images] if images else ["mni152"]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(
-            f"Several images have the name {', '.join(twice)}: results would overwrite each other. Rename."
-        )
+    check_names(names)
     formats = [_format(path, settings) for path in images] or [NIFTI_FORMAT]
     regions = [_region(path, segmenter, settings) for path in _bar(images, "looking at the images")] or [np.eye(4)]
     check_folder(output)
