@@ -51,13 +51,13 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
         raise InputError("TensorBoard reads the log of a training. Install monai-iunet[train].") from error
-    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})  # type: ignore[no-untyped-call]
+    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
     if Path(log_dir).is_dir():
-        log.Reload()  # type: ignore[no-untyped-call]
+        log.Reload()
     try:
         loss, dice = (
             {event.step: event.value for event in log.Scalars(name)} for name in ("train_loss", "val_mean_dice")
-        )  # type: ignore[no-untyped-call]
+        )
     except KeyError as error:
         raise InputError(f"{log_dir}: no log of a training with a validation. Train the bundle first.") from error
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")

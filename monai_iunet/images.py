@@ -39,7 +39,7 @@ class InputError(ValueError):
     """Something that a user handed in cannot be used; the message names it and the remedy in one line."""
 
 
-def image_name(path: str | os.PathLike, suffixes: Sequence[str] = NIFTI) -> str:
+def image_name(path: str | os.PathLike[str], suffixes: Sequence[str] = NIFTI) -> str:
     """File name without folder and suffix.
 
     Raises:
@@ -71,7 +71,7 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def read_image(path: str | os.PathLike, series: str | None = None) -> nibabel.Nifti1Image:
+def read_image(path: str | os.PathLike[str], series: str | None = None) -> nibabel.Nifti1Image:
     """Read a 3D image and make sure that it can be segmented.
 
     Args:
@@ -177,7 +177,7 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
     return image
 
 
-def check_folder(path: str | os.PathLike) -> Path:
+def check_folder(path: str | os.PathLike[str]) -> Path:
     """Make sure that files can be written into a folder; it is created if need be.
 
     Raises:

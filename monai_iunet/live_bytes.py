@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
         self._alive: dict[int, weakref.ref[Any]] = {}

@@ -79,7 +79,7 @@ class ChunkedDiceCELoss(DiceCELoss):
             )
         logits, labels = (_with_flat_view(tensor.as_subclass(Tensor)) for tensor in (input, target))
         sums = _LabelSums if self._is_usual(logits) else _ChunkedSums
-        *sizes, entropy = sums.apply(self, logits, labels)
+        *sizes, entropy = sums.apply(self, logits, labels)  # type: ignore[no-untyped-call]
         entropy = entropy / self._entropy_weight(logits, sizes[2])
         return self.lambda_dice * self._dice(*sizes) + self.lambda_ce * entropy
 

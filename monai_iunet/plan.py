@@ -126,7 +126,7 @@ def rehearse(
         # Made before, because with "auto" making the choice is a rehearsal too.
         fake.activations = activations or network.activations_for(shape, dtype)
     try:
-        with mode, _WithValues():
+        with mode, _WithValues():  # type: ignore[no-untyped-call]
             yield fake
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         came = " x ".join(map(str, shape))

@@ -43,7 +43,7 @@ class SimpleITKReader(ImageReader):
         images = [read_image(Path(name), self.series) for name in ensure_tuple(data)]
         return images if len(images) > 1 else images[0]
 
-    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict[Any, Any]]:
         images = ensure_tuple(img)
         first = images[0]
         for other in images[1:]:

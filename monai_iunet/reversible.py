@@ -331,7 +331,7 @@ def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool | Sequence[bool], i
             if (cell := _cell_of(tensor)) is not None:
                 cell.pinned = tensor.detach()
         return (layer.restore if inverse else layer.transform)(inputs, weights)
-    return _Rebuilding.apply(_Call(layer, inverse, inputs, weights), keep, *inputs, *weights)
+    return _Rebuilding.apply(_Call(layer, inverse, inputs, weights), keep, *inputs, *weights)  # type: ignore[no-untyped-call]
 
 
 def _link(tensor: Tensor, consumer: _Call) -> weakref.ref[_Cell] | None:

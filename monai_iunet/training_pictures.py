@@ -41,9 +41,9 @@ class PictureHandler:
         if self._first is None:
             return
         shown, self._first = self._first, None
-        with SummaryWriter(self.log_dir) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(self.log_dir) as writer:
             array = picture(shown["image"], shown["pred"], shown["label"])
-            writer.add_image("found and true", array, engine.state.epoch)  # type: ignore[no-untyped-call]
+            writer.add_image("found and true", array, engine.state.epoch)
 
 
 def picture(image: Tensor, found: Tensor, truth: Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
@@ -18,9 +19,9 @@ def convolutional_branch(
     out_channels: int,
     convs: int,
     kernel_size: Sequence[int],
-    act: str | tuple | None,
-    norm: str | tuple | None,
-    dropout: float | str | tuple | None,
+    act: str | tuple[str, dict[str, Any]] | None,
+    norm: str | tuple[str, dict[str, Any]] | None,
+    dropout: float | str | tuple[str, dict[str, Any]] | None,
 ) -> nn.Sequential:
     """Convolutions that keep the size, each followed by normalization, dropout and activation, as MONAI orders them.
 

@@ -30,7 +30,7 @@ LIMIT = 2.0**8
 
 def round_to_grid(x: Tensor) -> Tensor:
     """The nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
-    return _Rounding.apply(x) if torch.is_grad_enabled() and x.requires_grad else on_grid(x)
+    return _Rounding.apply(x) if torch.is_grad_enabled() and x.requires_grad else on_grid(x)  # type: ignore[no-untyped-call]
 
 
 def on_grid(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class OrthogonalLayer(InvertibleLayer):
         if not self.exact:
             return self.multiply(pieces, matrix, inverse)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*pieces, matrix)):
-            return _RoundedProduct.apply(self, inverse, matrix, *pieces)
+            return _RoundedProduct.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
         rounded = self._rounded(pieces, matrix, inverse)
         for piece in rounded:
             self.note_largest(piece)

@@ -138,7 +138,7 @@ class OrthogonalMatrix(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalMatrix:
         # A cast would round the constant: compute it anew from what became of the weight.
         self.constant = None
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self if self.training else self.train(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
