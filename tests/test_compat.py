@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
+import re
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,9 @@ import torch
 from torch import nn
 
 from monai_iunet.compat import StandardBlock, iUNet, load_iunets_state_dict
+from tests.iunets_reference import FILE, NETWORKS, images, original
+
+TUTORIAL = Path(__file__).parents[2] / "shared" / "notes" / "iunets_tutorial_1.rst"
 
 needs_original = pytest.mark.skipif(
     importlib.util.find_spec("iunets") is None or importlib.util.find_spec("memcnn") is None,
@@ -41,21 +47,48 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def original(**arguments: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import iunets
-
-        net = iunets.iUNet(**{"verbose": 0, **arguments})
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_agree_with_those_on_record(name: str) -> None:
+    recorded = torch.load(FILE, weights_only=True)["networks"][name]
+    ours = iUNet(**NETWORKS[name]).eval()
+    load_iunets_state_dict(ours, recorded["state_dict"])
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return net.eval()
+        torch.testing.assert_close(ours(recorded["x"]), recorded["output"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.inverse(recorded["y"]), recorded["inverse"], rtol=1e-3, atol=1e-3)
 
 
-def images(dim: int, channels: int, size: int = 12) -> torch.Tensor:
-    return torch.randn(2, channels, *[size] * dim, generator=torch.Generator().manual_seed(1))
+def tutorial_with_the_import_changed() -> list[str]:
+    """The blocks of code of the released package's tutorial, on the CPU, with two epochs where it has 50."""
+    if not TUTORIAL.is_file():
+        pytest.skip("the tutorial of iunets is not beside the checkout (in ../shared/notes)")
+    text = TUTORIAL.read_text(encoding="utf-8")
+    blocks = re.findall(r"\.\. code:: (?:python|text)\n\n((?:    .*\n|\n)+)", text)
+    changes = {"from iunets import iUNet": "from monai_iunet.compat import iUNet", "'cuda'": "'cpu'", "(50)": "(2)"}
+    for before, after in changes.items():
+        assert any(before in block for block in blocks)
+        blocks = [block.replace(before, after) for block in blocks]
+    return ["\n".join(line[4:] for line in block.splitlines()).strip() for block in blocks]
+
+
+def test_its_tutorial_runs_with_the_import_line_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loading, building, layout, training, segmenting = tutorial_with_the_import_changed()
+    monkeypatch.setattr("matplotlib.pyplot.plot", lambda curve: None)
+    torchvision = types.ModuleType("torchvision")
+    pictures = [(torch.rand(3, 32, 32), 0) for _ in range(8)]
+    torchvision.datasets = types.SimpleNamespace(CIFAR10=lambda **_: pictures)  # type: ignore[attr-defined]
+    torchvision.transforms = types.SimpleNamespace(Compose=list, ToTensor=object)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    names: dict[str, Any] = {}
+    for block in (loading, building):
+        exec(block, names)
+    assert capsys.readouterr().out.strip() == layout
+    exec(training, names)
+    assert len(names["loss_curve"]) == 2
+    assert names["loss_curve"][1] < names["loss_curve"][0]
+    exec(segmenting, names)
+    assert names["model"](torch.rand(1, 3, 8, 8, 8)).shape == (1, 10, 8, 8, 8)
 
 
 @needs_original
