@@ -286,6 +286,8 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         },
         # The average of the weights over about the last 300 steps is validated and saved.
         "average": {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.003},
+        "start_average": "$lambda engine: engine.state.iteration or "
+        "@average.ema_model.load_state_dict(@network_def.state_dict())",
         **_datalist(task),
         "preprocessing": _preprocessing(task, IMAGE_AND_LABEL),
         "train": {
@@ -394,6 +396,8 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "run": [
             "$start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
             "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @stop_at_nan)",
+            # Whatever a handler has loaded into the network, the average begins with it.
+            "$@train#trainer.add_event_handler(ignite.engine.Events.STARTED, @start_average)",
             "$@early_stop.set_trainer(@train#trainer)",
             "$@progress.attach(@train#trainer)",
             "$@average.attach(@train#trainer)",
@@ -463,7 +467,7 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
             "transforms": [
                 *_labels_on_image_grid("@preprocessing", save_probabilities=True),
                 _largest_component(task),
-                {"_target_": "monai_iunet.outputs.SaveLabelsd", "keys": "pred", "output_dir": "@output_dir"},
+                {"_target_": "monai_iunet.outputs.SaveImageLabelsd", "keys": "pred", "output_dir": "@output_dir"},
             ],
         },
         "handlers": [
@@ -618,8 +622,11 @@ def _datalist(task: Task) -> Config:
 def _preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
     both = not isinstance(keys, str)
     transforms: Transforms = [
-        {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
-        {"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": None},
+        {"_target_": "LoadImaged", "keys": keys},
+        # Apart, because MONAI Deploy leaves out what loads.
+        {"_target_": "EnsureChannelFirstd", "keys": keys},
+        # The labels of an affine that leads to RAS, as all readers give it, whatever space the meta data name.
+        {"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
     ]
     if task.modality == "CT":
         # What lies around the scanned region is air, or was never there.

@@ -13,6 +13,7 @@ import SimpleITK
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.utils import MetaKeys
 
 from monai_iunet.geometry import from_simpleitk
 from monai_iunet.images import InputError, check_image, label_image, read_image
@@ -188,7 +189,7 @@ class BundleSegmenter:
                 raise InputError(f"{folder}: its inference.json has no `save_probabilities`. Segment without them.")
             parser["save_probabilities"] = True
         _leave_out(parser, "preprocessing", "LoadImaged")
-        _leave_out(parser, "postprocessing", "SaveImaged", "SaveLabelsd")
+        _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
         self.network = parser.get_parsed_content("network_def")
         try:
             weights = torch.load(self.folder / "models" / "model.pt", map_location="cpu", weights_only=True)
@@ -280,7 +281,11 @@ class BundleSegmenter:
         axis = next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
         if mirrored:
             data = np.flip(data, axis)
-        tensor = MetaTensor(torch.from_numpy(data.copy())[None], affine=torch.from_numpy(image.affine))
+        tensor = MetaTensor(
+            torch.from_numpy(data.copy())[None],
+            affine=torch.from_numpy(image.affine),
+            meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0},
+        )
         item = self.preprocessing({"image": tensor})
         item["pred"] = self.inferer(item["image"][None].to(self.device), self.network)[0]
         item = self.postprocessing(item)

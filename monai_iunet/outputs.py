@@ -10,11 +10,11 @@ import nibabel
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Invertd, InvertibleTransform, MapTransform
+from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveImaged
 
 from monai_iunet.images import check_folder, image_name, write_labels
 
-__all__ = ["LabelsOnImageGridd", "SaveLabelsd"]
+__all__ = ["LabelsOnImageGridd", "SaveImageLabelsd"]
 
 
 class LabelsOnImageGridd(MapTransform):
@@ -55,8 +55,11 @@ class LabelsOnImageGridd(MapTransform):
         return labels
 
 
-class SaveLabelsd(MapTransform):
+class SaveImageLabelsd(SaveImaged):
     """Write label maps beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
+
+    It writes all by itself. It is a `SaveImaged`, and is called so, because MONAI Label leaves out transforms of that
+    class and MONAI Deploy those of such a name.
 
     Args:
         keys: label maps `(1, *spatial)` on the grid of the image's file.
@@ -68,7 +71,7 @@ class SaveLabelsd(MapTransform):
     def __init__(
         self, keys: KeysCollection, output_dir: str | Path, suffix: str = "_seg", orig_keys: str = "image"
     ) -> None:
-        super().__init__(keys)
+        super().__init__(keys, output_dir=output_dir)
         self.output_dir = Path(output_dir)
         self.suffix = suffix
         self.orig_key = orig_keys

@@ -12,7 +12,7 @@ import torch
 from monai.transforms import Compose, CropForegroundd, LoadImaged, Orientationd, Spacingd
 
 from monai_iunet.live_bytes import LiveBytes
-from monai_iunet.outputs import LabelsOnImageGridd, SaveLabelsd
+from monai_iunet.outputs import LabelsOnImageGridd, SaveImageLabelsd
 
 PREPROCESSING = Compose(
     [
@@ -45,7 +45,7 @@ def test_every_axis_flip_and_permutation(order: tuple[int, ...], flips: tuple[in
     seen = torch.as_tensor(case["image"])[0]
     case["pred"] = torch.stack([1 - (seen - number).abs().clamp(max=1) for number in range(3)])
     case = LabelsOnImageGridd("pred", PREPROCESSING)(case)
-    SaveLabelsd("pred", tmp_path / "out")(case)
+    SaveImageLabelsd("pred", tmp_path / "out")(case)
     result = nibabel.load(tmp_path / "out" / "image_seg.nii.gz")
     assert result.shape == turned.shape
     assert result.get_data_dtype() == np.uint8
