@@ -65,16 +65,26 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_the_code_of_the_readme_runs(index: int) -> None:
+@pytest.mark.parametrize("index", range(8))
+def test_the_code_of_the_readme_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
+    if "import lightning" in blocks[index]:
+        pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
     if "plan" in names:
         assert names["plan"].training_peak > names["plan"].inference_peak > 2**30
     if "restored" in names:
         torch.testing.assert_close(names["restored"], names["images"], atol=1e-3, rtol=1e-3)
+    if "losses" in names:
+        assert names["losses"][-1] < 0.8 * names["losses"][0]
+        assert names["found"].shape == (1, 40, 40, 40)
+    if "trainer" in names:
+        assert names["trainer"].global_step == 20
+        assert names["trainer"].callback_metrics["train_loss"] < 0.9
+        assert not list(tmp_path.iterdir())
 
 
 def test_the_layout_in_the_readme_is_that_of_its_network() -> None:
