@@ -18,6 +18,8 @@ from monai_iunet.installed import bundle_folder
 __all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task", "configs", "write_bundle", "write_configs"]
 
 Config = dict[str, Any]
+# Reads what `monai-iunet segment` reads, and refuses what it refuses.
+READER = "monai_iunet.SimpleITKReader"
 Transforms = list[Config]
 
 IMAGE_AND_LABEL = ["image", "label"]
@@ -29,6 +31,7 @@ IMPORTS = (
     "import torch",
     "from monai_iunet.cases import checked",
     "from monai_iunet.cases import images_to_segment",
+    "from monai_iunet.cases import segmentable",
     "from monai_iunet.checkpoints import start_from",
 )
 
@@ -49,6 +52,8 @@ class Task:
             images are not mirrored.
         partial_labels: whether structures that are there may not be contoured in some cases.
         largest_component: whether, unless asked otherwise, only the largest component of each structure is kept.
+        max_field_of_view: longest axis, in mm, of the images that the network has learned from, if others must be
+            cropped; None for any.
         validation_cases: whether the cases to validate on are listed in `configs/validation_cases.json`; otherwise
             they are the section "validation" of `dataset.json`.
         channels: of the network, per level.
@@ -73,6 +78,7 @@ class Task:
     mirrored: tuple[tuple[int, int], ...] | None = None
     partial_labels: bool = False
     largest_component: bool = False
+    max_field_of_view: float | None = None
     validation_cases: bool = False
     channels: tuple[int, ...] = (32, 64, 128, 256)
     couplings: tuple[int, ...] = (2, 2, 2, 2)
@@ -106,6 +112,7 @@ HIPPOCAMPUS = Task(
     dataset="Task04_Hippocampus",
     spacing=(1.0, 1.0, 1.0),
     roi_size=(40, 56, 40),
+    max_field_of_view=80.0,
     validation_cases=True,
     max_epochs=90,
 )
@@ -422,7 +429,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "_target_": "Compose",
             "transforms": [
                 "@image_preprocessing",
-                {"_target_": "LoadImaged", "keys": "label", "ensure_channel_first": True},
+                {"_target_": "LoadImaged", "keys": "label", "reader": READER, "ensure_channel_first": True},
             ],
         },
         "dataset": {"_target_": "Dataset", "data": "$@datalist['validation']", "transform": "@preprocessing"},
@@ -457,7 +464,11 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         "skip_done": True,
         "largest_component": task.largest_component,
         "save_probabilities": False,
-        "datalist": "$images_to_segment(@dataset_dir, @output_dir, skip_done=@skip_done)",
+        "check_data": True,
+        "skip_bad_cases": False,
+        "max_field_of_view": task.max_field_of_view,
+        "images": "$images_to_segment(@dataset_dir, @output_dir, skip_done=@skip_done)",
+        "datalist": "$segmentable(@images, @check_data, @skip_bad_cases, @max_field_of_view)",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(task, "image")},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": _dataloader("@dataset", 1, distributed),
@@ -622,7 +633,7 @@ def _datalist(task: Task) -> Config:
 def _preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
     both = not isinstance(keys, str)
     transforms: Transforms = [
-        {"_target_": "LoadImaged", "keys": keys},
+        {"_target_": "LoadImaged", "keys": keys, "reader": READER},
         # Apart, because MONAI Deploy leaves out what loads.
         {"_target_": "EnsureChannelFirstd", "keys": keys},
         # The labels of an affine that leads to RAS, as all readers give it, whatever space the meta data name.

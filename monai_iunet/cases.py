@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
-from monai_iunet.images import InputError, check_names, image_name, read_image
+from monai_iunet.images import (
+    InputError,
+    check_extent,
+    check_names,
+    check_not_constant,
+    image_name,
+    read_image,
+)
 
-__all__ = ["checked", "images_to_segment"]
+__all__ = ["checked", "images_to_segment", "segmentable"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,36 @@ def checked(
     """
     if not check:
         return list(cases)
-    problems = {number: problem for number, case in enumerate(cases) if (problem := _problem(case, num_classes))}
+    good = _without_bad(cases, lambda case: _problem(case, num_classes), skip_bad)
+    if not good:
+        raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
+    return good
+
+
+def segmentable(
+    cases: Sequence[dict[str, Any]], check: bool = True, skip_bad: bool = False, max_extent: float | None = None
+) -> list[dict[str, Any]]:
+    """Make sure that images can be segmented; all that is wrong is listed together.
+
+    Args:
+        cases: dictionaries with a path "image".
+        check: whether to look at all; every file is read.
+        skip_bad: leave bad images out, saying so, instead of stopping.
+        max_extent: longest axis, in mm, of images that the network has learned from; None for any.
+
+    Returns:
+        The good images.
+
+    Raises:
+        InputError: naming each bad image in a line, unless `skip_bad`.
+    """
+    return _without_bad(cases, lambda case: _image_problem(case, max_extent), skip_bad) if check else list(cases)
+
+
+def _without_bad(
+    cases: Sequence[dict[str, Any]], problem_of: Callable[[dict[str, Any]], str | None], skip_bad: bool
+) -> list[dict[str, Any]]:
+    problems = {number: problem for number, case in enumerate(cases) if (problem := problem_of(case))}
     listed = "\n".join(problems.values())
     if problems and not skip_bad:
         raise InputError(
@@ -45,10 +82,19 @@ def checked(
         )
     if problems:
         logger.warning("%d of %d cases are left out:\n%s", len(problems), len(cases), listed)
-    good = [case for number, case in enumerate(cases) if number not in problems]
-    if not good:
-        raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
-    return good
+    return [case for number, case in enumerate(cases) if number not in problems]
+
+
+def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None:
+    """What is wrong with an image, in one line; None if nothing is."""
+    try:
+        image = read_image(case["image"])
+        check_not_constant(image, case["image"])
+        if max_extent is not None:
+            check_extent(image, max_extent, case["image"], "Crop it first, or use `monai-iunet segment`.")
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _problem(case: dict[str, Any], num_classes: int) -> str | None:
@@ -61,7 +107,7 @@ def _problem(case: dict[str, Any], num_classes: int) -> str | None:
         return str(error)
     if image.shape != label.shape:
         return f"{case['label']}: has the shape {label.shape}, its image {image.shape}."
-    voxel = np.sqrt((image.affine[:3, :3] ** 2).sum(0)).min()
+    voxel = voxel_sizes(image.affine).min()
     corners = np.array([[0, 0, 0, 1], [*image.shape, 1]])
     apart = np.abs(corners @ (image.affine - label.affine).T).max()
     if apart > 0.1 * voxel:

@@ -7,19 +7,22 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 __all__ = [
     "NIFTI",
     "SUFFIXES",
     "InputError",
+    "check_extent",
     "check_folder",
     "check_image",
     "check_names",
+    "check_not_constant",
     "image_name",
     "label_image",
     "read_image",
@@ -32,7 +35,20 @@ SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 SUFFIXES = NIFTI + SIMPLEITK
 # What deflate, the compression of all these formats, can reach at best (zlib's technical notes).
 LARGEST_COMPRESSION = 1032
-BROKEN = (nibabel.filebasedimages.ImageFileError, EOFError, OSError, ValueError, OverflowError, zlib.error)
+LARGEST_VOXEL = 50.0  # mm
+LARGEST_EXTENT = 2500.0  # mm, a tall person with some air around
+SMALLEST_EXTENT = 1.0  # mm, of the longest axis
+BROKEN = (
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    EOFError,
+    KeyError,
+    OSError,
+    OverflowError,
+    ValueError,
+    np.linalg.LinAlgError,
+    zlib.error,
+)
 
 
 class InputError(ValueError):
@@ -146,7 +162,7 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
         name: what an error calls it.
 
     Raises:
-        InputError: when it is not 3D, without orientation, damaged or not finite.
+        InputError: when it is not 3D, without orientation, of a size that no scan has, damaged or not finite.
 
     Example:
         >>> check_image(nibabel.Nifti1Image(np.zeros((4, 5)), np.eye(4)), "x")
@@ -167,6 +183,13 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
         )
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise InputError(f"{name}: has an affine that cannot be inverted. Set a valid one with nibabel's `set_sform`.")
+    _check_forms(image, name)
+    spacing = voxel_sizes(image.affine)
+    if spacing.max() > LARGEST_VOXEL or not SMALLEST_EXTENT <= (spacing * shape).max() <= LARGEST_EXTENT:
+        raise InputError(
+            f"{name}: {_times(shape)} voxels of {_times(spacing)} mm, which is no scan of a person. Set the affine in "
+            "millimeters with nibabel's `set_sform`."
+        )
     try:
         data = image.get_fdata(dtype=np.float32)
     except BROKEN as error:
@@ -175,6 +198,55 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
     if bad:
         raise InputError(f"{name}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
     return image
+
+
+def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
+    """Refuse a header that says two things: programs would read it differently, and tell sides and sizes differently.
+
+    Small differences are common, since an image that was registered to another has a sform that says so.
+    """
+    header = image.header
+    try:
+        forms = [form for form, code in (image.get_sform(coded=True), image.get_qform(coded=True)) if code > 0]
+        axes = sorted({"".join(map(str, nibabel.aff2axcodes(form))) for form in forms})
+        header.get_xyzt_units()
+    except BROKEN as error:
+        raise InputError(
+            f"{name}: its header is damaged ({_one_line(error)}). Set a valid one with nibabel: "
+            "`image.set_qform(image.affine, code=1)`, `image.header.set_xyzt_units('mm')`."
+        ) from error
+    if len(axes) > 1:
+        raise InputError(
+            f"{name}: its axes run to {axes[0]} and to {axes[1]}, by its qform and its sform, so left and right are in "
+            "doubt. Keep the right one with nibabel: `image.set_sform(image.get_qform(), code=1)`, or the other way."
+        )
+    given, found = header.get_zooms(), voxel_sizes(image.affine)
+    if not np.allclose(given, found, rtol=0.01):
+        raise InputError(
+            f"{name}: voxels of {_times(given)} mm by its pixdim, of {_times(found)} mm by its affine. If the affine "
+            "is right, make all agree with nibabel: `image.set_qform(image.affine, code=1)`."
+        )
+
+
+def check_not_constant(image: nibabel.Nifti1Image, name: str) -> None:
+    """Make sure that an image shows something.
+
+    Raises:
+        InputError: when all voxels have the same value.
+    """
+    if np.ptp(image.get_fdata(dtype=np.float32)) == 0:
+        raise InputError(f"{name}: all voxels have the same value, so there is nothing to segment. Check the export.")
+
+
+def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: str) -> None:
+    """Make sure that an image shows no more than a network has learned from.
+
+    Raises:
+        InputError: when an axis is longer than `limit`, in mm; it ends with the advice.
+    """
+    extent = voxel_sizes(image.affine) * image.shape
+    if extent.max() > limit:
+        raise InputError(f"{name}: {_times(extent.round())} mm, images of up to {limit:g} mm are needed. {advice}")
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
@@ -234,6 +306,10 @@ def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> N
     """Write the `label_image` of a label volume; a file is there whole or not at all."""
     image = label_image(labels, like)
     write_atomically(path, lambda temporary: nibabel.save(image, temporary))
+
+
+def _times(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
 
 
 def _one_line(error: Exception) -> str:

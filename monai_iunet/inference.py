@@ -14,9 +14,17 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import MetaKeys
+from nibabel.affines import voxel_sizes
 
 from monai_iunet.geometry import from_simpleitk
-from monai_iunet.images import InputError, check_image, label_image, read_image
+from monai_iunet.images import (
+    InputError,
+    check_extent,
+    check_image,
+    check_not_constant,
+    label_image,
+    read_image,
+)
 from monai_iunet.installed import bundle_folder
 from monai_iunet.whole_head import hippocampus_labels, register_template, segment_whole_head
 
@@ -231,19 +239,12 @@ class BundleSegmenter:
             InputError: when the image is constant; when an axis is longer than the metadata allow, and they name no way
                 to find the region, or it was not found.
         """
-        if np.ptp(image.get_fdata(dtype=np.float32)) == 0:
-            raise InputError(
-                f"{name}: all voxels have the same value, so there is nothing to segment. Check the export."
-            )
+        check_not_constant(image, name)
         limit = self.metadata.get("max_field_of_view_mm")
-        extent = np.array(image.shape) * np.sqrt((image.affine[:3, :3] ** 2).sum(0))
-        if limit is None or extent.max() <= limit:
+        if limit is None or (voxel_sizes(image.affine) * image.shape).max() <= limit:
             return None
         if self.metadata.get("region_finder") != "whole_head":
-            raise InputError(
-                f"{name}: {' x '.join(f'{length:.0f}' for length in extent)} mm, but {self.folder.name} has only seen "
-                f"images of up to {limit} mm. Crop the image around the structure first."
-            )
+            check_extent(image, limit, name, "Crop the image around the structure first.")
         try:
             return register_template(image)
         except InputError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from monai_iunet.images import write_atomically
 
@@ -80,7 +81,7 @@ def draw_overlay(
     found = np.argwhere(shown_labels > 0)
     box = tuple(slice(0, extent) for extent in labels.shape)
     if len(found):
-        pad = np.ceil(margin / np.sqrt((image.affine[:3, :3] ** 2).sum(0))).astype(int)
+        pad = np.ceil(margin / voxel_sizes(image.affine)).astype(int)
         box = tuple(slice(max(low, 0), high) for low, high in zip(found.min(0) - pad, found.max(0) + pad + 1))
     shown = image.slicer[box]
     # The planes go through the middle of the largest connected structure, not between the two of a pair.
