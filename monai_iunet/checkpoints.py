@@ -67,6 +67,9 @@ class Checkpoints:
     def attach(self, trainer: Engine, validator: Engine) -> None:
         """Attach to a `monai.engines.Trainer` and the evaluator that validates its network."""
         check_folder(self.folder)
+        if self.resume and self.writes:
+            for unfinished in self.folder.glob(".*.pt.*.pt"):  # of a process that was killed while it wrote
+                unfinished.unlink(missing_ok=True)
         if self.resume and self.last.is_file():
             self._load(trainer, validator)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)

@@ -170,7 +170,10 @@ def _sorted_slices(series: Series, folder: Path) -> tuple[list[str], float]:
 def _header(name: str) -> Any:
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(name)
-    reader.ReadImageInformation()
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputError(f"{name}: a DICOM file that cannot be read. Copy or export the series again.") from error
     return reader
 
 

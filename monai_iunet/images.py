@@ -26,6 +26,7 @@ __all__ = [
     "image_name",
     "label_image",
     "read_image",
+    "read_with_simpleitk",
     "write_atomically",
     "write_labels",
 ]
@@ -87,12 +88,15 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def read_image(path: str | os.PathLike[str], series: str | None = None) -> nibabel.Nifti1Image:
+def read_image(
+    path: str | os.PathLike[str], series: str | None = None, read_before: bool = False
+) -> nibabel.Nifti1Image:
     """Read a 3D image and make sure that it can be segmented.
 
     Args:
         path: a file of NIfTI, NRRD or MetaImage, a DICOM file that holds a volume, or a folder with a DICOM series.
         series: Series Instance UID, or its beginning or end, where a folder holds several.
+        read_before: whether this file was read before, so that it needs no process of its own to be tried in.
 
     Returns:
         The image with its data read, float32; the affine is in RAS.
@@ -103,14 +107,15 @@ def read_image(path: str | os.PathLike[str], series: str | None = None) -> nibab
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file. Check the path.")
-    if path.is_dir():
-        from monai_iunet.dicom import read_series
-        from monai_iunet.geometry import from_simpleitk
+    if not path.is_dir():
+        image_name(path, SUFFIXES)
+        if path.name.lower().endswith(NIFTI):
+            return check_image(_read_nifti(path), str(path))
+    if not read_before:
+        from monai_iunet.probe import probe
 
-        return check_image(from_simpleitk(read_series(path, series)), str(path))
-    image_name(path, SUFFIXES)
-    image = _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_simpleitk(path)
-    return check_image(image, str(path))
+        probe(path, series)
+    return check_image(read_with_simpleitk(path, series), str(path))
 
 
 def _read_nifti(path: Path) -> nibabel.Nifti1Image:
@@ -124,11 +129,20 @@ def _read_nifti(path: Path) -> nibabel.Nifti1Image:
     return image
 
 
-def _read_simpleitk(path: Path) -> nibabel.Nifti1Image:
+def read_with_simpleitk(path: Path, series: str | None = None) -> nibabel.Nifti1Image:
+    """Read a file, or a DICOM series of a folder, in this process, whatever that does to it: see `read_image`.
+
+    Raises:
+        InputError: when it cannot be read as a volume of scalars.
+    """
     import SimpleITK
 
     from monai_iunet.geometry import from_simpleitk
 
+    if path.is_dir():
+        from monai_iunet.dicom import read_series
+
+        return from_simpleitk(read_series(path, series))
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -267,7 +281,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name beside `path`, and give it its name when it is complete."""
-    handle, name = tempfile.mkstemp(suffix="".join(path.suffixes[-2:]), prefix=".", dir=path.parent)
+    handle, name = tempfile.mkstemp(suffix="".join(path.suffixes[-2:]), prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -91,11 +91,11 @@ def segment_files(
         raise InputError(f"{segmenter.folder.name}: the example is a head, which it does not segment. Name images.")
     names = [_name(path) for path in images] if images else ["mni152"]
     check_names(names)
-    formats = [_format(path, settings) for path in images] or [NIFTI_FORMAT]
     regions = [_region(path, segmenter, settings) for path in _bar(images, "looking at the images")] or [np.eye(4)]
+    formats = [_format(path, settings) for path in images] or [NIFTI_FORMAT]
     check_folder(output)
     for number, name in enumerate(_bar(names, "segmenting")):
-        image = read_image(images[number], settings.series) if images else load_template()
+        image = read_image(images[number], settings.series, read_before=True) if images else load_template()
         found = segmenter.segment(image, regions[number], settings.mirror)
         suffix, write = formats[number]
         written = output / f"{name}_seg{suffix}"

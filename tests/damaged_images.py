@@ -321,7 +321,8 @@ def work(folder: Path, first: int, last: int) -> None:
         found["segment"] = segment(path, place / "segmented", segmenter)
         found["bundle"] = run_bundle(path, place / "bundle", segmenter)
         found["wrong"] = what_is_wrong(found, path, reference)
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > taken + MEMORY:
+        before, taken = taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if taken > before + MEMORY:
             found["wrong"].append("memory")
         tell(found)
         if not found["wrong"]:

@@ -174,3 +174,23 @@ def test_series_of_scanners(folder: str, shape: tuple[int, ...], zooms: tuple[fl
     np.testing.assert_allclose(image.header.get_zooms(), zooms, atol=0.01)
     if folder == "ct_dicom":
         assert image.get_fdata().min() <= -1000  # Hounsfield units
+
+
+@pytest.fixture
+def metaimage(tmp_path: Path) -> Path:
+    data = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(data), tmp_path / "image.mha")
+    return tmp_path / "image.mha"
+
+
+def test_a_header_that_ends_the_process_of_its_reader(metaimage: Path) -> None:
+    metaimage.write_bytes(metaimage.read_bytes().replace(b"NDims = 3", b"NDims = -1"))
+    with pytest.raises(InputError, match=r"image.mha: .*damaged"):
+        read_image(metaimage)
+
+
+def test_a_probe_that_cannot_start_is_no_damaged_file(metaimage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(OSError, match="could not be read"):
+        read_image(metaimage)
