@@ -307,7 +307,8 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "dataset": _dataset("$@datalist['training']", "@train#preprocessing"),
             "dataloader": {
                 **_dataloader("@train#dataset", "@batch_size", distributed, shuffle=True),
-                "drop_last": True,
+                # Unless nothing would be left: MONAI's trainer then skips the training.
+                "drop_last": "$len(@train#dataset) >= @batch_size * int(os.environ.get('WORLD_SIZE', 1))",
             },
             "inferer": {"_target_": "SimpleInferer"},
             "handlers": [

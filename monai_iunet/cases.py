@@ -14,6 +14,7 @@ from nibabel.affines import voxel_sizes
 from monai_iunet.images import (
     InputError,
     check_extent,
+    check_folder,
     check_names,
     check_not_constant,
     image_name,
@@ -130,7 +131,7 @@ def images_to_segment(
     Args:
         source: an image, a folder of images (its subfolder `imagesTs`, if there is one), a list of either, or a JSON
             file: a list, or a dictionary whose section "test" is one. Paths in it are relative to it.
-        output_dir: folder of the results.
+        output_dir: folder of the results; created if there is something to do.
         suffix: what a result's name has after that of its image.
         skip_done: whether to leave out images that have a result.
 
@@ -138,7 +139,7 @@ def images_to_segment(
         Dictionaries with the path "image".
 
     Raises:
-        InputError: when there is no such image, or two of them have the same name.
+        InputError: when there is no such image, two of them have the same name, or the folder cannot be written.
     """
     found = [path for part in _as_list(source) for path in _images(part)]
     if not found:
@@ -151,6 +152,8 @@ def images_to_segment(
         logger.info(
             "%d of %d images have a result in %s and are left out", len(found) - len(left), len(found), output_dir
         )
+    if left:
+        check_folder(output_dir)
     return [{"image": str(path)} for path in left]
 
 

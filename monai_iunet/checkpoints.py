@@ -7,6 +7,7 @@ generators are seeded anew when an epoch begins. Files are written under another
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,12 +95,12 @@ class Checkpoints:
             "model": self.model.state_dict(),
             **{name: part.state_dict() for name, part in self.state.items()},
         }
-        write_atomically(self.last, lambda path: torch.save(saved, path))
+        _write(saved, self.last)
 
     def _save_best(self, validator: Any) -> None:
         if self.writes and validator.state.best_metric_epoch == validator.state.epoch:
             weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
-            write_atomically(self.folder / "model.pt", lambda path: torch.save(weights, path))
+            _write(weights, self.folder / "model.pt")
             logger.info("Best network so far: %s", self.folder / "model.pt")
 
     def _load(self, trainer: Any, validator: Any) -> None:
@@ -125,6 +126,13 @@ class Checkpoints:
             # The trainer makes its scaler when it runs.
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
         logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    # Through memory, because of a full disk `torch.save` says only that a position in the file is unexpected.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def start_from(path: str | Path, *networks: nn.Module) -> None:

@@ -61,8 +61,11 @@ def _main(path: str, series: str | None = None) -> None:
     _limit_memory(Path(path))
     try:
         read_with_simpleitk(Path(path), series)
-    except (InputError, MemoryError) as error:
-        sys.stdout.write(str(error) or f"{path}: damaged, or too large for the memory. Export or copy it again.")
+    except InputError as error:
+        sys.stdout.write(str(error))
+        sys.exit(REFUSED)
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+        sys.stdout.write(f"{path}: damaged ({type(error).__name__} while it was read). Export or copy it again.")
         sys.exit(REFUSED)
 
 

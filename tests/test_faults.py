@@ -191,10 +191,11 @@ def test_a_read_only_folder_is_noticed_before_the_work(images: Path, recipe: dic
             assert result.returncode == 2
             assert "cannot be written" in result.stderr
             assert "Traceback" not in result.stderr
-        for config, option in (("train.json", "ckpt_dir"), ("inference.json", "output_dir")):
-            options = {**recipe, "dataset_dir": images if config == "inference.json" else recipe["dataset_dir"]}
-            words = [sys.executable, *command(BUNDLE, config, **{**options, option: disk / "new"})]
-            result = subprocess.run(words, capture_output=True, text=True, check=False)
+        for words in (
+            command(BUNDLE, "train.json", **recipe, ckpt_dir=disk / "new"),
+            command(BUNDLE, "inference.json", dataset_dir=images, output_dir=disk / "new"),
+        ):
+            result = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
             assert result.returncode != 0
             assert "cannot be written" in result.stderr
 
@@ -225,12 +226,13 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if found := condition():
             return found
         time.sleep(0.05)
+    kill(process)
     raise TimeoutError
 
 
@@ -238,9 +240,10 @@ def test_a_worker_that_dies_ends_the_training_with_a_message(recipe: dict[str, A
     folder = tmp_path / "killed"
     words = command(BUNDLE, "train.json", **recipe, num_workers=1, ckpt_dir=folder)
     process = start([sys.executable, *words])
-    wait_for((folder / "last.pt").exists)
-    worker = wait_for(lambda: [pid for pid in children(process.pid) if "monai.bundle" in command_line(pid)])[0]
-    os.kill(worker, signal.SIGKILL)
+    wait_for((folder / "last.pt").exists, process)
+    # Whatever other helpers a process has, workers are what it forked with its own command line.
+    workers = wait_for(lambda: [pid for pid in children(process.pid) if "monai.bundle" in command_line(pid)], process)
+    os.kill(workers[0], signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "DataLoader worker" in printed
@@ -250,9 +253,10 @@ def test_a_worker_that_dies_ends_the_training_with_a_message(recipe: dict[str, A
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(recipe: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    words = [*torchrun(), *command(BUNDLE, "multi_gpu_train.json", **{**recipe, "max_epochs": 1000}, ckpt_dir=folder)]
+    recipe |= {"max_epochs": 1000, "dataset_dir": make_hippocampus_data(tmp_path / "more", training=2, validation=2)}
+    words = [*torchrun(), *command(BUNDLE, "multi_gpu_train.json", **recipe, ckpt_dir=folder)]
     process = start([sys.executable, *words])
-    wait_for((folder / "last.pt").exists)
+    wait_for((folder / "last.pt").exists, process)
     ranks = [pid for pid in children(process.pid) if "monai.bundle" in command_line(pid)]
     assert len(ranks) >= 2
     os.kill(ranks[-1], signal.SIGKILL)
