@@ -385,10 +385,6 @@ def train_config(task: Task, distributed: bool = False) -> Config:
             "patience": "@patience",
             "score_function": "$lambda validator: validator.state.metrics['val_mean_dice']",
         },
-        "stop_at_nan": {
-            "_target_": "ignite.handlers.TerminateOnNan",
-            "output_transform": "$monai.handlers.from_engine(['loss'], first=True)",
-        },
         "progress": {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
         "checkpoints": {
             "_target_": "monai_iunet.checkpoints.Checkpoints",
@@ -403,7 +399,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "initialize": [*_begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
         "run": [
             "$start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
-            "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @stop_at_nan)",
+            "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @checkpoints.stop_at_nan)",
             # Whatever a handler has loaded into the network, the average begins with it.
             "$@train#trainer.add_event_handler(ignite.engine.Events.STARTED, @start_average)",
             "$@early_stop.set_trainer(@train#trainer)",

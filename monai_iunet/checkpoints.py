@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.handlers import from_engine
 from monai.networks import copy_model_state
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
@@ -76,6 +78,19 @@ class Checkpoints:
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
+
+    def stop_at_nan(self, trainer: Any) -> None:
+        """Stop a training whose loss is not finite, before an epoch with it is saved: attach to each iteration.
+
+        Raises:
+            FloatingPointError: when it is.
+        """
+        loss = float(from_engine("loss", first=True)(trainer.state.output))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"Epoch {trainer.state.epoch}, iteration {trainer.state.iteration}: the loss is {loss}, the "
+                f"training has diverged. {self.last} is that of the epoch before. Go on with a lower learning rate."
+            )
 
     def _seed(self, trainer: Any) -> None:
         seed = self.seed + trainer.state.epoch

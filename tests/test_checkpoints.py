@@ -54,7 +54,9 @@ def training(
         train_handlers=[ValidationHandler(1, validator), LrScheduleHandler(scheduler)],
     )
     state = {"optimizer": optimizer, "scheduler": scheduler}
-    Checkpoints(folder, network, state, seed=7, resume=resume).attach(trainer, validator)
+    checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
+    checkpoints.attach(trainer, validator)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoints.stop_at_nan)
     return trainer, network
 
 
@@ -88,6 +90,31 @@ def test_killed_and_resumed_equals_never_killed(epoch: int, tmp_path: Path) -> N
     assert torch.equal(weights(resumed), weights(expected))
     best = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path) -> None:
+    trainer, network = training(tmp_path)
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def ruin() -> None:
+        if trainer.state.epoch == 2:
+            with torch.no_grad():
+                next(network.parameters()).fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"Epoch 2, iteration 4: the loss is nan.*last.pt"):
+        trainer.run()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_what_a_kill_has_left_half_written_goes_when_it_goes_on(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path, max_epochs=1)
+    trainer.run()
+    half = tmp_path / ".last.pt.abc123.pt"
+    half.write_bytes(b"half")
+    training(tmp_path, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
 
 
 def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path: Path) -> None:

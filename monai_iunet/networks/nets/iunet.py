@@ -188,6 +188,7 @@ class IUNet(ChosenActivations):
         self.memory_budget = memory_budget
         self.activations = activations
         self.exact = exact
+        self._not_finite: Tensor | None = None  # whether the last output in training was not
 
     @property
     def exact(self) -> bool:
@@ -319,6 +320,7 @@ class IUNet(ChosenActivations):
         tapped: list[Tensor] | None = [] if levels else None
         y = self._decode(codes, tapped)
         self._check_grid()
+        self._check_finite(y)
         return [self._crop(y, x.shape[2:]) if crop else y, *reversed(tapped or [])]
 
     _forward_uncompiled = torch._disable_dynamo(_forward)
@@ -390,10 +392,27 @@ class IUNet(ChosenActivations):
         for layer in self._layers():
             layer.largest = None
         largest = float(torch.stack(sizes).amax()) if sizes else 0.0
-        if largest >= LIMIT:
+        if not largest < LIMIT:  # nor NaN
             raise OverflowError(
                 f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {largest:.0f}. Scale the "
                 "images, train with a lower learning rate or weight decay, or use exact=False."
+            )
+
+    def _check_finite(self, y: Tensor) -> None:
+        """Warn if the output of a training step was not finite; in the next call, so as not to wait for a GPU."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
+        earlier, self._not_finite = self._not_finite, None
+        if self.training and torch.is_grad_enabled():
+            total = y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32))
+            self._not_finite = ~total.isfinite()
+        if earlier is not None and bool(earlier):
+            warnings.warn(
+                "The last output of the IUNet in training was not finite: its input was not, or training has diverged "
+                "and the weights are lost. Go back to earlier ones, and train with a lower learning rate or clipped "
+                "gradients.",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def layout(self) -> str:
