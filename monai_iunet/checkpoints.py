@@ -23,6 +23,7 @@ from monai.utils import set_determinism
 from torch import nn
 
 from monai_iunet.images import InputError, check_folder, write_atomically
+from monai_iunet.weights import read_weights
 
 __all__ = ["Checkpoints", "start_from"]
 
@@ -154,19 +155,16 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
     """Copy the weights of another training into networks, as far as they fit: fine-tuning.
 
     Args:
-        path: state of a network, such as `model.pt`. What has another shape, the last convolution for other classes
-            say, is left as it is, and named in the log.
+        path: state of a network, such as `model.pt` or `model.safetensors`. What has another shape, the last
+            convolution for other classes say, is left as it is, and named in the log.
         networks: of the same structure: the one that is trained, and its average.
 
     Raises:
         InputError: when the file is no state of a network, and when nothing in it fits.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        for network in networks:
-            _, taken, left = copy_model_state(network, weights)
-    except Exception as error:
-        raise InputError(f"{path}: not the weights of a network. {error}") from error
+    weights = read_weights(path)
+    for network in networks:
+        _, taken, left = copy_model_state(network, weights)
     if not taken:
         raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
     logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")

@@ -213,11 +213,14 @@ def compare(
     with _input_errors():
         from monai_iunet.comparison import NETWORKS, as_markdown, compare_networks
         from monai_iunet.images import InputError
+        from monai_iunet.installed import bundle_folder
 
         names = [name.strip() for name in networks.split(",")]
         if not set(names) <= set(NETWORKS):
             raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
-        typer.echo(as_markdown(compare_networks(bundle, dataset_dir, output, max_epochs, networks=names)))
+        typer.echo(
+            as_markdown(compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names))
+        )
 
 
 @app.command()
@@ -226,10 +229,11 @@ def report(
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
 ) -> None:
     """Draw a bundle's training, and its best, median and worst case: pictures for its README."""
-    from monai_iunet.bundle_report import write_report
-
     with _input_errors():
-        written = write_report(bundle, dataset_dir)
+        from monai_iunet.bundle_report import write_report
+        from monai_iunet.installed import bundle_folder
+
+        written = write_report(bundle_folder(bundle), dataset_dir)
         typer.echo("\n".join(map(str, written)))
 
 

@@ -26,11 +26,12 @@ from monai_iunet.images import (
     read_image,
 )
 from monai_iunet.installed import bundle_folder
+from monai_iunet.weights import read_weights, weights_file
 from monai_iunet.whole_head import hippocampus_labels, register_template, segment_whole_head
 
 __all__ = ["BundleSegmenter", "Segmentation", "segment"]
 
-REQUIRED = ("configs/inference.json", "configs/metadata.json", "models/model.pt")
+REQUIRED = ("configs/inference.json", "configs/metadata.json")
 SOFT_TISSUE = (-160.0, 240.0)
 
 Image = TypeVar("Image")
@@ -180,7 +181,9 @@ class BundleSegmenter:
         progress: bool = False,
     ) -> None:
         self.folder = Path(folder)
+        weights = weights_file(self.folder)
         missing = [name for name in REQUIRED if not (self.folder / name).is_file()]
+        missing += [] if weights.is_file() else ["models/model.pt"]
         if missing:
             raise InputError(f"{folder}: not a bundle with weights, {', '.join(missing)} is missing. Name its folder.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -200,11 +203,10 @@ class BundleSegmenter:
         _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
         self.network = parser.get_parsed_content("network_def")
         try:
-            weights = torch.load(self.folder / "models" / "model.pt", map_location="cpu", weights_only=True)
-            self.network.load_state_dict(weights)
-        except Exception as error:
+            self.network.load_state_dict(read_weights(weights))
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder}: models/model.pt does not fit the network of the bundle: {reason}") from error
+            raise InputError(f"{weights}: does not fit the network of the bundle: {reason}") from error
         self.network.to(self.device).eval()
         self.inferer = parser.get_parsed_content("inferer")
         sliding_window = getattr(self.inferer, "inferer", self.inferer)  # the inner one of a MirrorInferer

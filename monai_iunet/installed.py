@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from monai_iunet.images import InputError
 
 __all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BUNDLE = "iunet_hippocampus_mri_segmentation"
 
@@ -31,6 +34,8 @@ def installed_bundles() -> dict[str, Path]:
 def bundle_folder(bundle: str | Path | None = None) -> Path:
     """The folder of a bundle.
 
+    Of one that did not come with the package, the log says that it can run code.
+
     Args:
         bundle: a folder, the name of an installed bundle, or a part of it that only one has, such as "headneck"; None
             for the hippocampus bundle.
@@ -43,9 +48,13 @@ def bundle_folder(bundle: str | Path | None = None) -> Path:
         'iunet_headneck_ct_segmentation'
     """
     name = DEFAULT_BUNDLE if bundle is None else str(bundle)
-    if Path(name).is_dir():
-        return Path(name)
     installed = installed_bundles()
+    if Path(name).is_dir():
+        if Path(name).resolve() not in [folder.resolve() for folder in installed.values()]:
+            logger.warning(
+                "%s: a MONAI config can run any code on this machine. Use bundles of people you trust.", name
+            )
+        return Path(name)
     fitting = [name] if name in installed else [one for one in installed if name in one]
     if len(fitting) == 1:
         return installed[fitting[0]]

@@ -21,6 +21,7 @@ def write_series(
     number: int = 1,
     orientations: Sequence[str] | None = None,
     modality: str = "CT",
+    description: str | None = None,
 ) -> Path:
     """Write axial slices, the last axis of the volume, in a random order of file names.
 
@@ -33,6 +34,7 @@ def write_series(
         number: of the series.
         orientations: of the slices.
         modality: CT or MR.
+        description: of the series.
     """
     folder.mkdir(parents=True, exist_ok=True)
     heights = [spacing[2] * index for index in range(volume.shape[2])] if heights is None else heights
@@ -52,7 +54,7 @@ def write_series(
             "0008|0018": f"{UID}.{number}.{index + 1}",
             "0008|0020": "20200101",
             "0008|0030": "120000",
-            "0008|103e": f"made series {number}",
+            "0008|103e": description or f"made series {number}",
             "0010|0010": "Made^Up",
             "0010|0020": "made-up",
             "0020|000d": f"{UID}.100",
