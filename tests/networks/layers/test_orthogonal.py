@@ -115,3 +115,51 @@ def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: 
     assert matrix().requires_grad  # with gradients, evaluation is differentiable as ever
     matrix().sum().backward()
     assert "constant" not in matrix.state_dict()
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_each_entry_of_the_weight_turns_the_matrix(name: str, size: int) -> None:
+    matrix = OrthogonalMatrix(size, orthogonal_map=name).double()
+    with torch.no_grad():
+        matrix.weight.copy_(0.3 * torch.randn(size, size))
+    (matrix() * torch.randn(size, size)).sum().backward()
+    off_diagonal = ~torch.eye(size, dtype=torch.bool)
+    assert (matrix.weight.grad[off_diagonal].abs() > 1e-6).all()
+    assert (matrix.weight.grad.diagonal() == 0).all()
+
+
+def test_a_base_that_is_almost_orthogonal_is_refused() -> None:
+    base = torch.eye(3)
+    base[0, 1] = 1e-3
+    with pytest.raises(ValueError, match="orthogonal, but"):
+        OrthogonalMatrix(3, base=base)
+    base[0, 1] = 1e-6
+    OrthogonalMatrix(3, base=base)
+
+
+def test_the_base_is_copied() -> None:
+    base = torch.eye(3)
+    matrix = OrthogonalMatrix(3, base=base)
+    base.zero_()
+    torch.testing.assert_close(matrix(), torch.eye(3))
+
+
+def test_evaluation_outlives_a_cast_and_training_is_the_default() -> None:
+    matrix = OrthogonalMatrix(3).eval().double()
+    assert not matrix.training
+    assert matrix.constant is not None
+    assert matrix.constant.dtype == torch.double
+    assert matrix.train().training
+    assert matrix.constant is None
+
+
+def test_weights_made_in_inference_mode_are_looked_at_each_time() -> None:
+    with torch.inference_mode():
+        matrix = OrthogonalMatrix(3).eval()
+        matrix.weight.add_(0.5 * torch.randn(3, 3))
+        first = matrix()
+        assert defect(first) < 1e-5
+        matrix.weight.mul_(0)
+        torch.testing.assert_close(matrix(), torch.eye(3))
+    assert matrix.constant is None
