@@ -58,6 +58,24 @@ def test_the_warning_is_not_for_sound_training_nor_for_evaluation() -> None:
             net(torch.full((1, 4, 8, 8), torch.inf))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functional_transforms_are_left_alone() -> None:
+    net = IUNet(2, (4, 8), couplings=1, activations="store")
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(net, parameters, (x[None],)).square().mean()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    images = torch.rand(3, 4, 8, 8)
+    for _ in range(2):
+        found = per_image(parameters, images)
+    net(images)
+    expected = torch.autograd.grad(loss(dict(net.named_parameters()), images[1]), list(net.parameters()))
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[name][1], gradient)
+
+
 def test_exact_says_that_activations_are_not_finite() -> None:
     net = IUNet(2, (4, 8), couplings=1, exact=True)
     x = torch.rand(1, 4, 8, 8)

@@ -400,7 +400,7 @@ class IUNet(ChosenActivations):
 
     def _check_finite(self, y: Tensor) -> None:
         """Warn if the output of a training step was not finite; in the next call, so as not to wait for a GPU."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
         earlier, self._not_finite = self._not_finite, None
         if self.training and torch.is_grad_enabled():
