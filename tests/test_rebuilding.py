@@ -121,6 +121,36 @@ def test_a_branch_without_a_gradient_that_also_takes_what_no_layer_made() -> Non
     compare([first, cut, last], run)
 
 
+def test_a_branch_without_a_gradient_that_a_storing_layer_ends() -> None:
+    """The storing layer keeps its input, which is as good as a kept end."""
+    first, cut, scales = coupling(), Cut(), [Scale(0.5), Scale(2.0)]
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, True, True))
+        scales[1].rebuilds = False
+        for scale in scales:
+            (one,) = scale(one, keep=False)
+        return two.square().sum() + three.square().sum() + four.square().sum()
+
+    compare([first, cut, *scales], run)
+
+
+def test_a_branch_that_had_a_gradient_only_the_first_time() -> None:
+    """What a call keeps outlives its backward pass if the graph does."""
+    first, cut, scale = coupling(), Cut(), Scale(0.5)
+    a, b = halves()
+    found = []
+    for rebuilds in (True, False):
+        for layer in (first, cut, scale):
+            layer.rebuilds = rebuilds
+        one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, True, True))
+        (end,) = scale(one)
+        rest = two.square().sum() + three.square().sum() + four.square().sum()
+        whole = torch.autograd.grad(rest + end.square().sum(), [a, b], retain_graph=True)
+        found.append([*whole, *torch.autograd.grad(rest, [a, b])])
+    assert max(relative_errors(*found)) < 1e-12
+
+
 def test_what_is_rebuilt_from_a_kept_output_is_not_written_over() -> None:
     """The end of the branch hands on its memory, so a rebuilt state is the output that the caller holds."""
     first, cut, swap = coupling(), Cut(), Swap()
