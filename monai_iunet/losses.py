@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -77,7 +78,9 @@ class ChunkedDiceCELoss(DiceCELoss):
                 f"target must have the shape {expected} for logits of shape {tuple(input.shape)} and "
                 f"to_onehot_y={self.dice.to_onehot_y}, got {tuple(target.shape)}."
             )
-        logits, labels = (_with_flat_view(tensor.as_subclass(Tensor)) for tensor in (input, target))
+        # Not `as_subclass`, which tensors without values may not have.
+        plain = (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor for tensor in (input, target))
+        logits, labels = map(_with_flat_view, plain)
         sums = _LabelSums if self._is_usual(logits) else _ChunkedSums
         *sizes, entropy = sums.apply(self, logits, labels)  # type: ignore[no-untyped-call]
         entropy = entropy / self._entropy_weight(logits, sizes[2])

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["InvertibleLayer", "Recall", "differentiate", "fill"]
+__all__ = ["InvertibleLayer", "Recall", "differentiate", "fill", "is_exporting"]
 
 Tensors = tuple[Tensor, ...]
 OptionalTensors = tuple[Tensor | None, ...]
@@ -323,10 +323,18 @@ class _Rebuilding(torch.autograd.Function):
         return (None, None, *grad_inputs, *grad_weights)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is tracing.
+
+    `torch.compiler.is_exporting()` says so of every compiled graph, too, up to PyTorch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool | Sequence[bool], inverse: bool) -> Tensors:
     weights = layer.weights()
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights))
-    if not (recorded and layer.rebuilds) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if not (recorded and layer.rebuilds) or torch.jit.is_tracing() or is_exporting():
         for tensor in inputs if recorded else ():
             if (cell := _cell_of(tensor)) is not None:
                 cell.pinned = tensor.detach()

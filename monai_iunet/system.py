@@ -27,6 +27,7 @@ def describe_system() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
+    found["torch"] = torch.__version__  # with the build
     found["CUDA of PyTorch"] = torch.version.cuda or "none"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)

@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.helpers import GLOO_AVERAGES
 from tests.notebooks import NOTEBOOKS, execute
 
 # What makes each run in seconds.
@@ -55,7 +56,7 @@ def test_it_runs_from_a_fresh_kernel(path: Path, monkeypatch: pytest.MonkeyPatch
         assert texts(notebook).count("exit code 0") == 2
         assert "exit code -9" in texts(notebook)
         whole, sharded = re.findall(r"^(?:whole|sharded) +([\d. ]+?)  ", texts(notebook), flags=re.MULTILINE)
-        assert whole == sharded
+        assert whole == sharded or not GLOO_AVERAGES
 
 
 @pytest.mark.slow

@@ -104,7 +104,8 @@ TITLES = {
 
 def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
     """Machine and versions."""
-    packages = {name: version(name) for name in ("monai-iunet", "torch", "monai", "numpy")} | peers
+    packages = {"monai-iunet": version("monai-iunet"), "torch": torch.__version__}
+    packages |= {name: version(name) for name in ("monai", "numpy")} | peers
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.reversible import is_exporting
+
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
 
@@ -101,7 +103,7 @@ class OrthogonalMatrix(nn.Module):
         """The matrices, `(size, size)` or `(count, size, size)`, in float32 or the higher precision of the weight."""
         if self.constant is None:
             return self._compute()
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self.constant
         # The version of a weight, which tells whether it has changed, cannot be read in a compiled graph.
         with_gradients = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()

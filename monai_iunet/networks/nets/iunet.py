@@ -22,7 +22,7 @@ from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.nets.activations import ChosenActivations
-from monai_iunet.reversible import InvertibleLayer, Tensors
+from monai_iunet.reversible import InvertibleLayer, Tensors, is_exporting
 
 __all__ = ["IUNet"]
 
@@ -507,7 +507,7 @@ def _traced_with_gradients() -> bool:
 
     It would break its graph at every layer and compile each piece again; better one break around the whole.
     """
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return torch.compiler.is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled()
 
 
 def _stream(x: Tensor) -> Tensor:
