@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.live_bytes import LiveBytes
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from monai_iunet.reversible import InvertibleLayer
+from monai_iunet.reversible import InvertibleLayer, _rebuild
 from tests.helpers import randomize, relative_errors
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -25,11 +26,11 @@ class Cut(InvertibleLayer):
         return torch.cat(outputs[:2], 1), torch.cat(outputs[2:], 1)
 
 
-class Swap(InvertibleLayer):
-    """Hands its inputs on in the other order, in the same memory."""
+class HandOn(InvertibleLayer):
+    """One state in, the same out, in the same memory."""
 
     def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return inputs[1].view_as(inputs[1]), inputs[0].view_as(inputs[0])
+        return (inputs[0].view_as(inputs[0]),)
 
     restore = transform
 
@@ -152,15 +153,29 @@ def test_a_branch_that_had_a_gradient_only_the_first_time() -> None:
 
 
 def test_what_is_rebuilt_from_a_kept_output_is_not_written_over() -> None:
-    """The end of the branch hands on its memory, so a rebuilt state is the output that the caller holds."""
-    first, cut, swap = coupling(), Cut(), Swap()
-    a, b = halves()
-    one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, False, True))
-    ends = swap(one, three)
-    before = [end.detach().clone() for end in ends]
-    (two.square().sum() + four.square().sum()).backward()
-    for end, expected in zip(ends, before):
-        assert torch.equal(end.detach(), expected)
+    """The end of the branch hands on its memory, so the rebuilt state is the output that the caller holds."""
+    first, hand_on = coupling(), HandOn()
+    one, two = first(*halves(), keep=(True, False))
+    (end,) = hand_on(two)
+    before = end.detach().clone()
+    one.square().sum().backward()  # writes over the second state, where it may
+    assert torch.equal(end.detach(), before)
+
+
+def test_memory_of_rebuilding_a_branch_does_not_grow_with_its_length() -> None:
+    peaks = []
+    for length in (3, 30):
+        first, layers = coupling(), [coupling() for _ in range(length)]
+        parameters = [parameter for layer in (first, *layers) for parameter in layer.parameters()]
+        taken = state = first(*halves(), keep=False)
+        for index, layer in enumerate(layers):
+            state = layer(*state, keep=index == length - 1)
+        (cell, _) = taken[0].grad_fn.call.outputs  # type: ignore[union-attr]
+        with LiveBytes(ignore=parameters) as live:
+            _rebuild(cell)
+        peaks.append(live.peak)
+        assert cell.value is not None
+    assert peaks[0] == peaks[1]
 
 
 @pytest.mark.parametrize("backward_passes", [1, 2])
@@ -215,6 +230,11 @@ def test_a_view_of_a_state_is_not_the_state(view: Callable[[Tensor], Tensor]) ->
         return scale(view(one))[0].square().sum() + two.square().sum()
 
     compare([first, scale], run)
+    for layer in (first, scale):
+        layer.rebuilds = True
+    one, two = first(*halves(), keep=(False, True))
+    with pytest.raises(RuntimeError, match="neither kept nor consumed"):
+        (scale(view(one))[0].sum() + two.sum()).backward()
 
 
 def test_weights_used_inside_and_outside_of_a_layer_under_autocast() -> None:

@@ -163,3 +163,10 @@ def test_weights_made_in_inference_mode_are_looked_at_each_time() -> None:
         matrix.weight.mul_(0)
         torch.testing.assert_close(matrix(), torch.eye(3))
     assert matrix.constant is None
+
+
+def test_a_constant_matrix_lets_gradients_through_in_evaluation() -> None:
+    matrix = OrthogonalMatrix(3, learnable=False).eval()
+    x = torch.randn(2, 3, requires_grad=True)
+    (x @ matrix()).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(2, 3))
