@@ -222,16 +222,16 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
     header = image.header
     try:
         forms = [form for form, code in (image.get_sform(coded=True), image.get_qform(coded=True)) if code > 0]
-        axes = sorted({"".join(map(str, nibabel.aff2axcodes(form))) for form in forms})
+        axes = ["".join(map(str, nibabel.aff2axcodes(form))) for form in forms]
         header.get_xyzt_units()
     except BROKEN as error:
         raise InputError(
             f"{name}: its header is damaged ({_one_line(error)}). Set a valid one with nibabel: "
             "`image.set_qform(image.affine, code=1)`, `image.header.set_xyzt_units('mm')`."
         ) from error
-    if len(axes) > 1:
+    if len(set(axes)) > 1:
         raise InputError(
-            f"{name}: its axes run to {axes[0]} and to {axes[1]}, by its qform and its sform, so left and right are in "
+            f"{name}: its axes run to {axes[0]} by its sform, to {axes[1]} by its qform, so left and right are in "
             "doubt. Keep the right one with nibabel: `image.set_sform(image.get_qform(), code=1)`, or the other way."
         )
     given, found = header.get_zooms(), voxel_sizes(image.affine)

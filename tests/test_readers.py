@@ -194,3 +194,12 @@ def test_a_probe_that_cannot_start_is_no_damaged_file(metaimage: Path, monkeypat
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(OSError, match="could not be read"):
         read_image(metaimage)
+
+
+def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((6, 5, 4)), np.eye(4))
+    image.set_sform(np.diag([1.0, -1.0, 1.0, 1.0]), code=1)
+    image.set_qform(np.diag([-1.0, -1.0, 1.0, 1.0]), code=1)
+    nibabel.save(image, tmp_path / "image.nii.gz")
+    with pytest.raises(InputError, match="run to RPS by its sform, to LPS by its qform"):
+        read_image(tmp_path / "image.nii.gz")

@@ -67,6 +67,8 @@ def test_every_file_that_a_bundle_needs_is_there(task: Task) -> None:
     assert (bundle / "models" / "model.pt").stat().st_size < 25e6
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     assert metadata["version"] in metadata["changelog"]
+    # The command reads it from the metadata, the inference from its config.
+    assert metadata.get("max_field_of_view_mm") == task.max_field_of_view
 
 
 @BY_NAME
