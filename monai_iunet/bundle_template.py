@@ -399,7 +399,6 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "initialize": [*_begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
         "run": [
             "$start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
-            "$@train#trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, @checkpoints.stop_at_nan)",
             # Whatever a handler has loaded into the network, the average begins with it.
             "$@train#trainer.add_event_handler(ignite.engine.Events.STARTED, @start_average)",
             "$@early_stop.set_trainer(@train#trainer)",

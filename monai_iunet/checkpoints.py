@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Saves `last.pt` after each epoch of a trainer and `model.pt` whenever its validator finds a better network.
 
+    A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
+
     Attach it after the trainer's other handlers, so that what they do at the end of an epoch is in what is saved.
 
     Args:
@@ -76,16 +78,13 @@ class Checkpoints:
                 unfinished.unlink(missing_ok=True)
         if self.resume and self.last.is_file():
             self._load(trainer, validator)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_nan)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
-    def stop_at_nan(self, trainer: Any) -> None:
-        """Stop a training whose loss is not finite, before an epoch with it is saved: attach to each iteration.
-
-        Raises:
-            FloatingPointError: when it is.
-        """
+    def _stop_at_nan(self, trainer: Any) -> None:
+        """Stop a training that has diverged before an epoch with it is saved."""
         loss = float(from_engine("loss", first=True)(trainer.state.output))
         if not math.isfinite(loss):
             raise FloatingPointError(

@@ -56,7 +56,6 @@ def training(
     state = {"optimizer": optimizer, "scheduler": scheduler}
     checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
     checkpoints.attach(trainer, validator)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoints.stop_at_nan)
     return trainer, network
 
 
