@@ -9,14 +9,13 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_iunet.networks.nets.activations import ChosenActivations
-from monai_iunet.plan import TrainingPlan, plan_training, rehearse, step_without_optimizer
+from monai_iunet.plan import ChoosesActivations, TrainingPlan, plan_training, rehearse, step_without_optimizer
 
 __all__ = ["best_activations", "largest_patch", "most_couplings", "parse_bytes"]
 
@@ -154,7 +153,10 @@ def most_couplings(
 
 
 def best_activations(
-    network: ChosenActivations, memory_budget: int | str, image_shape: Sequence[int], dtype: torch.dtype = torch.float32
+    network: ChoosesActivations,
+    memory_budget: int | str,
+    image_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
     """Which levels of an `IUNet` or `SegIUNet` had better store their activations, so that a step is fast and fits.
 
@@ -178,7 +180,8 @@ def best_activations(
     """
     budget = parse_bytes(memory_budget)
     levels = network.levels
-    with rehearse(network, image_shape, dtype, _choice(levels, ())) as fake:
+    module = cast(nn.Module, network)
+    with rehearse(module, image_shape, dtype, _choice(levels, ())) as fake:
 
         def peak(stored: Iterable[int]) -> int:
             fake.activations = _choice(levels, stored)

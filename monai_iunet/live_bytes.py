@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, UntypedStorage
+
+from monai_iunet.pytorch_private import TorchDispatchMode, tree_leaves
 
 __all__ = ["LiveBytes"]
 
@@ -36,20 +36,17 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
-        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._ignored = weakref.WeakSet(tensor.untyped_storage() for tensor in ignore)
+        self._alive: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
 
     def now(self) -> int:
         """Bytes that are alive now."""
-        storages = [reference() for reference in self._alive.values()]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+        return sum(storage.nbytes() for storage in self._alive)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._ignored:
-                storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = weakref.ref(storage)
-        self._alive = {key: reference for key, reference in self._alive.items() if reference() is not None}
+            if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._ignored:
+                self._alive.add(leaf.untyped_storage())
         self.peak = max(self.peak, self.now())
         return result

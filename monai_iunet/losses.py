@@ -28,7 +28,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monai_iunet.reversible import graph_is_retained
+from monai_iunet.pytorch_private import graph_is_retained
 
 __all__ = ["ChunkedDiceCELoss"]
 

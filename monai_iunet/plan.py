@@ -12,21 +12,51 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from monai_iunet.live_bytes import LiveBytes
-from monai_iunet.networks.nets.activations import ChosenActivations
+from monai_iunet.pytorch_private import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    without_modes,
+)
 
-__all__ = ["Loss", "MakeOptimizer", "TrainingPlan", "plan_training", "rehearse", "step_without_optimizer"]
+__all__ = [
+    "ChoosesActivations",
+    "Loss",
+    "MakeOptimizer",
+    "TrainingPlan",
+    "plan_training",
+    "rehearse",
+    "step_without_optimizer",
+]
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[[Any, Tensor], Tensor]
+
+
+@runtime_checkable
+class ChoosesActivations(Protocol):
+    """A network whose levels rebuild or store their activations, such as `IUNet`.
+
+    Attributes:
+        activations: "invert" or "store" per level, or one of the two, or "auto".
+    """
+
+    activations: Any
+
+    @property
+    def levels(self) -> int:
+        """Their number."""
+
+    def activations_for(self, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+        """The choice per level for images of a shape."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +152,7 @@ def rehearse(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake: Any = _without_values(network, mode).train()
-    if isinstance(network, ChosenActivations):
+    if isinstance(network, ChoosesActivations):
         # Made before, because with "auto" making the choice is a rehearsal too.
         fake.activations = activations or network.activations_for(shape, dtype)
     try:
@@ -143,8 +173,7 @@ class _WithValues(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         is_real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if is_real or func.overloadpacket is torch.ops.aten.arange:
-            with _disable_current_modes():
-                return func(*args, **(kwargs or {}))
+            return without_modes(lambda: func(*args, **(kwargs or {})))
         try:
             return func(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -231,5 +260,4 @@ def _device(network: nn.Module) -> torch.device:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of the storages of tensors, each counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in {tensor.untyped_storage() for tensor in tensors})

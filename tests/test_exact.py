@@ -159,8 +159,11 @@ def test_what_it_cannot_do_is_refused() -> None:
 
     with pytest.raises(ValueError, match="additive couplings"):
         IUNet(2, (4, 8), exact=True, make_branch=lambda *_: Whole())
-    with pytest.raises(ValueError, match="float32, also under autocast"):
-        IUNet(2, (4, 8), exact=True).bfloat16()(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16))
+
+
+def test_networks_of_16_bits_too() -> None:
+    net, x, target = trained(2, couplings=3, amp=False)
+    assert_equal_to_the_last_bit(net.bfloat16(), x.bfloat16(), target.bfloat16(), False)
 
 
 def test_exported_it_gives_the_same() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from monai_iunet.live_bytes import LiveBytes
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from monai_iunet.reversible import InvertibleLayer, _rebuild
+from monai_iunet.repetition import Conditions
+from monai_iunet.reversible import InvertibleLayer
 from tests.helpers import randomize, relative_errors
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -85,9 +86,9 @@ def test_a_branch_of_the_chain_without_a_gradient(length: int, backward_passes: 
     scales = [Scale(0.5 + index) for index in range(length)]
 
     def run(a: Tensor, b: Tensor) -> Tensor:
-        one, two, three, four = cut(*first(a, b, keep=False), keep=False)
-        for index, scale in enumerate(scales):
-            (one,) = scale(one, keep=index == length - 1)
+        one, two, three, four = cut(*first(a, b))
+        for scale in scales:
+            (one,) = scale(one)
         ends = [Scale(1.0)(tensor)[0] for tensor in (two, three, four)]
         assert one.requires_grad  # and yet without a gradient
         return sum(end.square().sum() for end in ends)
@@ -98,15 +99,13 @@ def test_a_branch_of_the_chain_without_a_gradient(length: int, backward_passes: 
 def test_a_branch_without_a_gradient_that_takes_two_states() -> None:
     first, cut, last = coupling(), Cut(), [coupling(1), coupling(1), coupling(1)]
 
-    def run(a: Tensor, b: Tensor, keep: Sequence[bool] = (False, True, False, True)) -> Tensor:
-        one, two, three, four = cut(*first(a, b, keep=False), keep=keep)
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b))
         state = (one, three)
-        for index, layer in enumerate(last):
-            state = layer(*state, keep=index == len(last) - 1)
+        for layer in last:
+            state = layer(*state)
         return two.square().sum() + four.square().sum()
 
-    with pytest.raises(RuntimeError, match="neither kept nor consumed"):
-        run(*halves(), keep=(False, False, False, False)).backward()
     compare([first, cut, *last], run)
 
 
@@ -115,7 +114,7 @@ def test_a_branch_without_a_gradient_that_also_takes_what_no_layer_made() -> Non
     foreign = torch.randn(2, 1, 5, dtype=torch.double)
 
     def run(a: Tensor, b: Tensor) -> Tensor:
-        one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, True, True))
+        one, two, three, four = cut(*first(a, b))
         last(foreign, one)
         return two.square().sum() + three.square().sum() + four.square().sum()
 
@@ -127,10 +126,10 @@ def test_a_branch_without_a_gradient_that_a_storing_layer_ends() -> None:
     first, cut, scales = coupling(), Cut(), [Scale(0.5), Scale(2.0)]
 
     def run(a: Tensor, b: Tensor) -> Tensor:
-        one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, True, True))
+        one, two, three, four = cut(*first(a, b))
         scales[1].rebuilds = False
         for scale in scales:
-            (one,) = scale(one, keep=False)
+            (one,) = scale(one)
         return two.square().sum() + three.square().sum() + four.square().sum()
 
     compare([first, cut, *scales], run)
@@ -144,7 +143,7 @@ def test_a_branch_that_had_a_gradient_only_the_first_time() -> None:
     for rebuilds in (True, False):
         for layer in (first, cut, scale):
             layer.rebuilds = rebuilds
-        one, two, three, four = cut(*first(a, b, keep=False), keep=(False, True, True, True))
+        one, two, three, four = cut(*first(a, b))
         (end,) = scale(one)
         rest = two.square().sum() + three.square().sum() + four.square().sum()
         whole = torch.autograd.grad(rest + end.square().sum(), [a, b], retain_graph=True)
@@ -152,11 +151,12 @@ def test_a_branch_that_had_a_gradient_only_the_first_time() -> None:
     assert max(relative_errors(*found)) < 1e-12
 
 
-def test_what_is_rebuilt_from_a_kept_output_is_not_written_over() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_rebuilt_from_a_held_output_is_not_written_over(keep: bool) -> None:
     """The end of the branch hands on its memory, so the rebuilt state is the output that the caller holds."""
     first, hand_on = coupling(), HandOn()
-    one, two = first(*halves(), keep=(True, False))
-    (end,) = hand_on(two)
+    one, two = first(*halves())
+    (end,) = hand_on(two, keep=keep)
     before = end.detach().clone()
     one.square().sum().backward()  # writes over the second state, where it may
     assert torch.equal(end.detach(), before)
@@ -167,14 +167,12 @@ def test_memory_of_rebuilding_a_branch_does_not_grow_with_its_length() -> None:
     for length in (3, 30):
         first, layers = coupling(), [coupling() for _ in range(length)]
         parameters = [parameter for layer in (first, *layers) for parameter in layer.parameters()]
-        taken = state = first(*halves(), keep=False)
-        for index, layer in enumerate(layers):
-            state = layer(*state, keep=index == length - 1)
-        (cell, _) = taken[0].grad_fn.call.outputs  # type: ignore[union-attr]
+        taken = state = first(*halves())
+        for layer in layers:
+            state = layer(*state)
         with LiveBytes(ignore=parameters) as live:
-            _rebuild(cell)
+            taken[1].sum().backward()
         peaks.append(live.peak)
-        assert cell.value is not None
     assert peaks[0] == peaks[1]
 
 
@@ -189,8 +187,8 @@ def test_layers_that_store_among_layers_that_rebuild(stored: tuple[int, ...], ba
         for index, layer in enumerate(layers):
             layer.rebuilds = index not in storing
         states = [(a, b)]
-        for index, layer in enumerate(layers):
-            states.append(layer(*states[-1], keep=index == 2))
+        for layer in layers:
+            states.append(layer(*states[-1]))
         loss = sum(tensor.square().sum() for tensor in states[-1])
         before = [tensor.detach().clone() for state in states for tensor in state]
         for _ in range(backward_passes):
@@ -204,37 +202,12 @@ def test_layers_that_store_among_layers_that_rebuild(stored: tuple[int, ...], ba
 def test_a_state_that_a_storing_layer_took_is_guarded() -> None:
     first, second = coupling(), coupling()
     second.rebuilds = False
-    state = first(*halves(), keep=False)
+    state = first(*halves())
     loss = sum(tensor.sum() for tensor in second(*state))
     with torch.no_grad():
         state[0].add_(1)
-    with pytest.raises(RuntimeError, match="in place"):
+    with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
-
-
-def test_without_a_gradient_to_come_a_storing_layer_notes_nothing() -> None:
-    first, second = coupling(), coupling()
-    second.rebuilds = False
-    state = first(*halves(), keep=False)
-    with torch.no_grad():
-        second(*state)
-    assert all(cell.pinned is None for cell in state[0].grad_fn.call.outputs)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("view", [lambda t: t[..., :4], lambda t: t[..., 1:], lambda t: t[:, :1], lambda t: t.flip(-1)])
-def test_a_view_of_a_state_is_not_the_state(view: Callable[[Tensor], Tensor]) -> None:
-    first, scale = coupling(), Scale(1.5)
-
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        one, two = first(a, b)
-        return scale(view(one))[0].square().sum() + two.square().sum()
-
-    compare([first, scale], run)
-    for layer in (first, scale):
-        layer.rebuilds = True
-    one, two = first(*halves(), keep=(False, True))
-    with pytest.raises(RuntimeError, match="neither kept nor consumed"):
-        (scale(view(one))[0].sum() + two.sum()).backward()
 
 
 def test_weights_used_inside_and_outside_of_a_layer_under_autocast() -> None:
@@ -252,17 +225,14 @@ def test_weights_used_inside_and_outside_of_a_layer_under_autocast() -> None:
     torch.testing.assert_close(*found, rtol=0.02, atol=0.05)
 
 
-def test_random_numbers_are_remembered_only_where_they_are_drawn() -> None:
-    plain, random = coupling(), AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Dropout(0.5))).double()
-    assert plain(*halves())[0].grad_fn.call.generator_states is None  # type: ignore[union-attr]
-    assert random(*halves())[0].grad_fn.call.generator_states is not None  # type: ignore[union-attr]
-
-
-def test_the_largest_value_is_noted_with_its_scale() -> None:
-    layer = Scale(1.0)
-    layer.note_largest(torch.tensor([3.0, -5.0]))
-    assert float(layer.largest) == 5  # type: ignore[arg-type]
-    layer.note_largest(torch.tensor([3.0, -5.0]), 2.0)
-    assert float(layer.largest) == 10  # type: ignore[arg-type]
-    layer.note_largest(torch.tensor([1.0]))
-    assert float(layer.largest) == 10  # type: ignore[arg-type]
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_random_numbers_are_remembered_only_where_they_are_drawn(dropout: float) -> None:
+    module = nn.Dropout(dropout)
+    conditions = Conditions(module, torch.device("cpu"))
+    with conditions.recorded():
+        first = module(torch.ones(9))
+    assert (conditions._random is not None) == (dropout > 0)
+    before = torch.get_rng_state()
+    with conditions.repeated():
+        assert torch.equal(module(torch.ones(9)), first)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,10 +5,8 @@ The state is a pair (a, b) of tensors, which split the channels. The branch F ma
     forward   (a, b) -> (b, a + F(b))
     inverse   (b, c) -> (c - F(b), b)
 
-Halves change places, so that the next coupling changes the other one. The backward pass evaluates F once: that
-evaluation gives both the rebuilt a = c - F(b) and the graph for the gradients
-
-    grad a = grad c,    grad b += F'(b)^T grad c.
+Halves change places, so that the next coupling changes the other one. Autograd saves nothing of the sum, so the
+backward pass evaluates F once: that evaluation gives both the rebuilt a = c - F(b) and what autograd was to save of F.
 
 Source: Dinh, Krueger, Bengio, NICE, 2014 (arXiv 1410.8516).
 """
@@ -19,10 +17,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from monai_iunet.networks.blocks.grid import on_grid, round_to_grid
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, differentiate
+from monai_iunet.networks.blocks.grid import note_largest, round_to_grid
+from monai_iunet.reversible import Call, InvertibleLayer, Tensors
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
@@ -48,18 +45,24 @@ class AdditiveCoupling(InvertibleLayer):
         changed, kept = inputs
         changed = changed + self._shift(kept, changed)
         if self.exact:
-            self.note_largest(changed)
+            note_largest(changed)
         return kept, changed
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         kept, changed = outputs
         changed = changed - self._shift(kept, changed)
         if self.exact:
-            self.note_largest(changed)
+            note_largest(changed)
         return changed, kept
 
     def _shift(self, kept: Tensor, changed: Tensor) -> Tensor:
-        shift = self.branch(kept)
+        version = _version(kept)
+        shift = self.branch(self._as_the_branch_takes_it(kept))
+        if _version(kept) != version:
+            raise RuntimeError(
+                f"A coupling branch must leave its input as it is; {type(self.branch).__name__} changes it in place. "
+                "Use inplace=False in what it begins with."
+            )
         if shift.shape != changed.shape:
             raise ValueError(
                 f"A coupling branch must map {tuple(kept.shape)} to {tuple(changed.shape)}, the shape of the half that "
@@ -67,40 +70,30 @@ class AdditiveCoupling(InvertibleLayer):
             )
         return round_to_grid(shift) if self.exact else shift
 
-    def pull_back(
-        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
-    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
+    def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
+        """The half in the type of the branch, if that is a 16-bit one: the sum stays in float32."""
+        dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), kept.dtype)
+        return kept.to(dtype) if dtype in (torch.float16, torch.bfloat16) else kept
+
+    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
         changed, kept = outputs[changed_at], outputs[kept_at]
-        grad_changed, grad_kept = grad_outputs[changed_at], grad_outputs[kept_at]
-        leaf = kept.detach().requires_grad_()
-        with call.replay() as leaf_weights:
-            shift = self.branch(leaf)
-        with torch.no_grad():
+        outputs.clear()
+        # In `transform` the half that is kept is the second input, in `restore` the first.
+        (leaf,) = call.leaves([kept], first=0 if call.inverse else 1)
+        with call.repeat() as saved:
+            shift = self._shift(leaf, changed).detach()
+        if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
             place = changed.data if call.overwrite[changed_at] else None
-            added = on_grid(shift) if self.exact else shift.to(changed.dtype)
-            changed = torch.add(changed, added, alpha=1 if call.inverse else -1, out=place)
-            del added
-        grad_shift = None
-        if grad_changed is not None:
-            grad_shift = (-grad_changed if call.inverse else grad_changed).to(shift.dtype)
-        # Hold the place of the shift in the graph but not the shift, whose memory the gradients can then have.
-        edge = get_gradient_edge(shift) if shift.requires_grad else None
-        del shift
-        gradients: OptionalTensors = (None,) * (1 + len(leaf_weights))
-        if edge is not None:
-            gradients = differentiate([edge], (leaf, *leaf_weights), (grad_shift,))
-        through_branch = gradients[0]
-        if grad_kept is None:
-            grad_kept = through_branch
-        elif through_branch is not None:
-            grad_kept = grad_kept + through_branch
-        inputs, grad_inputs = (changed, kept), (grad_changed, grad_kept)
-        return (
-            (inputs[::-1], grad_inputs[::-1], gradients[1:]) if call.inverse else (inputs, grad_inputs, gradients[1:])
-        )
+            changed = torch.add(changed, shift, alpha=1 if call.inverse else -1, out=place)
+        return ((kept, changed) if call.inverse else (changed, kept)), saved
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where PyTorch tells."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class WholeCoupling(InvertibleLayer):

@@ -17,12 +17,17 @@ Sources: Maclaurin et al., Gradient-based Hyperparameter Optimization through Re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "STEP", "on_grid", "round_to_grid"]
+from monai_iunet.reversible import is_transformed
+
+__all__ = ["LIMIT", "STEP", "check_range", "note_largest", "on_grid", "round_to_grid"]
 
 STEP = 2.0**-16
 LIMIT = 2.0**8
@@ -30,7 +35,8 @@ LIMIT = 2.0**8
 
 def round_to_grid(x: Tensor) -> Tensor:
     """The nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
-    return _Rounding.apply(x) if torch.is_grad_enabled() and x.requires_grad else on_grid(x)  # type: ignore[no-untyped-call]
+    recorded = (torch.is_grad_enabled() and x.requires_grad) or is_transformed(x)
+    return _Rounding.apply(x) if recorded else on_grid(x)  # type: ignore[no-untyped-call]
 
 
 def on_grid(x: Tensor) -> Tensor:
@@ -45,11 +51,65 @@ def on_grid(x: Tensor) -> Tensor:
 
 
 class _Rounding(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(x: Tensor) -> Tensor:
         return on_grid(x)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.input_dtype, ctx.output_dtype = inputs[0].dtype, output.dtype
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.to(ctx.dtype)
+        return gradient.to(ctx.input_dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.to(ctx.output_dtype, copy=True)
+
+
+_sizes: ContextVar[list[Tensor] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def check_range() -> Iterator[None]:
+    """Raise an error, on leaving, if values within have left the range of the grid: one wait for a GPU, not one each.
+
+    Raises:
+        OverflowError: when a value is not below `LIMIT` in size, or no number.
+    """
+    token = _sizes.set([])
+    try:
+        yield
+        noted = _sizes.get()
+    finally:
+        _sizes.reset(token)
+    if noted:
+        _check(torch.stack(noted).amax())
+
+
+def note_largest(x: Tensor, scale: float = 1.0) -> None:
+    """Have the size of the largest value, times a scale, checked by `check_range`; at once where that is not around.
+
+    In an export nothing is checked: what is exported has no place for errors.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(x):
+        return
+    low, high = x.detach().aminmax()
+    size = torch.maximum(-low, high) * scale
+    noted = _sizes.get()
+    if noted is None:
+        _check(size)
+    else:
+        noted.append(size)
+
+
+def _check(size: Tensor) -> None:
+    largest = float(size)
+    if not largest < LIMIT:  # nor NaN
+        raise OverflowError(
+            f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {largest:.0f}. Scale the "
+            "images, train with a lower learning rate or weight decay, or use exact=False."
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import Tensors
+from monai_iunet.reversible import Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["ChannelMixing"]
 
@@ -45,17 +45,11 @@ class ChannelMixing(OrthogonalLayer):
         return _apply(matrix.mT, pieces, self.in_sizes) if transposed else _apply(matrix, pieces, self.out_sizes)
 
     def matrix_gradient(
-        self,
-        inputs: Tensors,
-        outputs: Tensors,
-        grad_inputs: Tensors,
-        grad_outputs: Tensors,
-        matrix: Tensor,
-        inverse: bool,
+        self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        blocks = [[_outer(gradient, piece) for piece in inputs] for gradient in grad_outputs]
+        blocks = [[_outer(gradient, piece) for piece in states] for gradient in grad_outputs]
         found = torch.cat([torch.cat(row, 1) for row in blocks], 0)
-        return found.mT if inverse else found
+        return (found.mT if inverse else found).to(matrix.dtype)
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
@@ -68,7 +62,9 @@ def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
             blocks = [block.expand(batch, -1, -1) for block in rows.split(columns, 1)]
             result = torch.bmm(blocks[0], pieces[0].flatten(2))
             for block, piece in zip(blocks[1:], pieces[1:]):
-                result = result.baddbmm_(block, piece.flatten(2))
+                # Under `torch.func` a result may be one of several that its terms are not.
+                add = torch.baddbmm if is_recorded_by_autograd_alone(*pieces, matrix) else Tensor.baddbmm_
+                result = add(result, block, piece.flatten(2))
             results.append(result.unflatten(2, shape))
     return tuple(results)
 

@@ -2,6 +2,9 @@
 
     forward  y = Q x        inverse  x = Q^T y        gradients  grad x = Q^T grad y,  grad Q = sum of grad y x^T
 
+The gradient of Q can be had from x as well as from y = Q x, whichever is cheaper. It is all that has to be saved beside
+Q, and what the backward pass rebuilds.
+
 On the grid (see `grid.py`) y is rounded, and rounding Q^T y does not always give x again. The difference is a few steps
 of the grid, because Q changes no norm, and is kept in one byte per value.
 """
@@ -13,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_iunet.networks.blocks.grid import LIMIT, STEP, on_grid
+from monai_iunet.networks.blocks.grid import LIMIT, STEP, note_largest, on_grid, round_to_grid
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
+from monai_iunet.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["OrthogonalLayer"]
 
@@ -24,8 +27,14 @@ class OrthogonalLayer(InvertibleLayer):
     """Base of the layers that multiply by orthogonal matrices.
 
     A subclass sets `matrix` and defines `multiply` and `matrix_gradient`.
+
+    Attributes:
+        uses_outputs: whether `matrix_gradient` of a call of `forward` takes outputs, not inputs; of `inverse`, always
+            inputs.
     """
 
+    is_function_of_weights = True
+    uses_outputs: bool = False
     matrix: OrthogonalMatrix
 
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
@@ -33,20 +42,10 @@ class OrthogonalLayer(InvertibleLayer):
         raise TypeError(f"{type(self).__name__} does not define `multiply(pieces, matrix, transposed)`.")
 
     def matrix_gradient(
-        self,
-        inputs: Tensors,
-        outputs: Tensors,
-        grad_inputs: Tensors,
-        grad_outputs: Tensors,
-        matrix: Tensor,
-        inverse: bool,
+        self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        """The gradient of Q of a call; `outputs` are there if `needs_outputs`."""
+        """The gradient of Q of a call, from its inputs or, if `uses_outputs` and not `inverse`, from its outputs."""
         raise TypeError(f"{type(self).__name__} does not define `matrix_gradient`.")
-
-    def needs_outputs(self, inverse: bool) -> bool:
-        """Whether the gradient of Q needs the outputs of a call, or of a call of `inverse`."""
-        return False
 
     def weights(self) -> Tensors:
         return (self.matrix(),)
@@ -63,7 +62,7 @@ class OrthogonalLayer(InvertibleLayer):
         again = self._rounded(outputs, weights[0], not inverse)
         steps = [piece.sub_(other).div_(-STEP) for piece, other in zip(again, inputs)]
         for piece in steps:
-            self.note_largest(piece, LIMIT / 127)
+            note_largest(piece, LIMIT / 127)
         return tuple(piece.to(torch.int8) for piece in steps)
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
@@ -72,52 +71,48 @@ class OrthogonalLayer(InvertibleLayer):
         rounded = self._rounded(outputs, weights[0], not inverse)
         return tuple(piece.add_(steps, alpha=STEP) for piece, steps in zip(rounded, remembered))
 
-    def pull_back(
-        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
-    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        inputs = self.recover(tuple(outputs), call.weights, call.remembered, call.inverse)
-        grads = fill(grad_outputs, outputs)
-        needed = tuple(outputs) if self.needs_outputs(call.inverse) else ()
+    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+        (matrix,) = (weight.detach() for weight in call.weights)
+        inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
+        saved = self._saved(tuple(outputs), inputs, call.inverse) if call.weights[0].requires_grad else ()
         outputs.clear()
-        return inputs, *self.gradients(inputs, needed, grads, call.weights[0], call.inverse)
+        return inputs, [matrix, *map(Tensor.detach, saved)]
 
-    def gradients(
-        self, inputs: Tensors, outputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
-    ) -> tuple[Tensors, OptionalTensors]:
-        """Gradients of the inputs of a call and of Q."""
-        grad_inputs = self.multiply(grad_outputs, matrix, not inverse)
-        if not matrix.requires_grad:
-            return grad_inputs, (None,)
-        return grad_inputs, (self.matrix_gradient(inputs, outputs, grad_inputs, grad_outputs, matrix, inverse),)
+    def _saved(self, outputs: Tensors, inputs: Tensors, inverse: bool) -> Tensors:
+        """What autograd is to save for the gradient of Q."""
+        return outputs if self.uses_outputs and not inverse else inputs
 
     def _call(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
-        if not self.exact:
-            return self.multiply(pieces, matrix, inverse)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*pieces, matrix)):
-            return _RoundedProduct.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
-        rounded = self._rounded(pieces, matrix, inverse)
-        for piece in rounded:
-            self.note_largest(piece)
-        return rounded
+        if is_recorded_by_autograd_alone(*pieces, matrix):
+            products = self.multiply(pieces, matrix, inverse)
+            return tuple(map(round_to_grid, products)) if self.exact else products
+        return _Product.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
 
     def _rounded(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
-        with torch.no_grad():
-            return tuple(map(on_grid, self.multiply(pieces, matrix, inverse)))
+        return tuple(map(on_grid, self.multiply(pieces, matrix, inverse)))
 
 
-class _RoundedProduct(torch.autograd.Function):
-    """The product on the grid for plain autograd, differentiated as when it is rebuilt, to the last bit."""
+class _Product(torch.autograd.Function):
+    """The product, whose gradients are the same to the last bit whether activations are stored or rebuilt."""
 
     @staticmethod
     def forward(ctx: Any, layer: OrthogonalLayer, inverse: bool, matrix: Tensor, *pieces: Tensor) -> Tensors:
-        outputs = layer._call(pieces, matrix, inverse)
-        ctx.layer, ctx.inverse, ctx.count = layer, inverse, len(pieces)
-        ctx.save_for_backward(matrix, *pieces, *(outputs if layer.needs_outputs(inverse) else ()))
+        if layer.exact:
+            outputs = layer._rounded(pieces, matrix, inverse)
+            for piece in outputs:
+                note_largest(piece)
+        else:
+            outputs = layer.multiply(pieces, matrix, inverse)
+        ctx.layer, ctx.inverse = layer, inverse
+        saved = layer._saved(outputs, pieces, inverse) if matrix.requires_grad else ()
+        ctx.save_for_backward(matrix, *saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        matrix, *tensors = ctx.saved_tensors
-        inputs, outputs = tuple(tensors[: ctx.count]), tuple(tensors[ctx.count :])
-        grad_inputs, (grad_matrix,) = ctx.layer.gradients(inputs, outputs, grad_outputs, matrix, ctx.inverse)
+        matrix, *states = ctx.saved_tensors
+        grad_inputs = ctx.layer.multiply(grad_outputs, matrix, not ctx.inverse)
+        grad_matrix = None
+        if ctx.needs_input_grad[2]:
+            grad_matrix = ctx.layer.matrix_gradient(tuple(states), grad_inputs, grad_outputs, matrix, ctx.inverse)
         return None, None, grad_matrix, *grad_inputs

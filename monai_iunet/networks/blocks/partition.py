@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monai_iunet.reversible import InvertibleLayer, OptionalTensors, Recall, Tensors, fill
+from monai_iunet.pytorch_private import is_view
+from monai_iunet.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["ChannelPartition"]
 
@@ -30,21 +32,34 @@ class ChannelPartition(InvertibleLayer):
         self.in_sizes = tuple(in_sizes)
         self.out_sizes = tuple(out_sizes)
 
+    is_function_of_weights = True
+
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        return _cut(inputs, self.out_sizes)
+        return self._partition(inputs, self.in_sizes, self.out_sizes)
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        return _cut(outputs, self.in_sizes)
+        return self._partition(outputs, self.out_sizes, self.in_sizes)
 
-    def pull_back(
-        self, outputs: list[Tensor], grad_outputs: OptionalTensors, call: Recall
-    ) -> tuple[Tensors, OptionalTensors, OptionalTensors]:
-        sizes = self.out_sizes if call.inverse else self.in_sizes
-        # Copies, so that one piece does not keep the memory of the whole alive.
-        gradients = tuple(
-            piece.clone() if piece._is_view() else piece for piece in _cut(fill(grad_outputs, outputs), sizes)
-        )
-        return _cut(tuple(outputs), sizes) if call.inputs_wanted else (), gradients, ()
+    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+        return _cut(tuple(outputs), self.out_sizes if call.inverse else self.in_sizes), []
+
+    def _partition(self, pieces: Tensors, before: Sequence[int], after: Sequence[int]) -> Tensors:
+        if tuple(before) == tuple(after) or is_recorded_by_autograd_alone(*pieces):
+            return _cut(pieces, after)
+        return _Partition.apply(before, after, *pieces)  # type: ignore[no-untyped-call]
+
+
+class _Partition(torch.autograd.Function):
+    """A partition whose gradients are pieces with a memory of their own, not views that keep the whole alive."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Sequence[int], after: Sequence[int], *pieces: Tensor) -> Tensors:
+        ctx.before = before
+        return _cut(pieces, after)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, None, *(piece.clone() if is_view(piece) else piece for piece in _cut(gradients, ctx.before))
 
 
 def _cut(pieces: Tensors, sizes: Sequence[int]) -> Tensors:

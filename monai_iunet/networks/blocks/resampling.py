@@ -23,9 +23,12 @@ from torch import Tensor
 
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import Tensors
+from monai_iunet.reversible import Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
+
+# Of matrices that training starts from: the same wherever, and in whatever precision, a network is built.
+KIND: dict[str, Any] = {"dtype": torch.double, "device": "cpu"}
 
 
 def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
@@ -52,15 +55,13 @@ def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
         if init == "haar":
             return _haar(stride)
         if init == "pixel_shuffle":
-            return torch.eye(size)
+            return torch.eye(size, **KIND)
         if init == "random":
-            return torch.linalg.qr(torch.randn(count, size, size)).Q
+            return torch.linalg.qr(torch.randn(count, size, size, dtype=torch.float32, device="cpu").double()).Q
         raise ValueError(
             f'resampling_init must be "haar", "pixel_shuffle", "random" or an orthogonal matrix, got {init!r}.'
         )
-    matrix = torch.as_tensor(
-        np.asarray(init) if not isinstance(init, Tensor) else init, dtype=torch.get_default_dtype()
-    )
+    matrix = torch.as_tensor(init if isinstance(init, Tensor) else np.asarray(init), **KIND)
     if matrix.shape not in ((size, size), (count, size, size)):
         raise ValueError(
             f"A resampling_init matrix for stride {tuple(stride)} on {count} channels must have the shape "
@@ -70,16 +71,16 @@ def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
 
 
 def _haar(stride: Sequence[int]) -> Tensor:
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], **KIND) / math.sqrt(2)
     # Twice by 2: the finer bit of the position becomes the coarser bit of the channel.
     twice = torch.kron(pair, pair)[[0, 2, 1, 3]]
-    along = {1: torch.eye(1), 2: pair, 4: twice}
+    along = {1: torch.eye(1, **KIND), 2: pair, 4: twice}
     if any(factor not in along for factor in stride):
         raise ValueError(
             f'resampling_init="haar" needs strides of 1, 2 or 4 per axis, got {tuple(stride)}; use "pixel_shuffle" or '
             '"random".'
         )
-    matrix = torch.eye(1)
+    matrix = torch.eye(1, **KIND)
     for factor in stride:
         matrix = torch.kron(matrix, along[factor])
     return matrix
@@ -121,22 +122,15 @@ class OrthogonalDownsampling(OrthogonalLayer):
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         return self._up(pieces, matrix) if transposed else self._down(pieces, matrix)
 
-    def needs_outputs(self, inverse: bool) -> bool:
-        return not inverse
+    uses_outputs = True
 
     def matrix_gradient(
-        self,
-        inputs: Tensors,
-        outputs: Tensors,
-        grad_inputs: Tensors,
-        grad_outputs: Tensors,
-        matrix: Tensor,
-        inverse: bool,
+        self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
         # Down: grad_y x^T, and x = K^T y, so (grad_y y^T) K. Up: y grad_x^T, and grad_x = K^T grad_y, so
         # (y grad_y^T) K. Either way at the low resolution, where nothing has to be unshuffled.
-        left, right = (inputs, grad_inputs) if inverse else (grad_outputs, outputs)
-        return self._outer(left, right) @ matrix
+        left, right = (states, grad_inputs) if inverse else (grad_outputs, states)
+        return self._outer(left, right).to(matrix.dtype) @ matrix
 
     def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
         (whole,) = high
@@ -201,12 +195,9 @@ class OrthogonalDownsampling(OrthogonalLayer):
 
 
 def _as_one_expression(*tensors: Tensor) -> bool:
-    """Whether autograd or an exporter records what is done to the tensors."""
-    return (
-        (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-    )
+    """Whether what is done to the tensors is recorded, so that nothing may be written into a tensor made before."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded or is_recorded_by_autograd_alone(*tensors)
 
 
 def _groups(shape: Sequence[int], device: torch.device) -> list[slice]:

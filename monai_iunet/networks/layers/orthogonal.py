@@ -24,12 +24,13 @@ and Van Loan, Matrix Computations, section 5.1; Etmann, Ke, Schönlieb 2020 (arX
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.reversible import is_exporting
+from monai_iunet.pytorch_private import can_pack_saved_tensors, is_exporting
 
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
@@ -53,6 +54,9 @@ ORTHOGONAL_MAPS = {"cayley": cayley, "matrix_exp": torch.matrix_exp, "householde
 class OrthogonalMatrix(nn.Module):
     """A batch of orthogonal matrices, trainable without constraint; see Note [Orthogonal maps].
 
+    In evaluation, without gradients, the matrices are computed once and used again for as long as the weights have the
+    values that they were computed from. Exporters get them as constants, because they do not know the maps.
+
     Args:
         size: the matrices are `size` x `size`.
         count: number of matrices; None for a single one without batch dimension.
@@ -71,7 +75,6 @@ class OrthogonalMatrix(nn.Module):
     """
 
     base: Tensor | None
-    constant: Tensor | None
 
     def __init__(
         self,
@@ -85,70 +88,120 @@ class OrthogonalMatrix(nn.Module):
         if orthogonal_map not in ORTHOGONAL_MAPS:
             raise ValueError(f"orthogonal_map must be one of {sorted(ORTHOGONAL_MAPS)}, got {orthogonal_map!r}.")
         shape = (size, size) if count is None else (count, size, size)
-        if base is not None:
-            if base.shape not in ((size, size), shape):
-                raise ValueError(f"base must have the shape {(size, size)} or {shape}, got {tuple(base.shape)}.")
-            defect = (base.double().mT @ base.double() - torch.eye(size, dtype=torch.double)).abs().max()
-            if not defect < 1e-4:
-                raise ValueError(f"base must be orthogonal, but B^T B differs from the identity by up to {defect:.3g}.")
-            base = base.detach().to(torch.get_default_dtype(), copy=True)
+        self._start = None if base is None else _checked(base, size, shape)
         self.shape = shape
         self.orthogonal_map = orthogonal_map
-        self.register_buffer("base", base)
-        self.weight = nn.Parameter(torch.zeros(shape), requires_grad=learnable)
-        self.register_buffer("constant", None, persistent=False)  # the matrices in evaluation
-        self._constant_of: tuple[Tensor, int] | None = None  # the weight it was computed from, and its version
+        self.register_buffer("base", None if base is None else torch.empty(base.shape))
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=learnable)
+        # Weight and base, their values, and the matrices that were computed from these.
+        self._constant: tuple[tuple[Tensor, ...], list[Tensor], Tensor] | None = None
+        if base is not None and self._start is None and _has_values(self.weight):
+            raise ValueError("base must have values, but it is on the device meta, or fake.")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to where training starts; a module that was built without values gets them."""
+        with torch.no_grad():
+            self.weight.zero_()
+            if self.base is not None and self._start is not None:
+                self.base.copy_(self._start)
 
     def forward(self) -> Tensor:
         """The matrices, `(size, size)` or `(count, size, size)`, in float32 or the higher precision of the weight."""
-        if self.constant is None:
-            return self._compute()
-        if is_exporting():
-            return self.constant
-        # The version of a weight, which tells whether it has changed, cannot be read in a compiled graph.
-        with_gradients = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
-        if with_gradients or torch.compiler.is_compiling():
-            return self._compute()
-        made_of, version = self._constant_of or (None, -1)
-        if made_of is not self.weight or version != self.weight._version:
-            self._make_constant()
-        return self.constant
+        sources = self._sources()
+        if self.training or torch.compiler.is_dynamo_compiling():
+            return self._compute(*sources)
+        if is_exporting() and self._constant is not None:
+            sources = self._constant[0]  # for the exporter has put tensors without values in their place
+        if not all(map(_has_values, sources)):
+            return self._compute(*sources)
+        if torch.jit.is_tracing() or is_exporting():
+            # In a thread of its own nothing is recorded.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(self._constant_of, sources).result()
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return self._compute(*sources)
+        return self._constant_of(sources)
 
     def train(self, mode: bool = True) -> OrthogonalMatrix:
-        """In evaluation the matrices are computed once, here: faster, and exporters do not know the maps."""
+        """In evaluation the matrices are constants, which are computed here, because an exporter will ask for them."""
         super().train(mode)
-        self.constant, self._constant_of = None, None
-        if not mode:
-            self._make_constant()
+        self._constant = None
+        sources = self._sources()
+        if not mode and all(map(_has_values, sources)):
+            self._constant_of(sources)
         return self
 
-    def _make_constant(self) -> None:
-        # A sharded or inference weight does not tell when it changes; then each call computes the matrices.
-        if hasattr(self.weight, "full_tensor") or self.weight.is_inference():
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.constant = self._compute()
-        self._constant_of = (self.weight, self.weight._version)
+    def _sources(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.base is None else (self.weight, self.base)
 
-    def _compute(self) -> Tensor:
-        precision = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            weight = self.weight.to(precision)
+    def _constant_of(self, sources: tuple[Tensor, ...]) -> Tensor:
+        """The matrices of weight and base in evaluation, computed anew only if the values of these have changed.
+
+        Values are compared, not versions: writing to `.data`, as averages of weights do, leaves no trace but them.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self._constant is not None:
+                made_of, values, matrices = self._constant
+                same = len(made_of) == len(sources) and all(a is b for a, b in zip(made_of, sources))
+                # A CUDA graph in the making cannot wait for an answer; it was warmed up before.
+                if same and (_is_captured(sources[0]) or all(map(_equal, values, sources))):
+                    return matrices
+            matrices = self._compute(*sources)
+            self._constant = sources, [source.detach().clone() for source in sources], matrices
+            return matrices
+
+    def _compute(self, weight: Tensor, base: Tensor | None = None) -> Tensor:
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(precision)
             matrix = ORTHOGONAL_MAPS[self.orthogonal_map](weight - weight.mT)
-            return matrix if self.base is None else _polish(self.base.to(precision)) @ matrix
+            return matrix if base is None else _polish(base.to(precision)) @ matrix
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalMatrix:
-        # A cast would round the constant: compute it anew from what became of the weight.
-        self.constant = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self if self.training else self.train(False)
+        return self.train(self.training)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.train(self.training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constant": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.shape}, orthogonal_map={self.orthogonal_map!r}, learnable={self.weight.requires_grad}"
+
+
+def _checked(base: Tensor, size: int, shape: tuple[int, ...]) -> Tensor | None:
+    """A copy of orthogonal matrices on the CPU; None of ones without values."""
+    if base.shape not in ((size, size), shape):
+        raise ValueError(f"base must have the shape {(size, size)} or {shape}, got {tuple(base.shape)}.")
+    if not _has_values(base):
+        return None
+    base = base.detach().to("cpu", torch.double, copy=True)
+    defect = (base.mT @ base - torch.eye(size, dtype=torch.double, device="cpu")).abs().max()
+    if not defect < 1e-4:
+        raise ValueError(f"base must be orthogonal, but B^T B differs from the identity by up to {defect:.3g}.")
+    return base
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values that can be looked at: no fake, sharded or functional one, none on "meta"."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and can_pack_saved_tensors()
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same_kind = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same_kind and torch.equal(one, other)
 
 
 def _polish(matrix: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.budget import best_activations, parse_bytes
+
 __all__ = ["ChosenActivations"]
 
 
@@ -16,10 +18,23 @@ class ChosenActivations(nn.Module):
     A subclass defines `levels`, their number, and `set_levels`.
     """
 
-    memory_budget: int | str | None = None
+    _memory_budget: int | str | None = None
     _automatic = False
     _chosen: tuple[str, ...] = ()
     _chosen_for: object = None
+
+    @property
+    def memory_budget(self) -> int | str | None:
+        """What a step may hold beside optimizer and loss where activations are chosen: bytes, or such as "20 GiB"."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value: int | str | None) -> None:
+        if value is not None:
+            parse_bytes(value)
+        elif self._automatic:
+            raise ValueError('activations="auto" needs a memory_budget, such as "20 GiB", got None.')
+        self._memory_budget = value
 
     @property
     def activations(self) -> str | tuple[str, ...]:
@@ -68,8 +83,6 @@ class ChosenActivations(nn.Module):
             image_shape: `(batch, channels, *spatial)`.
             dtype: of autocast; float32 for none.
         """
-        from monai_iunet.budget import best_activations
-
         if not self._automatic or self.memory_budget is None:
             return self._chosen
         return best_activations(self, self.memory_budget, image_shape, dtype)
@@ -79,7 +92,7 @@ class ChosenActivations(nn.Module):
         if self._automatic and torch.is_grad_enabled() and not torch.jit.is_tracing():
             self._fit_uncompiled(x)
 
-    @torch._disable_dynamo
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fit_uncompiled(self, x: Tensor) -> None:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32

@@ -9,25 +9,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
-from monai_iunet.networks.blocks.grid import LIMIT, round_to_grid
+from monai_iunet.networks.blocks.grid import check_range, round_to_grid
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.nets.activations import ChosenActivations
-from monai_iunet.reversible import InvertibleLayer, Tensors, is_exporting
+from monai_iunet.networks.nets.padding import PADDING_MODES, crop, pad
+from monai_iunet.pytorch_private import is_exporting
+from monai_iunet.reversible import InvertibleLayer, Tensors
 
 __all__ = ["IUNet"]
 
 MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
-PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
 class IUNet(ChosenActivations):
@@ -188,7 +189,6 @@ class IUNet(ChosenActivations):
         self.memory_budget = memory_budget
         self.activations = activations
         self.exact = exact
-        self._not_finite: Tensor | None = None  # whether the last output in training was not
 
     @property
     def exact(self) -> bool:
@@ -242,9 +242,7 @@ class IUNet(ChosenActivations):
         """
         self._check(x, "x", self.channels[0])
         self._fit(x)
-        if _traced_with_gradients():
-            return self._forward_uncompiled(x, crop)[0]
-        return self._forward(x, crop)[0]
+        return self._forward_in_one(x, crop)[0]
 
     def forward_levels(self, x: Tensor) -> list[Tensor]:
         """Apply the network and show what the decoder has at each level, for deep supervision.
@@ -259,9 +257,7 @@ class IUNet(ChosenActivations):
         """
         self._check(x, "x", self.channels[0])
         self._fit(x)
-        if _traced_with_gradients():
-            return self._forward_uncompiled(x, True, True)
-        return self._forward(x, True, True)
+        return self._forward_in_one(x, True, True)
 
     def inverse(self, y: Tensor, spatial_size: Sequence[int] | None = None) -> Tensor:
         """Apply the inverse of the network.
@@ -272,10 +268,10 @@ class IUNet(ChosenActivations):
         """
         self._check(y, "y", self.channels[0])
         self._check_divides(y.shape[2:], "inverse: ", "Pass the output of forward(x, crop=False).")
-        codes = self._decode_inverse(y, keep=False)
-        codes.append(self._turn.inverse(*codes.pop(), keep=False))
-        x = self._encode_inverse(codes)
-        self._check_grid()
+        with self._grid():
+            codes = self._decode_inverse(self._enter(y))
+            codes.append(self._turn.inverse(*codes.pop()))
+            x = _leave(self._encode_inverse(codes), y)
         return x if spatial_size is None else self._crop(x, spatial_size)
 
     def encode(self, x: Tensor) -> Tensors:
@@ -284,136 +280,117 @@ class IUNet(ChosenActivations):
         Sizes that do not divide are padded.
         """
         self._check(x, "x", self.channels[0])
-        *skips, state = self._encode(self._pad(x), keep=True)
-        deepest = self._bottom(*state)
-        self._check_grid()
-        return (*skips, *deepest)
+        with self._grid():
+            *skips, state = self._encode(self._enter(self._pad(x)))
+            codes = *skips, *self._bottom(*state, keep=True)
+        return tuple(_leave(code, x) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """The image of codes as `encode` returns them, through the decoder."""
         self._check_codes(codes)
-        *skips, deepest = map(self._enter, codes)
-        y = self._decode([*skips, self._bottom_up(deepest, keep=False)])
-        self._check_grid()
-        return y
+        with self._grid():
+            *skips, deepest = map(self._enter, codes)
+            return _leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """The image whose codes these are: inverse of `encode`."""
         self._check_codes(codes)
-        *skips, deepest = map(self._enter, codes)
-        x = self._encode_inverse([*skips, self._bottom.inverse(deepest, keep=False)])
-        self._check_grid()
-        return x
+        with self._grid():
+            *skips, deepest = map(self._enter, codes)
+            return _leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
 
     def decode_inverse(self, y: Tensor) -> Tensors:
         """The codes that the decoder takes to this image: inverse of `decode`."""
         self._check(y, "y", self.channels[0])
         self._check_divides(y.shape[2:], "decode_inverse: ", "Pass what `decode` returned.")
-        *skips, state = self._decode_inverse(y, keep=True)
-        deepest = self._bottom_up.inverse(*state)
-        self._check_grid()
-        return (*skips, *deepest)
+        with self._grid():
+            *skips, state = self._decode_inverse(self._enter(y))
+            codes = *skips, *self._bottom_up.inverse(*state, keep=True)
+        return tuple(_leave(code, y) for code in codes)
 
     def _forward(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
-        codes = self._encode(self._pad(x), keep=False)
-        codes.append(self._turn(*codes.pop(), keep=False))
-        tapped: list[Tensor] | None = [] if levels else None
-        y = self._decode(codes, tapped)
-        self._check_grid()
-        self._check_finite(y)
-        return [self._crop(y, x.shape[2:]) if crop else y, *reversed(tapped or [])]
+        with self._grid():
+            codes = self._encode(self._enter(self._pad(x)))
+            codes.append(self._turn(*codes.pop()))
+            tapped: list[Tensor] | None = [] if levels else None
+            y = self._decode(codes, tapped)
+        return [
+            self._crop(_leave(y, x), x.shape[2:]) if crop else _leave(y, x),
+            *(_leave(level, x) for level in reversed(tapped or [])),
+        ]
 
-    _forward_uncompiled = torch._disable_dynamo(_forward)
+    _forward_uncompiled = torch.compiler.disable(_forward)
+
+    def _forward_in_one(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
+        """The forward pass, kept from `torch.compile` where its backward pass rebuilds activations.
+
+        It would break its graph at every layer and compile each piece again; better one break around the whole.
+        """
+        rebuilding = torch.is_grad_enabled() and "invert" in self.chosen_activations
+        if rebuilding and torch.compiler.is_dynamo_compiling() and not is_exporting():
+            return self._forward_uncompiled(x, crop, levels)
+        return self._forward(x, crop, levels)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
 
-    def _encode(self, x: Tensor, keep: bool) -> list[Any]:
+    def _encode(self, x: Tensor) -> list[Any]:
         """The skipped channels per level, then the halves of the coarsest level."""
-        state = self._open(self._enter(x), keep=False)
+        state = self._open(x)
+        del x
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
             for layer in layers:
-                state = layer(*state, keep=False)
+                state = layer(*state)
             if level < len(self.splits):
-                state = self.splits[level](*state, keep=(keep, False))
+                state = self.splits[level](*state)
                 codes.append(state[0])
-                state = self.downsamplings[level](*state[1:], keep=False)
+                state = self.downsamplings[level](*state[1:])
         return [*codes, state]
 
     def _encode_inverse(self, codes: list[Any]) -> Tensor:
         state = codes.pop()
         for level in reversed(range(len(self.encoder))):
             if level < len(self.splits):
-                state = self.downsamplings[level].inverse(*state, keep=False)
-                state = self.splits[level].inverse(codes.pop(), *state, keep=False)
+                state = self.downsamplings[level].inverse(*state)
+                state = self.splits[level].inverse(codes.pop(), *state)
             for layer in reversed(self.encoder[level]):
-                state = layer.inverse(*state, keep=False)
-        return self._open.inverse(*state)[0]
+                state = layer.inverse(*state)
+        return self._open.inverse(*state, keep=True)[0]
 
     def _decode(self, codes: list[Any], tapped: list[Tensor] | None = None) -> Tensor:
         state = codes.pop()
         for level in reversed(range(len(self.decoder))):
             if level < len(self.merges):
-                state = self.upsamplings[level].inverse(*state, keep=False)
-                state = self.merges[level].inverse(codes.pop(), *state, keep=False)
+                state = self.upsamplings[level].inverse(*state)
+                state = self.merges[level].inverse(codes.pop(), *state)
             for layer in self.decoder[level]:
-                state = layer(*state, keep=False)
+                state = layer(*state)
             if tapped is not None and 0 < level < len(self.merges):
                 tapped.append(self._joins[level](*state)[0])
-        return self._joins[0](*state)[0]
+        return self._joins[0](*state, keep=True)[0]
 
-    def _decode_inverse(self, y: Tensor, keep: bool) -> list[Any]:
-        state = self._joins[0].inverse(self._enter(y), keep=False)
+    def _decode_inverse(self, y: Tensor) -> list[Any]:
+        state = self._joins[0].inverse(y)
+        del y
         codes: list[Any] = []
         for level, layers in enumerate(self.decoder):
             for layer in reversed(layers):
-                state = layer.inverse(*state, keep=False)
+                state = layer.inverse(*state)
             if level < len(self.merges):
-                state = self.merges[level](*state, keep=(keep, False))
+                state = self.merges[level](*state)
                 codes.append(state[0])
-                state = self.upsamplings[level](*state[1:], keep=False)
+                state = self.upsamplings[level](*state[1:])
         return [*codes, state]
 
     def _enter(self, x: Tensor) -> Tensor:
-        """What goes into the couplings."""
-        x = _stream(x)
-        if not self.exact:
-            return x
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"exact=True needs float32, also under autocast, got {x.dtype}.")
-        return round_to_grid(x)
+        """What runs through the couplings: float32 or float64, so that sums can be taken back; on a grid if `exact`."""
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return round_to_grid(x) if self.exact else x
 
-    def _check_grid(self) -> None:
-        """Raise an error if the layers' last calls have left the range of the grid; not in an export."""
-        if not self.exact or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return
-        sizes = [layer.largest for layer in self._layers() if layer.largest is not None]
-        for layer in self._layers():
-            layer.largest = None
-        largest = float(torch.stack(sizes).amax()) if sizes else 0.0
-        if not largest < LIMIT:  # nor NaN
-            raise OverflowError(
-                f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {largest:.0f}. Scale the "
-                "images, train with a lower learning rate or weight decay, or use exact=False."
-            )
-
-    def _check_finite(self, y: Tensor) -> None:
-        """Warn if the output of a training step was not finite; in the next call, so as not to wait for a GPU."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return
-        earlier, self._not_finite = self._not_finite, None
-        if self.training and torch.is_grad_enabled():
-            total = y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32))
-            self._not_finite = ~total.isfinite()
-        if earlier is not None and bool(earlier):
-            warnings.warn(
-                "The last output of the IUNet in training was not finite: its input was not, or training has diverged "
-                "and the weights are lost. Go back to earlier ones, and train with a lower learning rate or clipped "
-                "gradients.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def _grid(self) -> AbstractContextManager[None]:
+        """Context that raises an error if values leave the range of the grid; not in an export."""
+        return check_range() if self.exact and not torch.compiler.is_compiling() else nullcontext()
 
     def layout(self) -> str:
         """Picture of the network: a row per level, a number of channels per coupling, and each split as (skip/down).
@@ -440,33 +417,15 @@ class IUNet(ChosenActivations):
         """Print `layout()`."""
         print(self.layout())  # noqa: T201 - the method exists to print
 
-    def _padding(self, spatial_size: Sequence[int]) -> list[tuple[int, int]]:
-        totals = [-extent % factor for extent, factor in zip(spatial_size, self.factors)]
-        return [(total // 2, total - total // 2) for total in totals]
-
     def _pad(self, x: Tensor) -> Tensor:
-        padding = self._padding(x.shape[2:])
-        if not any(map(any, padding)):
-            return x
-        if self.padding_mode is None:
-            raise self._indivisible(x.shape[2:], "padding_mode is None: ", "Pad it, or set padding_mode.")
-        return functional.pad(x, [side for pair in reversed(padding) for side in pair], mode=self.padding_mode)
+        return pad(x, list(self.factors), self.padding_mode)
 
     def _crop(self, x: Tensor, spatial_size: Sequence[int]) -> Tensor:
-        if tuple(x.shape[2:]) == tuple(spatial_size):
-            return x
-        padding = self._padding(spatial_size)
-        padded = [extent + sum(pair) for extent, pair in zip(spatial_size, padding)]
-        if len(spatial_size) != self.spatial_dims or list(x.shape[2:]) != padded:
-            raise ValueError(
-                f"An image of spatial size {tuple(spatial_size)} is padded to {tuple(padded)}, but this one has "
-                f"{tuple(x.shape[2:])}."
-            )
-        for axis, (extent, (before, _)) in enumerate(zip(spatial_size, padding)):
-            x = x.narrow(2 + axis, before, extent)
-        return x
+        return crop(x, list(spatial_size), list(self.factors))
 
     def _check(self, x: Tensor, name: str, channels: int) -> None:
+        if torch.jit.is_tracing():  # would be of the example alone
+            return
         expected = f"(batch, {channels}, {', '.join(['size'] * self.spatial_dims)})"
         if not isinstance(x, Tensor) or x.ndim != self.spatial_dims + 2 or x.shape[1] != channels:
             came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -481,12 +440,9 @@ class IUNet(ChosenActivations):
 
     def _check_divides(self, spatial_size: Sequence[int], where: str, remedy: str) -> None:
         if any(extent % factor for extent, factor in zip(spatial_size, self.factors)):
-            raise self._indivisible(spatial_size, where, remedy)
-
-    def _indivisible(self, spatial_size: Sequence[int], where: str, remedy: str) -> ValueError:
-        return ValueError(
-            f"{where}the spatial size must be divisible by {self.factors}, got {tuple(spatial_size)}. {remedy}"
-        )
+            raise ValueError(
+                f"{where}the spatial size must be divisible by {self.factors}, got {tuple(spatial_size)}. {remedy}"
+            )
 
     def _check_codes(self, codes: Sequence[Tensor]) -> None:
         widths = [*self._skips, self.channels[-1]]
@@ -502,17 +458,9 @@ class IUNet(ChosenActivations):
                 raise ValueError(f"The code of level {level} must have the spatial size {size}, got shapes {came}.")
 
 
-def _traced_with_gradients() -> bool:
-    """Whether torch.compile looks at a forward pass whose backward pass rebuilds activations.
-
-    It would break its graph at every layer and compile each piece again; better one break around the whole.
-    """
-    return torch.compiler.is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled()
-
-
-def _stream(x: Tensor) -> Tensor:
-    """What runs through the couplings: under autocast always float32, so that sums can be taken back."""
-    return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
+def _leave(y: Tensor, x: Tensor) -> Tensor:
+    """What comes out for what went in: of the same type, but float32 under autocast to 16 bits."""
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
 def _halves(channels: int, index: int) -> tuple[int, int]:

@@ -87,4 +87,5 @@ def test_memory_does_not_grow_with_depth(kind: str) -> None:
         assert second.requires_grad
     # What is left is what dropout needs to repeat its numbers, some KiB per layer at most.
     assert alive[1] - alive[0] < (8 - 2) * 2 * 8192
-    assert kind == "transformer" or alive[0] == alive[1]
+    # Without dropout, the number of batches that a normalization has seen.
+    assert kind == "transformer" or alive[1] - alive[0] < (8 - 2) * 2 * 64

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,11 +87,11 @@ def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: 
     matrix = OrthogonalMatrix(4, base=torch.linalg.qr(torch.randn(4, 4)).Q)
     counts = []
     compute = OrthogonalMatrix._compute
-    monkeypatch.setattr(OrthogonalMatrix, "_compute", lambda self: counts.append(1) or compute(self))
+    monkeypatch.setattr(OrthogonalMatrix, "_compute", lambda *arguments: counts.append(1) or compute(*arguments))
 
     def check(tolerance: float = 1e-6) -> None:
         with torch.no_grad():
-            torch.testing.assert_close(matrix(), compute(matrix), atol=tolerance, rtol=0)
+            torch.testing.assert_close(matrix(), compute(matrix, matrix.weight, matrix.base), atol=tolerance, rtol=0)
 
     matrix.eval()
     for _ in range(3):
@@ -96,6 +99,14 @@ def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: 
     assert len(counts) == 1
     with torch.no_grad():
         matrix.weight.normal_()  # in place, as optimizers do
+    check()
+    matrix.weight.data.normal_()  # without a trace, as averages of weights do
+    check()
+    matrix.base.data.copy_(torch.linalg.qr(torch.randn(4, 4)).Q)
+    check()
+    torch.nn.utils.vector_to_parameters(torch.randn(16), matrix.parameters())
+    check()
+    matrix.weight = torch.nn.Parameter(torch.randn(4, 4))
     check()
     matrix.load_state_dict({**matrix.state_dict(), "weight": torch.randn(4, 4)})
     check()
@@ -114,7 +125,9 @@ def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: 
         matrix()
     assert matrix().requires_grad  # with gradients, evaluation is differentiable as ever
     matrix().sum().backward()
-    assert "constant" not in matrix.state_dict()
+    assert sorted(matrix.state_dict()) == ["base", "weight"]
+    for mode in (True, False):
+        assert [name for name, _ in matrix.train(mode).named_buffers()] == ["base"]
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -145,13 +158,17 @@ def test_the_base_is_copied() -> None:
     torch.testing.assert_close(matrix(), torch.eye(3))
 
 
-def test_evaluation_outlives_a_cast_and_training_is_the_default() -> None:
-    matrix = OrthogonalMatrix(3).eval().double()
+def test_evaluation_outlives_a_cast_a_copy_and_a_file(tmp_path: Path) -> None:
+    matrix = OrthogonalMatrix(3, base=torch.linalg.qr(torch.randn(3, 3)).Q).eval().double()
     assert not matrix.training
-    assert matrix.constant is not None
-    assert matrix.constant.dtype == torch.double
-    assert matrix.train().training
-    assert matrix.constant is None
+    torch.nn.init.normal_(matrix.weight)
+    with torch.no_grad():
+        assert matrix().dtype == torch.double
+        torch.save(matrix, tmp_path / "matrix.pt")
+        for again in (copy.deepcopy(matrix), torch.load(tmp_path / "matrix.pt", weights_only=False)):
+            torch.testing.assert_close(again(), matrix())
+            torch.nn.init.normal_(again.weight)
+            assert not torch.allclose(again(), matrix())
 
 
 def test_weights_made_in_inference_mode_are_looked_at_each_time() -> None:
@@ -162,7 +179,41 @@ def test_weights_made_in_inference_mode_are_looked_at_each_time() -> None:
         assert defect(first) < 1e-5
         matrix.weight.mul_(0)
         torch.testing.assert_close(matrix(), torch.eye(3))
-    assert matrix.constant is None
+
+
+def test_a_constant_made_in_inference_mode_serves_training_too() -> None:
+    matrix = OrthogonalMatrix(3, learnable=False).eval()
+    with torch.inference_mode():
+        matrix()
+    x = torch.randn(2, 3, requires_grad=True)
+    (x @ matrix()).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_built_in_a_default_type_of_16_bits(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        matrix = OrthogonalMatrix(2, base=torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.double) / 2**0.5)
+    finally:
+        torch.set_default_dtype(before)
+    assert matrix.weight.dtype == matrix.base.dtype == dtype
+    assert defect(matrix().detach()) < 1e-5
+
+
+@pytest.mark.parametrize("base", [None, torch.tensor([[0.0, 1.0], [-1.0, 0.0]])])
+def test_built_without_values_it_gets_them_by_reset_parameters(base: torch.Tensor | None) -> None:
+    with torch.device("meta"):
+        matrix = OrthogonalMatrix(2, base=base)
+    assert all(tensor.is_meta for tensor in matrix.state_dict().values())
+    matrix.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(matrix(), torch.eye(2) if base is None else base)
+
+
+def test_a_base_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have values"):
+        OrthogonalMatrix(2, base=torch.eye(2, device="meta"))
 
 
 def test_a_constant_matrix_lets_gradients_through_in_evaluation() -> None:

@@ -207,7 +207,7 @@ def test_sizes_that_do_not_divide(mode: str) -> None:
 
 def test_no_padding_refuses_and_names_the_factors() -> None:
     net = IUNet(2, (4, 8), padding_mode=None)
-    with pytest.raises(ValueError, match=r"divisible by \(2, 2\), got \(7, 8\)"):
+    with pytest.raises(ValueError, match=r"divisible by \[2, 2\], got \[7, 8\]"):
         net(torch.zeros(1, 4, 7, 8))
     assert net(torch.zeros(1, 4, 6, 8)).shape == (1, 4, 6, 8)
 
