@@ -23,6 +23,7 @@ from torch import nn
 
 from monai_iunet.budget import largest_patch
 from monai_iunet.images import InputError, write_atomically
+from monai_iunet.networks.nets.channels import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.plan import plan_training
 
@@ -141,10 +142,7 @@ def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], couplings: int) -> dict[str, Any]:
     """What the plans say of our network: as many channels as nnU-Net's, as far as they can be reached."""
-    channels = [features[0]]
-    for stride, wanted in zip(strides[1:], features[1:]):
-        values = math.prod(stride)
-        channels.append(values * min(max(1, round(wanted / values)), channels[-1] - 1))
+    channels = list(reachable_channels(features, strides[1:]))
     arguments = {"strides": strides, "channels": channels, "couplings": couplings, "kernel_size": 3}
     return {"network_class_name": NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []}
 

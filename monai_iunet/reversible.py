@@ -123,11 +123,12 @@ class InvertibleLayer(nn.Module):
         """Apply the inverse of the layer; differentiable, and as frugal as `forward`."""
         return _run(self, outputs, keep, inverse=True)
 
-    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         """From the outputs of a call to its inputs and to what autograd was to save, in the order of the call.
 
         Args:
             outputs: what the call returned; empty the list to free them early.
+            overwrite: per output, whether its memory may be reused.
             call: what else is known of the call.
 
         Raises:
@@ -158,18 +159,16 @@ class Call:
         weights: what `weights()` returned, cut off from its graph.
         inverse: whether the call was one of `inverse`, so that its "inputs" are what `forward` returns.
         remembered: what `remember` returned.
-        overwrite: per output, whether its memory may be reused in `rebuild`.
     """
 
     def __init__(self, layer: InvertibleLayer, inverse: bool, inputs: Tensors, weights: Tensors) -> None:
         self.weights = tuple(weight.detach().requires_grad_(weight.requires_grad) for weight in weights)
         self.inverse = inverse
         self.remembered: Tensors = ()
-        self.overwrite: list[bool] = []
         self.outputs: tuple[_State, ...] = ()
         self._layer = layer
         self._conditions = None if layer.is_function_of_weights else Conditions(layer, inputs[0].device)
-        self._requires_grad = [tensor.requires_grad for tensor in inputs]
+        self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
         self._saved: tuple[int, list[Tensor | None]] = (0, [])  # a thread, and what it has rebuilt of these
@@ -198,17 +197,30 @@ class Call:
     def repeat(self) -> Iterator[list[Tensor]]:
         """Context of the second evaluation, recorded by autograd; its value fills with what that saves."""
         saved: list[Tensor] = []
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled branch would have it compiled, too
+        def catch(tensor: Tensor) -> None:
+            saved.append(tensor.detach())
+
         with (
             self._conditions.repeated() if self._conditions else nullcontext(),
             torch.enable_grad(),
-            saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _refuse),
+            saved_tensors_hooks(catch, _refuse),
         ):
             yield saved
 
     def leaves(self, inputs: Sequence[Tensor], first: int = 0) -> Tensors:
-        """Inputs for the second evaluation, which ask for gradients as those of the first did, from a place on."""
+        """Inputs for the second evaluation: the order of axes, and whether they ask for gradients, are as in the first.
+
+        Kernels depend on the order of axes in memory, and so do results to the last bit.
+
+        Args:
+            inputs: rebuilt ones, from a place on.
+            first: this place.
+        """
         return tuple(
-            tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(inputs, self._requires_grad[first:])
+            _with_strides(tensor.detach(), stride).requires_grad_(wanted)
+            for tensor, (wanted, stride) in zip(inputs, self._inputs[first:])
         )
 
     @property
@@ -218,19 +230,21 @@ class Call:
 
     def invert(self) -> None:
         """Rebuild the inputs alone."""
-        outputs = self._take_outputs()
+        outputs, overwrite = self._take_outputs()
         with self._conditions.repeated() if self._conditions else nullcontext(), torch.no_grad():
             inputs = self._layer_then().recover(tuple(outputs), self.weights, self.remembered, self.inverse)
-        self._hand_on(inputs, outputs, let_go=False)
+        self._hand_on(inputs, _others(outputs, overwrite), let_go=False)
 
     def needs(self, storage: UntypedStorage) -> bool:
         """Whether something that was rebuilt, and that autograd has not asked for yet, lies in this memory."""
         return any(tensor is not None and tensor.untyped_storage() is storage for tensor in self._saved[1])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> int:
         self._kinds.append(_kind(tensor))
         return len(self._kinds) - 1
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, number: int) -> Tensor:
         thread, saved = self._saved
         if thread != threading.get_ident() or saved[number] is None:
@@ -241,10 +255,10 @@ class Call:
 
     def _rebuild(self) -> list[Tensor | None]:
         with torch.no_grad():
-            outputs = self._take_outputs()
-            taken = list(outputs)
-            inputs, saved = self._layer_then().rebuild(outputs, self)
-            self._hand_on(inputs, taken, let_go=not graph_is_retained(_saved(torch.empty(0))))
+            outputs, overwrite = self._take_outputs()
+            others = _others(outputs, overwrite)
+            inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
+            self._hand_on(inputs, others, let_go=not graph_is_retained(_saved(torch.empty(0))))
         if list(map(_kind, saved)) != self._kinds:
             raise RuntimeError(
                 f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
@@ -252,26 +266,27 @@ class Call:
                 "types. It must compute the same whenever it is given the same input; else store activations "
                 '(activations="store").'
             )
-        self._saved = threading.get_ident(), list(saved)
-        return self._saved[1]
+        rebuilt: list[Tensor | None] = list(saved)
+        self._saved = threading.get_ident(), rebuilt
+        return rebuilt
 
     def _layer_then(self) -> Any:
         return self._conditions.module_then() if self._conditions else self._layer
 
-    def _take_outputs(self) -> list[Tensor]:
+    def _take_outputs(self) -> tuple[list[Tensor], list[bool]]:
+        taken = []
         for state in self.outputs:
-            _make_known(state)
-        outputs, overwrite = zip(*(state.take() for state in self.outputs))
-        self.overwrite = list(overwrite)
-        return list(outputs)
+            while (value := state.take()) is None:  # again, if another thread was quicker
+                _make_known(state)
+            taken.append(value)
+        return [tensor for tensor, _ in taken], [ours for _, ours in taken]
 
-    def _hand_on(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], let_go: bool) -> None:
-        """Leave the inputs with the calls that made them; what shares memory with others' tensors is not ours."""
-        foreign = [output.untyped_storage() for output, ours in zip(outputs, self.overwrite) if not ours]
+    def _hand_on(self, inputs: Sequence[Tensor], others: Sequence[UntypedStorage], let_go: bool) -> None:
+        """Leave the inputs with the calls that made them; what lies in others' memory is not ours."""
         for tensor, source in zip(inputs, self._sources):
             state = source() if source is not None else None
             if state is not None:
-                state.give(tensor, all(tensor.untyped_storage() is not storage for storage in foreign), let_go)
+                state.give(tensor, all(tensor.untyped_storage() is not storage for storage in others), let_go)
 
 
 class _State:
@@ -321,24 +336,26 @@ class _State:
 
     @property
     def is_known(self) -> bool:
-        mine = self._rebuilt is not None and self._rebuilt[0] == threading.get_ident()
+        rebuilt = self._rebuilt
+        mine = rebuilt is not None and rebuilt[0] == threading.get_ident()
         return mine or self._held is not None or self._saver is not None
 
-    def take(self) -> tuple[Tensor, bool]:
-        """The tensor and whether its memory may be reused; what was rebuilt is forgotten."""
-        if self._rebuilt is not None and self._rebuilt[0] == threading.get_ident():
-            (_, tensor, ours), self._rebuilt = self._rebuilt, None
+    def take(self) -> tuple[Tensor, bool] | None:
+        """The tensor and whether its memory may be reused, if it is known; what was rebuilt is forgotten."""
+        rebuilt = self._rebuilt
+        if rebuilt is not None and rebuilt[0] == threading.get_ident():
+            _, tensor, ours = rebuilt
+            self._rebuilt = None
             taker = self._taker() if self._taker is not None else None
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
         if self._saver is not None:
             return self._saver.saved_tensors[0], False
-        assert self._held is not None
-        if self._held._version != self._version:
+        if self._held is not None and self._held._version != self._version:
             raise RuntimeError(
                 f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
                 "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
             )
-        return self._held, False
+        return None if self._held is None else (self._held, False)
 
 
 # Of each storage, the states that lie in it, by place; no tensor is kept alive by it.
@@ -394,6 +411,21 @@ def _make_known(state: _State) -> None:
         call.invert()
         while pending and pending[-1].is_known:
             pending.pop()
+
+
+def _others(outputs: Sequence[Tensor], overwrite: Sequence[bool]) -> list[UntypedStorage]:
+    """The memory of outputs that is not the engine's, but that of tensors that somebody holds."""
+    return [output.untyped_storage() for output, ours in zip(outputs, overwrite) if not ours]
+
+
+def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """The tensor, or a copy of it whose axes lie in memory in the order that strides tell, without gaps."""
+    if tensor.stride() == stride:
+        return tensor
+    layout = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta"))
+    if tensor.stride() == layout.stride():
+        return tensor
+    return torch.empty_strided(tensor.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device]

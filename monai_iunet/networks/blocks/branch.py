@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["convolutional_branch"]
+__all__ = ["Branch", "convolutional_branch"]
 
 
 def convolutional_branch(
@@ -47,4 +48,32 @@ def convolutional_branch(
         if act is not None:
             layers.append(get_act_layer(act))
     # Flat, because a nested Sequential keeps the input of an inner one alive while that runs.
-    return nn.Sequential(*layers)
+    return Branch(*layers)
+
+
+class Branch(nn.Sequential):
+    """Layers one after another, which can be compiled: `branch.compile()`.
+
+    What is compiled gets a copy of the input, contiguous and no view of something else, so that the backward pass,
+    which evaluates a branch again on a rebuilt input, meets the same conditions and is not compiled once more.
+    """
+
+    _compiled: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer."""
+        if self._compiled is None:
+            return self._one_after_another(x)
+        return self._compiled(x.clone(memory_format=torch.contiguous_format))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the layers, with the arguments of `torch.compile`; names in the state stay."""
+        self._compiled = torch.compile(self._one_after_another, *args, **kwargs)
+
+    def _one_after_another(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # a copy is compiled by itself

@@ -75,7 +75,7 @@ class AdditiveCoupling(InvertibleLayer):
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), kept.dtype)
         return kept.to(dtype) if dtype in (torch.float16, torch.bfloat16) else kept
 
-    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
         changed, kept = outputs[changed_at], outputs[kept_at]
         outputs.clear()
@@ -86,7 +86,7 @@ class AdditiveCoupling(InvertibleLayer):
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
-            place = changed.data if call.overwrite[changed_at] else None
+            place = changed.data if overwrite[changed_at] else None
             changed = torch.add(changed, shift, alpha=1 if call.inverse else -1, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
 

@@ -35,6 +35,8 @@ LIMIT = 2.0**8
 
 def round_to_grid(x: Tensor) -> Tensor:
     """The nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
+    if torch.jit.is_tracing():  # which takes operators only, and no gradients
+        return on_grid(x)
     recorded = (torch.is_grad_enabled() and x.requires_grad) or is_transformed(x)
     return _Rounding.apply(x) if recorded else on_grid(x)  # type: ignore[no-untyped-call]
 

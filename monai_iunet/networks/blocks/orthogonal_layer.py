@@ -11,6 +11,7 @@ of the grid, because Q changes no norm, and is kept in one byte per value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class OrthogonalLayer(InvertibleLayer):
         rounded = self._rounded(outputs, weights[0], not inverse)
         return tuple(piece.add_(steps, alpha=STEP) for piece, steps in zip(rounded, remembered))
 
-    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         (matrix,) = (weight.detach() for weight in call.weights)
         inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
         saved = self._saved(tuple(outputs), inputs, call.inverse) if call.weights[0].requires_grad else ()

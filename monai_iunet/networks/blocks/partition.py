@@ -40,7 +40,7 @@ class ChannelPartition(InvertibleLayer):
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         return self._partition(outputs, self.out_sizes, self.in_sizes)
 
-    def rebuild(self, outputs: list[Tensor], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         return _cut(tuple(outputs), self.out_sizes if call.inverse else self.in_sizes), []
 
     def _partition(self, pieces: Tensors, before: Sequence[int], after: Sequence[int]) -> Tensors:

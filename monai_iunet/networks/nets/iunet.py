@@ -22,7 +22,9 @@ from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.nets.activations import ChosenActivations
-from monai_iunet.networks.nets.padding import PADDING_MODES, crop, pad
+from monai_iunet.networks.nets.channels import reachable_channels
+from monai_iunet.networks.nets.padding import PADDING_MODES, crop, crop_like, pad
+from monai_iunet.networks.nets.scripting import Traced
 from monai_iunet.pytorch_private import is_exporting
 from monai_iunet.reversible import InvertibleLayer, Tensors
 
@@ -272,7 +274,7 @@ class IUNet(ChosenActivations):
             codes = self._decode_inverse(self._enter(y))
             codes.append(self._turn.inverse(*codes.pop()))
             x = _leave(self._encode_inverse(codes), y)
-        return x if spatial_size is None else self._crop(x, spatial_size)
+        return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
         """The codes of an image: the skipped channels of each level, finest first, and the whole of the coarsest.
@@ -315,7 +317,7 @@ class IUNet(ChosenActivations):
             tapped: list[Tensor] | None = [] if levels else None
             y = self._decode(codes, tapped)
         return [
-            self._crop(_leave(y, x), x.shape[2:]) if crop else _leave(y, x),
+            crop_like(_leave(y, x), x, list(self.factors)) if crop else _leave(y, x),
             *(_leave(level, x) for level in reversed(tapped or [])),
         ]
 
@@ -392,6 +394,9 @@ class IUNet(ChosenActivations):
         """Context that raises an error if values leave the range of the grid; not in an export."""
         return check_range() if self.exact and not torch.compiler.is_compiling() else nullcontext()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return Traced(self, self.channels[0], self.factors)
+
     def layout(self) -> str:
         """Picture of the network: a row per level, a number of channels per coupling, and each split as (skip/down).
 
@@ -419,9 +424,6 @@ class IUNet(ChosenActivations):
 
     def _pad(self, x: Tensor) -> Tensor:
         return pad(x, list(self.factors), self.padding_mode)
-
-    def _crop(self, x: Tensor, spatial_size: Sequence[int]) -> Tensor:
-        return crop(x, list(spatial_size), list(self.factors))
 
     def _check(self, x: Tensor, name: str, channels: int) -> None:
         if torch.jit.is_tracing():  # would be of the example alone
@@ -498,21 +500,12 @@ def _couplings(couplings: int | Sequence[int], levels: int) -> tuple[int, ...]:
 
 
 def _reachable_channels(channels: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    built = [channels[0]]
-    for wanted, stride in zip(channels[1:], strides):
-        factor = math.prod(stride)
-        # Half a channel goes to the smaller number.
-        downsampled = min(max(-((factor - 2 * wanted) // (2 * factor)), 1), built[-1] - 1)
-        if factor * downsampled < 2:
-            raise ValueError(
-                f"From {built[-1]} channels, stride {tuple(stride)} reaches fewer than 2 channels; use more channels."
-            )
-        built.append(factor * downsampled)
-    if tuple(built) != tuple(channels):
+    built = reachable_channels(channels, strides)
+    if built != tuple(channels):
         warnings.warn(
             f"channels={tuple(channels)} cannot be reached: with strides {tuple(map(tuple, strides))} each level has "
             "prod(stride) * k channels, where k, the channels that are downsampled, is at least 1 and less than the "
-            f"channels of the level above. Built instead, the nearest: {tuple(built)}.",
+            f"channels of the level above. Built instead, the nearest: {built}.",
             stacklevel=3,
         )
-    return tuple(built)
+    return built

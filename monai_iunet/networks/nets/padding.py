@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["PADDING_MODES", "crop", "pad"]
+__all__ = ["PADDING_MODES", "crop", "crop_like", "pad"]
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
@@ -34,7 +34,8 @@ def pad(x: Tensor, factors: list[int], mode: str | None) -> Tensor:
         sides += [missing // 2, missing - missing // 2]
         needed = needed or missing > 0
     if not needed:
-        return x
+        # To a tracer the same tensor would be the padded one from here on.
+        return x.view_as(x) if torch.jit.is_scripting() else x
     if mode is None:
         raise ValueError(
             f"padding_mode is None: the spatial size must be divisible by {factors}, got {list(x.shape[2:])}. "
@@ -43,7 +44,6 @@ def pad(x: Tensor, factors: list[int], mode: str | None) -> Tensor:
     return functional.pad(x, sides, mode)
 
 
-@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def crop(y: Tensor, spatial_size: list[int], factors: list[int]) -> Tensor:
     """Undo the padding of images that had a spatial size.
 
@@ -62,3 +62,9 @@ def crop(y: Tensor, spatial_size: list[int], factors: list[int]) -> Tensor:
         if padded[axis] != spatial_size[axis]:
             y = y.narrow(2 + axis, (padded[axis] - spatial_size[axis]) // 2, spatial_size[axis])
     return y
+
+
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
+def crop_like(y: Tensor, x: Tensor, factors: list[int]) -> Tensor:
+    """Undo the padding of images `x`."""
+    return crop(y, list(x.shape[2:]), factors)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
+from monai_iunet.networks.nets.scripting import Traced
 
 __all__ = ["SegIUNet"]
 
@@ -122,6 +123,9 @@ class SegIUNet(ChosenActivations):
     @exact.setter
     def exact(self, value: bool) -> None:
         self.iunet.exact = value
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return Traced(self, self.stem.in_channels, self.iunet.factors)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
