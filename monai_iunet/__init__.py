@@ -31,8 +31,8 @@ algebra; a derivative worked out by hand is easily wrong. See `monai_iunet.netwo
 from $y$, and then no $x$ need be stored [5]. For a coupling, one evaluation of $F(b)$ gives both the rebuilt $a = c -
 F(b)$ and the graph for the gradients $\bar a = \bar c$, $\bar b \mathrel{+}= F'(b)^T \bar c$; so a step costs two
 evaluations of each $F$ and one back-propagation, in place of one and one: about 4/3 of the time of plain
-back-propagation, as with checkpointing, for less memory. Each layer is an autograd node of its own, which hands the
-rebuilt state to the one before it. See `monai_iunet.reversible`.
+back-propagation, as with checkpointing, for less memory. The graph is autograd's own; only what its nodes would save is
+rebuilt when they ask for it. See `monai_iunet.reversible`.
 
 **Memory.** Let $s$ be the bytes of a state, an activation of all channels of a level and the codes that wait beside it;
 it is the same at every level, because nothing is lost. A plain network of $L$ couplings stores what each $F$ needs, at

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monai_iunet.networks.nets.iunet import IUNet
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
@@ -26,8 +25,8 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         input: what the network takes, `(batch, channels, *spatial)`.
 
     Returns:
-        Per level, finest first, the relative error (norm of the difference over norm) of what goes into its couplings,
-        the larger one of encoder and decoder.
+        Per level, finest first, the relative error (norm of the difference over norm) of what the network in its first
+        coupling reads, the larger one of encoder and decoder.
 
     Example:
         >>> errors = reconstruction_error(IUNet(2, (4, 8)), torch.randn(1, 4, 8, 8))
@@ -49,19 +48,16 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
     return errors
 
 
-def _watch(layer: Any, errors: list[float], level: int) -> None:
-    """Compare what the backward pass of a layer rebuilds with what went into it."""
+def _watch(layer: nn.Module, errors: list[float], level: int) -> None:
+    """Compare what the network in a coupling gets in its second evaluation with what it got in the first."""
     originals: list[Tensor] = []
-    pull_back: Any = layer.pull_back
 
-    def compare(*arguments: Any) -> Any:
-        result = pull_back(*arguments)
-        difference = sum(
-            float((one.double() - other.double()).square().sum()) for one, other in zip(result[0], originals)
-        )
-        norm = sum(float(original.double().square().sum()) for original in originals)
-        errors[level] = max(errors[level], (difference / norm) ** 0.5 if norm else 0.0)
-        return result
+    def compare(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not originals:
+            originals.append(inputs[0].detach().double())
+            return
+        norm = float(originals[0].norm())
+        difference = float((inputs[0].detach().double() - originals[0]).norm())
+        errors[level] = max(errors[level], difference / norm if norm else 0.0)
 
-    layer.register_forward_pre_hook(lambda _, inputs: originals.extend(tensor.detach().clone() for tensor in inputs))
-    layer.pull_back = compare
+    next(layer.children()).register_forward_pre_hook(compare)

@@ -27,6 +27,8 @@ What the engine does not do:
 - `torch.func` (`grad`, `vjp`, `jvp`, `vmap`), forward-mode differentiation, tracing and exporting take the way of plain
   autograd, right, but with the memory of `rebuilds = False`. A second derivative (`create_graph=True`) is right, but
   its graph stores what the first one rebuilt.
+- What casts the states of a chain to 16 bits, as a mixed-precision policy of `fully_shard` around couplings does, has
+  them rebuilt with that rounding: shard branches, or the whole.
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
   and again. Threads with graphs of their own are independent.
 - What a module keeps outside of its parameters, buffers and random generators is not put back for the second
@@ -139,8 +141,9 @@ class InvertibleLayer(nn.Module):
         with call.repeat() as saved:
             again = (self.restore if call.inverse else self.transform)(call.leaves(inputs), call.weights)
         for tensor, expected in zip(again, outputs):
+            size = torch.linalg.vector_norm(expected)
             error = torch.linalg.vector_norm(tensor.detach() - expected)
-            if not error <= SMALLEST_ERROR * torch.linalg.vector_norm(expected):
+            if size.isfinite() and not error <= SMALLEST_ERROR * size:  # an error that is no number counts
                 raise RuntimeError(
                     f"{type(self).__name__}: `restore` does not undo `transform` (or they draw different random "
                     "numbers), so that the input cannot be rebuilt. Mend it, or set `rebuilds = False` "
@@ -196,16 +199,11 @@ class Call:
     @contextmanager
     def repeat(self) -> Iterator[list[Tensor]]:
         """Context of the second evaluation, recorded by autograd; its value fills with what that saves."""
-        saved: list[Tensor] = []
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled branch would have it compiled, too
-        def catch(tensor: Tensor) -> None:
-            saved.append(tensor.detach())
-
+        saved = _Caught()
         with (
             self._conditions.repeated() if self._conditions else nullcontext(),
             torch.enable_grad(),
-            saved_tensors_hooks(catch, _refuse),
+            saved_tensors_hooks(saved.catch, _refuse),
         ):
             yield saved
 
@@ -239,6 +237,7 @@ class Call:
         """Whether something that was rebuilt, and that autograd has not asked for yet, lies in this memory."""
         return any(tensor is not None and tensor.untyped_storage() is storage for tensor in self._saved[1])
 
+    # A branch that was compiled would have its hooks compiled, too.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> int:
         self._kinds.append(_kind(tensor))
@@ -287,6 +286,14 @@ class Call:
             state = source() if source is not None else None
             if state is not None:
                 state.give(tensor, all(tensor.untyped_storage() is not storage for storage in others), let_go)
+
+
+class _Caught(list[Tensor]):
+    """Tensors that autograd was about to save."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def catch(self, tensor: Tensor) -> None:
+        self.append(tensor.detach())
 
 
 class _State:

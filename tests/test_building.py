@@ -193,6 +193,11 @@ def test_what_is_traced_or_exported_has_the_weights_of_that_moment() -> None:
     with torch.no_grad():
         exported = torch.export.export(net, (image(),)).module()
         torch.testing.assert_close(exported(image()), net(image()), atol=1e-5, rtol=1e-5)
+    matrix = net.iunet.splits[0].matrix
+    matrix.weight = nn.Parameter(torch.randn_like(matrix.weight))
+    with torch.no_grad():
+        exported = torch.export.export(net, (image(),)).module()
+        torch.testing.assert_close(exported(image()), net(image()), atol=1e-5, rtol=1e-5)
     write_data(net)
     traced = torch.jit.trace(net, image(), check_trace=False)
     with torch.no_grad():

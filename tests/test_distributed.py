@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_iunet import SegIUNet
@@ -19,11 +20,18 @@ from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from tests.helpers import GLOO_AVERAGES, relative_errors
 
 
-def shard_each_coupling(net: nn.Module) -> nn.Module:
+def shard_each_coupling(net: nn.Module, **options: Any) -> nn.Module:
     for module in list(net.modules()):
         if isinstance(module, AdditiveCoupling):
-            fully_shard(module)
-    return fully_shard(net)
+            fully_shard(module, **options)
+    return fully_shard(net, **options)
+
+
+def shard_each_branch(net: nn.Module, **options: Any) -> nn.Module:
+    for module in list(net.modules()):
+        if isinstance(module, AdditiveCoupling):
+            fully_shard(module.branch, **options)
+    return fully_shard(net, **options)
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -32,6 +40,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DDP, static graph": lambda net: DistributedDataParallel(net, static_graph=True),
     "FSDP2 of the whole": lambda net: fully_shard(net),
     "FSDP2 of each coupling": shard_each_coupling,
+    "FSDP2 of each branch": shard_each_branch,
 }
 
 
@@ -76,6 +85,28 @@ def accumulate(rank: int, images: torch.Tensor) -> float:
     return max(relative_errors([p.grad for p in net.parameters()], [p.grad for p in expected.parameters()]))
 
 
+def train_from_meta(images: torch.Tensor, shard: Callable[..., nn.Module]) -> dict[str, list[float]]:
+    """Losses of networks that were built on meta, sharded, emptied, loaded and trained in bfloat16."""
+    weights = network("store").state_dict()
+    losses: dict[str, list[float]] = {}
+    for activations in ("invert", "store"):
+        with torch.device("meta"):
+            net = network(activations)
+        shard(net, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        net.to_empty(device="cpu")
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(net, weights, options=options)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        losses[activations] = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (net(images) - 1).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[activations].append(float(loss))
+    return losses
+
+
 def train_one_step(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -96,7 +127,10 @@ def train_one_step(rank: int, folder: str) -> None:
         errors[f"{name}, as plain autograd"] = max(relative_errors(found["invert"], found["store"]))
         errors[name] = max(relative_errors(found["invert"], expected))
     errors["DDP, accumulated"] = accumulate(rank, images)
-    torch.save({"errors": errors, "order": order_of_events(images[rank : rank + 1])}, Path(folder) / f"{rank}.pt")
+    shards = {"whole": fully_shard, "couplings": shard_each_coupling, "branches": shard_each_branch}
+    from_meta = {name: train_from_meta(images[rank : rank + 1], shard) for name, shard in shards.items()}
+    order = order_of_events(images[rank : rank + 1])
+    torch.save({"errors": errors, "order": order, "from meta": from_meta}, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
     # The result is on disk. Leave without tearing down the interpreter, in which threads of gloo now and then abort.
@@ -127,3 +161,12 @@ def test_communication_overlaps_the_backward_pass(ranks: list[dict[str, Any]]) -
         assert rank["order"].count("first coupling") == 1
         assert rank["order"].index("first coupling") > 2  # gradients of later layers were sent before
         assert rank["order"][-1] == "bucket sent"
+
+
+@pytest.mark.parametrize("shard", ["whole", "couplings", "branches"])
+def test_built_on_meta_and_sharded_with_a_bfloat16_policy_it_trains(ranks: list[dict[str, Any]], shard: str) -> None:
+    for rank in ranks:
+        losses = rank["from meta"][shard]
+        assert losses["invert"][-1] < losses["invert"][0]
+        # Where couplings are sharded, what runs through them is cast to bfloat16 too, and rebuilt with its rounding.
+        assert losses["invert"] == pytest.approx(losses["store"], rel=0.05)

@@ -65,10 +65,10 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_the_code_of_the_readme_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     if "import lightning" in blocks[index]:
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)

@@ -111,7 +111,7 @@ class OrthogonalMatrix(nn.Module):
         sources = self._sources()
         if self.training or torch.compiler.is_dynamo_compiling():
             return self._compute(*sources)
-        if is_exporting() and self._constant is not None:
+        if is_exporting() and self._constant is not None and "weight" in self._parameters:
             sources = self._constant[0]  # for the exporter has put tensors without values in their place
         if not all(map(_has_values, sources)):
             return self._compute(*sources)
@@ -164,6 +164,10 @@ class OrthogonalMatrix(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        self.train(self.training)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
         self.train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
