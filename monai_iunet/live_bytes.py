@@ -37,16 +37,26 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._ignored = weakref.WeakSet(tensor.untyped_storage() for tensor in ignore)
-        self._alive: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+        self._alive: dict[weakref.ref[UntypedStorage], int] = {}  # bytes of each storage
+        self._total = 0
 
     def now(self) -> int:
         """Bytes that are alive now."""
-        return sum(storage.nbytes() for storage in self._alive)
+        return self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._ignored:
-                self._alive.add(leaf.untyped_storage())
-        self.peak = max(self.peak, self.now())
+                self._note(leaf.untyped_storage())
+        self.peak = max(self.peak, self._total)
         return result
+
+    def _note(self, storage: UntypedStorage) -> None:
+        reference = weakref.ref(storage, self._forget)
+        self._total += storage.nbytes() - self._alive.get(reference, 0)
+        self._alive.setdefault(reference, 0)
+        self._alive[reference] = storage.nbytes()
+
+    def _forget(self, reference: weakref.ref[UntypedStorage]) -> None:
+        self._total -= self._alive.pop(reference, 0)

@@ -46,7 +46,7 @@ def alive() -> int:
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, nn.Parameter):
             storage = each.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
+            found[storage] = storage.nbytes()
     return sum(found.values())
 
 
