@@ -47,6 +47,11 @@ class ChoosesActivations(Protocol):
 
     Attributes:
         activations: "invert" or "store" per level, or one of the two, or "auto".
+
+    Example:
+        >>> from monai_iunet import IUNet
+        >>> isinstance(IUNet(2, (4, 8)), ChoosesActivations), isinstance(nn.Conv2d(1, 1, 1), ChoosesActivations)
+        (True, False)
     """
 
     activations: Any
