@@ -84,7 +84,10 @@ class Checkpoints:
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
     def _stop_at_nan(self, trainer: Any) -> None:
-        """Stop a training that has diverged before an epoch with it is saved."""
+        """Stop a training that has diverged before an epoch with it is saved; one whose output has a loss."""
+        output = trainer.state.output
+        if "loss" not in (output[0] if isinstance(output, list) else output):
+            return
         loss = float(from_engine("loss", first=True)(trainer.state.output))
         if not math.isfinite(loss):
             raise FloatingPointError(

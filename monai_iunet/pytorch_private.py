@@ -1,6 +1,7 @@
-"""What this package uses of PyTorch beyond its public interface, and why; nothing else imports such names.
+"""What this package uses of PyTorch beyond its public interface, and why; nothing else does.
 
-Each has a test, `tests/test_pytorch_private.py`, which is run with every version of PyTorch that is supported.
+The three dictionaries of a module, which `repetition.py` reads, are the exception. Each name has a test in
+`tests/test_pytorch_private.py`, which is run with every version of PyTorch that is supported.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "can_pack_saved_tensors",
+    "current_backward_pass",
     "graph_is_retained",
     "is_exporting",
     "is_view",
     "keep_versions",
     "tree_leaves",
+    "version",
     "without_modes",
 ]
 
@@ -39,6 +42,11 @@ def can_pack_saved_tensors() -> bool:
     """
     enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     return enabled and not torch._C._are_functorch_transforms_active()
+
+
+def current_backward_pass() -> int:
+    """Number of the backward pass that is running in this thread, which may run in others too; -1 if none is."""
+    return torch._C._current_graph_task_id()
 
 
 def graph_is_retained(ctx: Any) -> bool:
@@ -67,6 +75,11 @@ def is_view(tensor: Tensor) -> bool:
 def keep_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Change tensors in place without the knowledge of autograd, which must find them as they were afterwards."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as far as autograd knows and tells: not in inference, nor compiled."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def without_modes(function: Callable[[], Result]) -> Result:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.pytorch_private import keep_versions, without_modes
+from monai_iunet.pytorch_private import keep_versions, version, without_modes
 
 __all__ = ["Conditions"]
 
@@ -49,8 +49,7 @@ class Conditions:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Context of the first evaluation."""
-        tensors = [tensor for part in self._parts for tensor in part.tensors() if not tensor.is_inference()]
-        versions = [tensor._version for tensor in tensors]
+        versions = [(tensor, version(tensor)) for part in self._parts for tensor in part.tensors()]
         buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
         before = _generator_states(self._device)
         with self._autocast_again():
@@ -58,15 +57,15 @@ class Conditions:
         after = _generator_states(self._device)
         if _bytes(before) != _bytes(after):
             self._random = before, after
-        self._versions = [(tensor, version) for tensor, version in zip(tensors, versions) if tensor._version == version]
+        self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._moved = [(buffer, value) for buffer, value in buffers if id(buffer) not in unmoved]
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Context of the second evaluation."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
+        for tensor, before in self._versions:
+            if version(tensor) != before:
                 raise RuntimeError(
                     f"A parameter or buffer of shape {tuple(tensor.shape)} has been modified by an inplace operation "
                     "between the forward and the backward pass, which computes activations with it once more. Step the "
@@ -87,15 +86,18 @@ class Conditions:
             self._check_random_numbers()
 
     def module_then(self) -> nn.Module:
-        """The module, or a replica of it as it was in the first evaluation where it is another one by now."""
+        """The module, or a replica of it as it was in the first evaluation where it is another one by now.
+
+        Raises:
+            RuntimeError: when a part is another one by now and cannot be replicated.
+        """
         if all(part.is_as_it_was() for part in self._parts):
             return self._parts[0].module
         replicas = {part.module: part.replica() for part in self._parts}
         for part in self._parts:
-            if not isinstance(part.module, torch.jit.ScriptModule):
-                replicas[part.module]._modules = {
-                    name: child if child is None else replicas[child] for name, child in part.children.items()
-                }
+            replicas[part.module]._modules = {
+                name: child if child is None else replicas[child] for name, child in part.children.items()
+            }
         return replicas[self._parts[0].module]
 
     def _check_random_numbers(self) -> None:
@@ -145,10 +147,15 @@ class _Part:
 
     def replica(self) -> Any:
         """A module that shares everything with this one but what is another one by now."""
-        if isinstance(self.module, torch.jit.ScriptModule):  # is no Python object through and through
-            return self.module
+        if "forward" in self.module.__dict__:  # as of `torch.compile(module)`, which runs the module itself
+            raise RuntimeError(
+                f"{type(self.module).__name__} has another mode, or other parameters, in the backward pass than it had "
+                "in the forward pass, and cannot be evaluated as it was then, because its `forward` was replaced. "
+                'Leave it as it is until after the backward pass, or store activations (activations="store").'
+            )
         replica: Any = object.__new__(type(self.module))  # not that of the class, which may build a new module
-        replica.__dict__ = dict(self.module.__dict__, training=self.training)
+        # Without what `module.compile()` made, which runs the module itself.
+        replica.__dict__ = dict(self.module.__dict__, training=self.training, _compiled_call_impl=None)
         if not _same(self.module._parameters, self.parameters):
             replica._parameters = dict(self.parameters)
         if not _same(self.module._buffers, self.buffers):

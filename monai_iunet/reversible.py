@@ -27,6 +27,8 @@ What the engine does not do:
 - `torch.func` (`grad`, `vjp`, `jvp`, `vmap`), forward-mode differentiation, tracing and exporting take the way of plain
   autograd, right, but with the memory of `rebuilds = False`. A second derivative (`create_graph=True`) is right, but
   its graph stores what the first one rebuilt.
+- Neither do layers with parts in TorchScript rebuild, which is optimized in the course of its first runs, and then
+  saves other tensors than before.
 - What casts the states of a chain to 16 bits, as a mixed-precision policy of `fully_shard` around couplings does, has
   them rebuilt with that rounding: shard branches, or the whole.
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
@@ -51,13 +53,19 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from monai_iunet.pytorch_private import can_pack_saved_tensors, graph_is_retained, is_exporting
+from monai_iunet.pytorch_private import (
+    can_pack_saved_tensors,
+    current_backward_pass,
+    graph_is_retained,
+    is_exporting,
+    version,
+)
 from monai_iunet.repetition import Conditions
 
 __all__ = ["Call", "InvertibleLayer", "Tensors", "is_recorded_by_autograd_alone", "is_transformed"]
 
 Tensors = tuple[Tensor, ...]
-SMALLEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that cannot be rounding
+LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be rounding
 
 
 class InvertibleLayer(nn.Module):
@@ -143,7 +151,7 @@ class InvertibleLayer(nn.Module):
         for tensor, expected in zip(again, outputs):
             size = torch.linalg.vector_norm(expected)
             error = torch.linalg.vector_norm(tensor.detach() - expected)
-            if size.isfinite() and not error <= SMALLEST_ERROR * size:  # an error that is no number counts
+            if size.isfinite() and not error <= LARGEST_ERROR * size:  # an error that is no number counts
                 raise RuntimeError(
                     f"{type(self).__name__}: `restore` does not undo `transform` (or they draw different random "
                     "numbers), so that the input cannot be rebuilt. Mend it, or set `rebuilds = False` "
@@ -174,7 +182,7 @@ class Call:
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
-        self._saved: tuple[int, list[Tensor | None]] = (0, [])  # a thread, and what it has rebuilt of these
+        self._saved: tuple[_Maker, list[Tensor | None]] = ((0, -1), [])  # who has rebuilt these, and what is left
 
     def record(self, inputs: Tensors, weights: Tensors, keep: bool) -> Tensors:
         """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
@@ -245,8 +253,8 @@ class Call:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, number: int) -> Tensor:
-        thread, saved = self._saved
-        if thread != threading.get_ident() or saved[number] is None:
+        maker, saved = self._saved
+        if not _is_here(maker) or saved[number] is None:
             saved = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None
@@ -257,16 +265,16 @@ class Call:
             outputs, overwrite = self._take_outputs()
             others = _others(outputs, overwrite)
             inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
+            if list(map(_kind, saved)) != self._kinds:
+                raise RuntimeError(
+                    f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
+                    f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes "
+                    "or types. It must compute the same whenever it is given the same input; else store activations "
+                    '(activations="store").'
+                )
             self._hand_on(inputs, others, let_go=not graph_is_retained(_saved(torch.empty(0))))
-        if list(map(_kind, saved)) != self._kinds:
-            raise RuntimeError(
-                f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
-                f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes or "
-                "types. It must compute the same whenever it is given the same input; else store activations "
-                '(activations="store").'
-            )
         rebuilt: list[Tensor | None] = list(saved)
-        self._saved = threading.get_ident(), rebuilt
+        self._saved = _here(), rebuilt
         return rebuilt
 
     def _layer_then(self) -> Any:
@@ -306,8 +314,8 @@ class _State:
         self._guard: Call | None = None  # keeps the taker alive where no graph does
         self._held = None if keep else tensor.detach()
         self._saver = _saved(tensor.detach()) if keep else None
-        self._version = tensor._version
-        self._rebuilt: tuple[int, Tensor, bool] | None = None  # thread, value, whether its memory is ours
+        self._version = version(tensor)
+        self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
             _STATES.setdefault(tensor.untyped_storage(), {})[_place(tensor)] = weakref.ref(self)
 
@@ -318,7 +326,7 @@ class _State:
             return None
         reference = _STATES.get(tensor.untyped_storage(), {}).get(_place(tensor))
         state = reference() if reference is not None else None
-        return state if state is not None and state._version == tensor._version else None
+        return state if state is not None and state._version == version(tensor) else None
 
     def be_taken(self, call: Call) -> None:
         """Let go of the tensor: from now on the call can give it back."""
@@ -337,27 +345,27 @@ class _State:
 
     def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
         """Take the tensor back, and let go of the call that gave it, and so of all that follows, if asked to."""
-        self._rebuilt = threading.get_ident(), tensor, ours
+        self._rebuilt = _here(), tensor, ours
         if let_go:
             self._guard = None
 
     @property
     def is_known(self) -> bool:
         rebuilt = self._rebuilt
-        mine = rebuilt is not None and rebuilt[0] == threading.get_ident()
+        mine = rebuilt is not None and _is_here(rebuilt[0])
         return mine or self._held is not None or self._saver is not None
 
     def take(self) -> tuple[Tensor, bool] | None:
         """The tensor and whether its memory may be reused, if it is known; what was rebuilt is forgotten."""
         rebuilt = self._rebuilt
-        if rebuilt is not None and rebuilt[0] == threading.get_ident():
+        if rebuilt is not None and _is_here(rebuilt[0]):
             _, tensor, ours = rebuilt
             self._rebuilt = None
             taker = self._taker() if self._taker is not None else None
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
         if self._saver is not None:
             return self._saver.saved_tensors[0], False
-        if self._held is not None and self._held._version != self._version:
+        if self._held is not None and version(self._held) != self._version:
             raise RuntimeError(
                 f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
                 "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
@@ -397,7 +405,8 @@ def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
 
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool) -> Tensors:
     weights = layer.weights()
-    if not (layer.rebuilds and torch.is_grad_enabled()) or is_recorded_by_autograd_alone(*inputs, *weights):
+    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
+    if not rebuilds or any(isinstance(part, torch.jit.ScriptModule) for part in layer.modules()):
         return (layer.restore if inverse else layer.transform)(inputs, weights)
     return Call(layer, inverse, inputs, weights).record(inputs, weights, keep)
 
@@ -433,6 +442,20 @@ def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     if tensor.stride() == layout.stride():
         return tensor
     return torch.empty_strided(tensor.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+# A thread and a backward pass. What either has made it may use; another thread with another pass over the same graph
+# makes its own, because memory is written over. One pass runs in several threads where there are several devices.
+_Maker = tuple[int, int]
+
+
+def _here() -> _Maker:
+    return threading.get_ident(), current_backward_pass()
+
+
+def _is_here(maker: _Maker) -> bool:
+    thread, backward_pass = maker
+    return thread == threading.get_ident() or (backward_pass != -1 and backward_pass == current_backward_pass())
 
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device]

@@ -100,10 +100,6 @@ def test_fused_adamw_with_a_scaler_trains_as_with_stored_activations() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_dropout_on_the_device_of_the_inputs() -> None:
-    compare(plain, dropout=0.3)
-
-
 @contextmanager
 def process_group(folder: Path) -> Iterator[None]:
     distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)

@@ -28,6 +28,26 @@ def test_can_pack_saved_tensors() -> None:
     assert private.can_pack_saved_tensors()
 
 
+def test_a_backward_pass_has_a_number() -> None:
+    numbers = []
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(2):
+        y = 2 * x
+        y.register_hook(lambda gradient: numbers.append(private.current_backward_pass()))
+        y.backward()
+    assert private.current_backward_pass() == -1
+    assert -1 not in numbers
+    assert len(set(numbers)) == 2
+
+
+def test_version() -> None:
+    x = torch.zeros(2)
+    x.add_(1)
+    assert private.version(x) == 1
+    with torch.inference_mode():
+        assert private.version(torch.zeros(2).add_(1)) == 0
+
+
 def test_graph_is_retained() -> None:
     class Ask(torch.autograd.Function):
         @staticmethod

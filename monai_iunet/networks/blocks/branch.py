@@ -58,17 +58,18 @@ class Branch(nn.Sequential):
     which evaluates a branch again on a rebuilt input, meets the same conditions and is not compiled once more.
     """
 
-    _compiled: Callable[[Tensor], Tensor] | None = None
+    _compiled: Callable[[Branch, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer."""
         if self._compiled is None:
             return self._one_after_another(x)
-        return self._compiled(x.clone(memory_format=torch.contiguous_format))
+        return self._compiled(self, x.clone(memory_format=torch.contiguous_format))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the layers, with the arguments of `torch.compile`; names in the state stay."""
-        self._compiled = torch.compile(self._one_after_another, *args, **kwargs)
+        # Of the class, so that a replica of the branch runs its own layers.
+        self._compiled = torch.compile(Branch._one_after_another, *args, **kwargs)
 
     def _one_after_another(self, x: Tensor) -> Tensor:
         for layer in self:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.networks.blocks.grid import note_largest, round_to_grid
+from monai_iunet.pytorch_private import version
 from monai_iunet.reversible import Call, InvertibleLayer, Tensors
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
@@ -56,9 +57,9 @@ class AdditiveCoupling(InvertibleLayer):
         return changed, kept
 
     def _shift(self, kept: Tensor, changed: Tensor) -> Tensor:
-        version = _version(kept)
+        before = version(kept)
         shift = self.branch(self._as_the_branch_takes_it(kept))
-        if _version(kept) != version:
+        if version(kept) != before:
             raise RuntimeError(
                 f"A coupling branch must leave its input as it is; {type(self.branch).__name__} changes it in place. "
                 "Use inplace=False in what it begins with."
@@ -71,9 +72,10 @@ class AdditiveCoupling(InvertibleLayer):
         return round_to_grid(shift) if self.exact else shift
 
     def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
-        """The half in the type of the branch, if that is a 16-bit one: the sum stays in float32."""
+        """The half in the type of the branch, if that is a 16-bit one and the half in float32, as the sum is."""
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), kept.dtype)
-        return kept.to(dtype) if dtype in (torch.float16, torch.bfloat16) else kept
+        low = kept.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+        return kept.to(dtype) if low else kept
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
@@ -89,11 +91,6 @@ class AdditiveCoupling(InvertibleLayer):
             place = changed.data if overwrite[changed_at] else None
             changed = torch.add(changed, shift, alpha=1 if call.inverse else -1, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where PyTorch tells."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class WholeCoupling(InvertibleLayer):
