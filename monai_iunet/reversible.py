@@ -272,7 +272,7 @@ class Call:
                     "or types. It must compute the same whenever it is given the same input; else store activations "
                     '(activations="store").'
                 )
-            self._hand_on(inputs, others, let_go=not graph_is_retained(_saved(torch.empty(0))))
+            self._hand_on(inputs, others, let_go=not graph_is_retained(_saved()))
         rebuilt: list[Tensor | None] = list(saved)
         self._saved = _here(), rebuilt
         return rebuilt
@@ -377,16 +377,16 @@ class _State:
 _STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]]] = weakref.WeakKeyDictionary()
 
 
-def _saved(tensor: Tensor) -> Any:
-    """A node that no graph leads to and that has saved a tensor with autograd, where saved-tensor hooks see it."""
+def _saved(*tensors: Tensor) -> Any:
+    """A node that no graph leads to and that has saved tensors with autograd, where saved-tensor hooks see them."""
     with torch.enable_grad():
-        return _Saver.apply(torch.empty(0, requires_grad=True), tensor).grad_fn  # type: ignore[no-untyped-call]
+        return _Saver.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
 
 
 class _Saver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
         return anchor.clone()
 
 

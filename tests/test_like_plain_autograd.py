@@ -865,3 +865,12 @@ def test_what_could_not_be_evaluated_again_leaves_nothing_wrong_behind() -> None
         state[1].square().sum().backward()
         found.append([parameter.grad for parameter in first.parameters()])
     torch.testing.assert_close(*found)
+
+
+def test_hooks_around_the_backward_pass_see_nothing_of_the_engine() -> None:
+    net = network()
+    value = loss(net(image()))
+    seen: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor), same):
+        value.backward()
+    assert not seen

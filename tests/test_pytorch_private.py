@@ -48,11 +48,12 @@ def test_version() -> None:
         assert private.version(torch.zeros(2).add_(1)) == 0
 
 
-def test_graph_is_retained() -> None:
+@pytest.mark.parametrize("saved", [0, 1])
+def test_graph_is_retained(saved: int) -> None:
     class Ask(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(*[x] * saved)
             return x.clone()
 
         @staticmethod
