@@ -272,7 +272,8 @@ class Call:
                     "or types. It must compute the same whenever it is given the same input; else store activations "
                     '(activations="store").'
                 )
-            self._hand_on(inputs, others, let_go=not graph_is_retained(_saved()))
+            probe = _saved()
+            self._hand_on(inputs, others, let_go=not graph_is_retained(probe.grad_fn))
         rebuilt: list[Tensor | None] = list(saved)
         self._saved = _here(), rebuilt
         return rebuilt
@@ -364,7 +365,7 @@ class _State:
             taker = self._taker() if self._taker is not None else None
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
         if self._saver is not None:
-            return self._saver.saved_tensors[0], False
+            return self._saver.grad_fn.saved_tensors[0], False
         if self._held is not None and version(self._held) != self._version:
             raise RuntimeError(
                 f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
@@ -378,9 +379,9 @@ _STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]
 
 
 def _saved(*tensors: Tensor) -> Any:
-    """A node that no graph leads to and that has saved tensors with autograd, where saved-tensor hooks see them."""
+    """A tensor whose node, while it lives, has saved others with autograd, where saved-tensor hooks see them."""
     with torch.enable_grad():
-        return _Saver.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        return _Saver.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
 
 
 class _Saver(torch.autograd.Function):
