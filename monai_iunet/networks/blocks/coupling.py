@@ -73,9 +73,13 @@ class AdditiveCoupling(InvertibleLayer):
 
     def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
         """The half in the type of the branch, if that is a 16-bit one and the half in float32, as the sum is."""
-        dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), kept.dtype)
-        low = kept.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-        return kept.to(dtype) if low else kept
+        if kept.dtype == torch.float32:
+            for parameter in self.branch.parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    return kept.to(parameter.dtype)
+                if parameter.is_floating_point():  # the first one decides
+                    break
+        return kept
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)

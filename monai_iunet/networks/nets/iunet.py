@@ -324,12 +324,11 @@ class IUNet(ChosenActivations):
     _forward_uncompiled = torch.compiler.disable(_forward)
 
     def _forward_in_one(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
-        """The forward pass, kept from `torch.compile` where its backward pass rebuilds activations.
+        """The forward pass, kept from `torch.compile` where there is a backward pass, which may rebuild activations.
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
-        rebuilding = torch.is_grad_enabled() and "invert" in self.chosen_activations
-        if rebuilding and torch.compiler.is_dynamo_compiling() and not is_exporting():
+        if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
             return self._forward_uncompiled(x, crop, levels)
         return self._forward(x, crop, levels)
 
