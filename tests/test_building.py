@@ -21,13 +21,18 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"resampling_init": "random", "channel_mixing": 1},
     {"norm": "BATCH", "channel_mixing": None},
-    {"strides": [(1, 2), (2, 2)], "learnable_resampling": False, "orthogonal_map": "householder"},
+    {
+        "channels": (4, 6, 16),
+        "strides": [(1, 2), (2, 2)],
+        "learnable_resampling": False,
+        "orthogonal_map": "householder",
+    },
     {"exact": True, "orthogonal_map": "matrix_exp"},
 ]
 
 
 def network(**options: Any) -> SegIUNet:
-    return SegIUNet(2, 1, 3, (4, 8, 16), **{"couplings": 1, **options})
+    return SegIUNet(2, 1, 3, **{"channels": (4, 8, 16), "couplings": 1, **options})
 
 
 def trained(**options: Any) -> SegIUNet:
