@@ -1,9 +1,29 @@
 r"""Invertible U-Nets for MONAI: volumetric segmentation networks whose training memory does not grow with depth.
 
-`IUNet` is the bijective network, `SegIUNet` the same between a convolutional stem and head; `plan_training` says what a
-training step will hold, `reconstruction_error` how well activations are rebuilt; `segment` applies a bundle to an
-image, and `SimpleITKReader` reads DICOM series, NRRD and MetaImage for MONAI's `LoadImage`. Names are loaded on first
-use, so that importing the package is light.
+`IUNet` is the bijective network, `SegIUNet` the same between a convolutional stem and head. Every public name is
+`monai_iunet.NAME`, in Python, in the configs of bundles and in nnU-Net's plans; it is loaded on first use, so that
+importing the package is light.
+
+## By task
+
+- Train a network: `IUNet`, `SegIUNet`, `ChunkedDiceCELoss`, `MarginalLoss`.
+- Know what a training step will hold, or what fits a memory: `plan_training`, `largest_patch`, `most_couplings`,
+  `best_activations`; count what one holds: `LiveBytes`.
+- See how well activations are rebuilt: `reconstruction_error`.
+- Build a reversible network of your own: `InvertibleLayer`, `InvertibleChain`, `AdditiveCoupling`, `Branch`.
+- Segment images: `segment`, `BundleSegmenter`, `Segmentation`; choose a bundle: `installed_bundles`, `bundle_folder`,
+  `bundle_facts`; the template that `--example` segments: `load_template`.
+- Read images and write labels: `read_image`, `SimpleITKReader`, `list_series`, `series_files`, `label_image`,
+  `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
+- Write the configs of a bundle: `Task`, `write_bundle`.
+- Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `start_from`,
+  `CaseReport`, `PictureHandler`.
+- Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
+  `LabelsOnImageGridd`, `SaveImageLabelsd`.
+- Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
+- Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
+
+What a user's file or argument can cause is an `InputError`, one line that names it and the remedy.
 
 ## The mathematics
 
@@ -32,7 +52,7 @@ from $y$, and then no $x$ need be stored [5]. For a coupling, one evaluation of 
 F(b)$ and the graph for the gradients $\bar a = \bar c$, $\bar b \mathrel{+}= F'(b)^T \bar c$; so a step costs two
 evaluations of each $F$ and one back-propagation, in place of one and one: about 4/3 of the time of plain
 back-propagation, as with checkpointing, for less memory. The graph is autograd's own; only what its nodes would save is
-rebuilt when they ask for it. See `monai_iunet.reversible`.
+rebuilt when they ask for it. See `monai_iunet.engine.reversible`.
 
 **Memory.** Let $s$ be the bytes of a state, an activation of all channels of a level and the codes that wait beside it;
 it is the same at every level, because nothing is lost. A plain network of $L$ couplings stores what each $F$ needs, at
@@ -40,7 +60,7 @@ least $L s / 2$ on the finest level, and the coarser ones add to it. Here, besid
 step holds one state, its gradient and the working memory of one $F$: a small multiple of $s$, whatever $L$ is. Between
 these ends a level may store or rebuild. Each level down has about a quarter of the activations of the one above (in 3D,
 where a quarter of its channels go down) but half of the operations, so coarse levels are the cheap ones to store.
-`monai_iunet.budget` chooses, `monai_iunet.plan` counts.
+`monai_iunet.planning.budget` chooses, `monai_iunet.planning.plan` counts.
 
 **Exactness.** In floating point $(a + r) - r$ is not $a$. The error is that of the last digit, but under 16-bit
 autocast it flips the rounding of what $F$ sees, and the errors of gradients grow with depth. Multiples of $2^{-16}$
@@ -62,39 +82,149 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from monai_iunet.diagnostics import reconstruction_error
-    from monai_iunet.inference import segment
+    from monai_iunet.bundling.new_bundle import write_bundle
+    from monai_iunet.bundling.task import Task
+    from monai_iunet.engine.reversible import InvertibleLayer
+    from monai_iunet.errors import InputError
+    from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
+    from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
+    from monai_iunet.io.bundles import bundle_facts, bundle_folder, installed_bundles
+    from monai_iunet.io.dicom_series import list_series, series_files
+    from monai_iunet.io.geometry import from_simpleitk, to_simpleitk
+    from monai_iunet.io.labels import label_image
+    from monai_iunet.io.read import read_image
+    from monai_iunet.io.reader import SimpleITKReader
+    from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
+    from monai_iunet.losses.partial_labels import MarginalLoss, NoteContouredd, OneHotContouredd
+    from monai_iunet.networks.blocks.branch import Branch
+    from monai_iunet.networks.blocks.chain import InvertibleChain
+    from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+    from monai_iunet.networks.diagnostics import reconstruction_error
     from monai_iunet.networks.nets.iunet import IUNet
     from monai_iunet.networks.nets.seg_iunet import SegIUNet
-    from monai_iunet.plan import TrainingPlan, plan_training
-    from monai_iunet.readers import SimpleITKReader
+    from monai_iunet.planning.budget import best_activations, largest_patch, most_couplings
+    from monai_iunet.planning.live_bytes import LiveBytes
+    from monai_iunet.planning.plan import TrainingPlan, plan_training
+    from monai_iunet.segmentation.api import segment
+    from monai_iunet.segmentation.dicom_seg import write_dicom_seg
+    from monai_iunet.segmentation.result import Segmentation
+    from monai_iunet.segmentation.segmenter import BundleSegmenter
+    from monai_iunet.segmentation.whole_head import load_template
+    from monai_iunet.training.cases import check_cases, check_images, images_to_segment
+    from monai_iunet.training.checkpoints import Checkpoints, start_from
+    from monai_iunet.training.evaluation import CaseReport
+    from monai_iunet.training.pictures import PictureHandler
+    from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
+    from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
+    from monai_iunet.visualization.overlay import draw_overlay, save_overlay
+    from monai_iunet.visualization.slices import SliceSlider, draw_slice
+    from monai_iunet.visualization.surfaces import draw_surfaces
 
 __all__ = [
+    "AdditiveCoupling",
+    "Branch",
+    "BundleSegmenter",
+    "CaseReport",
+    "Checkpoints",
+    "ChunkedDiceCELoss",
     "IUNet",
+    "InputError",
+    "InvertibleChain",
+    "InvertibleLayer",
+    "LabelsOnImageGridd",
+    "LiveBytes",
+    "MarginalLoss",
+    "MirrorInferer",
+    "NoteContouredd",
+    "OneHotContouredd",
+    "PictureHandler",
+    "PlannedIUNet",
+    "RandMirrord",
+    "SaveImageLabelsd",
     "SegIUNet",
+    "Segmentation",
     "SimpleITKReader",
+    "SliceSlider",
+    "Task",
     "TrainingPlan",
+    "add_configurations",
+    "best_activations",
+    "bundle_facts",
+    "bundle_folder",
+    "check_cases",
+    "check_images",
+    "draw_overlay",
+    "draw_slice",
+    "draw_surfaces",
+    "from_simpleitk",
+    "iUNet",
+    "images_to_segment",
+    "installed_bundles",
+    "label_image",
+    "largest_patch",
+    "list_series",
+    "load_iunets_state_dict",
+    "load_template",
+    "most_couplings",
     "plan_training",
+    "read_image",
     "reconstruction_error",
+    "save_overlay",
     "segment",
+    "series_files",
+    "start_from",
+    "to_simpleitk",
+    "write_bundle",
+    "write_dicom_seg",
 ]
 
-_MODULES = {
-    "IUNet": "monai_iunet.networks.nets.iunet",
-    "SegIUNet": "monai_iunet.networks.nets.seg_iunet",
-    "SimpleITKReader": "monai_iunet.readers",
-    "TrainingPlan": "monai_iunet.plan",
-    "plan_training": "monai_iunet.plan",
-    "reconstruction_error": "monai_iunet.diagnostics",
-    "segment": "monai_iunet.inference",
+_NAMES = {
+    "bundling.new_bundle": ("write_bundle",),
+    "bundling.task": ("Task",),
+    "engine.reversible": ("InvertibleLayer",),
+    "errors": ("InputError",),
+    "interop.iunets": ("iUNet", "load_iunets_state_dict"),
+    "interop.nnunet": ("PlannedIUNet", "add_configurations"),
+    "io.bundles": ("bundle_facts", "bundle_folder", "installed_bundles"),
+    "io.dicom_series": ("list_series", "series_files"),
+    "io.geometry": ("from_simpleitk", "to_simpleitk"),
+    "io.labels": ("label_image",),
+    "io.read": ("read_image",),
+    "io.reader": ("SimpleITKReader",),
+    "losses.chunked_dice_ce": ("ChunkedDiceCELoss",),
+    "losses.partial_labels": ("MarginalLoss", "NoteContouredd", "OneHotContouredd"),
+    "networks.blocks.branch": ("Branch",),
+    "networks.blocks.chain": ("InvertibleChain",),
+    "networks.blocks.coupling": ("AdditiveCoupling",),
+    "networks.diagnostics": ("reconstruction_error",),
+    "networks.nets.iunet": ("IUNet",),
+    "networks.nets.seg_iunet": ("SegIUNet",),
+    "planning.budget": ("best_activations", "largest_patch", "most_couplings"),
+    "planning.live_bytes": ("LiveBytes",),
+    "planning.plan": ("TrainingPlan", "plan_training"),
+    "segmentation.api": ("segment",),
+    "segmentation.dicom_seg": ("write_dicom_seg",),
+    "segmentation.result": ("Segmentation",),
+    "segmentation.segmenter": ("BundleSegmenter",),
+    "segmentation.whole_head": ("load_template",),
+    "training.cases": ("check_cases", "check_images", "images_to_segment"),
+    "training.checkpoints": ("Checkpoints", "start_from"),
+    "training.evaluation": ("CaseReport",),
+    "training.pictures": ("PictureHandler",),
+    "transforms.mirror": ("MirrorInferer", "RandMirrord"),
+    "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
+    "visualization.overlay": ("draw_overlay", "save_overlay"),
+    "visualization.slices": ("SliceSlider", "draw_slice"),
+    "visualization.surfaces": ("draw_surfaces",),
 }
+_MODULES = {name: f"monai_iunet.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(import_module(_MODULES[name]), name)
-    return found
+    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -57,7 +57,7 @@ def _options(
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
     """Errors in a line: the exit status is 2 for what a user handed in, 1 for a full disk and the like."""
-    from monai_iunet.images import InputError
+    from monai_iunet.errors import InputError
 
     try:
         yield
@@ -94,35 +94,50 @@ def segment(
         LabelFormat, typer.Option(help="Format of the labels: NIfTI, or the input's own; DICOM SEG for a series.")
     ] = LabelFormat.nifti,
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
+    ] = False,
 ) -> None:
     """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
     if example == bool(images):
         raise typer.BadParameter("name images, or --example, and not both.")
     with _input_errors():
-        from monai_iunet.inference import BundleSegmenter
-        from monai_iunet.installed import bundle_folder
-        from monai_iunet.segment_files import Settings, segment_files, write_volumes
+        from monai_iunet.io.bundles import bundle_folder
+        from monai_iunet.segmentation.files import Failure, Settings, segment_example, segment_files, write_volumes
+        from monai_iunet.segmentation.segmenter import BundleSegmenter
 
         place = None if device == "auto" else _device(device)
         segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
-        results = []
-        for result in segment_files(images or [], segmenter, output, Settings(mirror, overlay, format.value, series)):
+        settings = Settings(mirror, overlay, format.value, series, fail_fast)
+        results, failures = [], []
+        for result in (
+            segment_files(images, segmenter, output, settings)
+            if images
+            else [segment_example(segmenter, output, settings)]
+        ):
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
             results.append(result)
             typer.echo(f"{result.written}")
             width = max(map(len, result.volumes))
             for structure, volume in result.volumes.items():
                 typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
-        if volumes is not None:
+        if volumes is not None and results:
             table = output / f"volumes.{volumes.value}"
             write_volumes(results, table)
             typer.echo(f"{table}")
+        for failure in failures:
+            typer.echo(f"Error: {failure.reason}", err=True)
+        if failures:
+            raise typer.Exit(2)
 
 
 @app.command()
 def bundles() -> None:
     """List the bundles that are installed: task, modality, classes, Dice and memory."""
     with _input_errors():
-        from monai_iunet.installed import bundle_facts, installed_bundles
+        from monai_iunet.io.bundles import bundle_facts, installed_bundles
 
         for name, folder in installed_bundles().items():
             facts = bundle_facts(folder)
@@ -161,7 +176,7 @@ def benchmark(
 ) -> None:
     """Measure memory and speed: ours, and others side by side; writes benchmark.json and benchmark.png."""
     with _input_errors():
-        from monai_iunet.images import check_folder
+        from monai_iunet.io.files import check_folder
 
         place = _device(device)
         check_folder(output)
@@ -190,8 +205,8 @@ def plan(
     with _input_errors():
         from rich.console import Console
 
-        from monai_iunet.bundle_plan import BundleTraining, read_dtype
-        from monai_iunet.installed import bundle_folder
+        from monai_iunet.bundling.plan import BundleTraining, read_dtype
+        from monai_iunet.io.bundles import bundle_folder
 
         size = _numbers(patch, int, "--patch") if patch else None
         training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), size, batch_size)
@@ -211,9 +226,9 @@ def compare(
 ) -> None:
     """Train other networks as a bundle trains its own; print what each reaches and costs."""
     with _input_errors():
-        from monai_iunet.comparison import NETWORKS, as_markdown, compare_networks
-        from monai_iunet.images import InputError
-        from monai_iunet.installed import bundle_folder
+        from monai_iunet.benchmark.comparison import NETWORKS, as_markdown, compare_networks
+        from monai_iunet.errors import InputError
+        from monai_iunet.io.bundles import bundle_folder
 
         names = [name.strip() for name in networks.split(",")]
         if not set(names) <= set(NETWORKS):
@@ -230,8 +245,8 @@ def report(
 ) -> None:
     """Draw a bundle's training, and its best, median and worst case: pictures for its README."""
     with _input_errors():
-        from monai_iunet.bundle_report import write_report
-        from monai_iunet.installed import bundle_folder
+        from monai_iunet.bundling.report import write_report
+        from monai_iunet.io.bundles import bundle_folder
 
         written = write_report(bundle_folder(bundle), dataset_dir)
         typer.echo("\n".join(map(str, written)))
@@ -250,9 +265,10 @@ def new_bundle(
 ) -> None:
     """Write a bundle for a task of one's own: configs to train, evaluate and segment, ready to run."""
     with _input_errors():
-        from monai_iunet import bundle_template
+        from monai_iunet.bundling.new_bundle import write_bundle
+        from monai_iunet.bundling.task import Task
 
-        task = bundle_template.Task(
+        task = Task(
             name=name,
             modality=modality,  # type: ignore[arg-type] # it checks
             classes=tuple(part.strip() for part in classes.split(",")),
@@ -260,7 +276,7 @@ def new_bundle(
             spacing=_numbers(spacing, float, "--spacing"),
             roi_size=_numbers(roi_size, int, "--roi-size"),
         )
-        typer.echo(bundle_template.write_bundle(task, output / name))
+        typer.echo(write_bundle(task, output / name))
 
 
 @app.command("nnunet-plans")
@@ -271,13 +287,13 @@ def nnunet_plans(
 ) -> None:
     """Add configurations with an invertible U-Net to nnU-Net's plans: at its patch, and at the largest that fits."""
     with _input_errors():
-        from monai_iunet.nnunet import add_configurations
+        from monai_iunet.interop.nnunet import add_configurations
 
         typer.echo("\n".join(add_configurations(plans, configuration, couplings)))
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:
-    from monai_iunet.images import InputError
+    from monai_iunet.errors import InputError
 
     try:
         first, second, third = (kind(part) for part in text.split(","))
@@ -290,7 +306,7 @@ def _device(name: str) -> torch.device:
     """A device by its name, of which it is known that tensors can be made on it."""
     import torch
 
-    from monai_iunet.images import InputError
+    from monai_iunet.errors import InputError
 
     try:
         return torch.empty(0, device=name).device

@@ -12,8 +12,13 @@ import monai_iunet
 def modules() -> list[str]:
     """The package and its modules, without those of its own command and benchmark."""
     found = [module.name for module in pkgutil.walk_packages(monai_iunet.__path__, "monai_iunet.")]
-    left_out = ("monai_iunet.bundles", "monai_iunet.benchmark", "monai_iunet.cli", "monai_iunet.drawings")
-    return ["monai_iunet", *(name for name in found if not name.startswith(left_out))]
+    left_out = (
+        "monai_iunet.bundles",
+        "monai_iunet.benchmark",
+        "monai_iunet.cli",
+        "monai_iunet.visualization.network_drawing",
+    )
+    return ["monai_iunet", *(name for name in found if not name.removeprefix("monai_iunet.").startswith(left_out))]
 
 
 if __name__ == "__main__":

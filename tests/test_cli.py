@@ -35,7 +35,7 @@ def test_the_example_segments_both_hippocampi(tmp_path: Path) -> None:
     written = tmp_path / "new" / "folder"
     assert sorted(path.name for path in written.iterdir()) == ["mni152_seg.nii.gz", "mni152_seg.png"]
 
-    from monai_iunet.whole_head import load_template
+    from monai_iunet.segmentation.whole_head import load_template
 
     template, result = load_template(), nibabel.load(written / "mni152_seg.nii.gz")
     assert result.shape == template.shape
@@ -56,7 +56,7 @@ def test_the_example_segments_both_hippocampi(tmp_path: Path) -> None:
 
 
 def test_images_of_ones_own_in_any_orientation(tmp_path: Path) -> None:
-    from monai_iunet.whole_head import LEFT_BOX, load_template
+    from monai_iunet.segmentation.whole_head import LEFT_BOX, load_template
 
     template = load_template()
     low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
@@ -150,17 +150,30 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_bad_images_are_named_in_one_line_and_nothing_is_written(name: str, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_in_one_line(name: str, tmp_path: Path) -> None:
     make, message = BAD_IMAGES[name]
-    good = save(tmp_path / "good.nii.gz")
     bad = make(tmp_path / "bad.nii.gz")
-    code, printed, error = call("segment", good, bad, "--output", tmp_path / "out")
+    code, printed, error = call("segment", bad, "--output", tmp_path / "out")
     assert code == 2
     assert printed == ""
     assert error.startswith(f"Error: {bad}: ")
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_images_after_a_bad_one_are_segmented(tmp_path: Path) -> None:
+    bad, missing = text(tmp_path / "bad.nii.gz"), tmp_path / "missing.nii.gz"
+    good = save(tmp_path / "good.nii.gz")
+    arguments = ("segment", bad, good, missing, "--no-overlay", "--volumes", "json")
+    code, printed, error = call(*arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good_seg.nii.gz", "volumes.json"}
+    assert str(tmp_path / "out" / "good_seg.nii.gz") in printed
+    assert [line.split(": ")[1] for line in error.splitlines()] == [str(bad), str(missing)]
+    code, printed, error = call(*arguments, "--fail-fast", "--output", tmp_path / "fast")
+    assert (code, printed, error.count("\n")) == (2, "", 1)
+    assert list((tmp_path / "fast").iterdir()) == []
 
 
 def test_a_name_that_is_not_nifti(tmp_path: Path) -> None:

@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from monai_iunet import SegIUNet
-from monai_iunet.cases import images_to_segment
-from monai_iunet.checkpoints import start_from
-from monai_iunet.images import InputError
-from monai_iunet.inference import BundleSegmenter
-from monai_iunet.installed import bundle_folder
-from monai_iunet.weights import read_weights
+from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.weights import read_weights
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.training.cases import images_to_segment
+from monai_iunet.training.checkpoints import start_from
 from tests.bundles.helpers import command
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
-from tests.dicom_files import write_series
-from tests.test_checkpoints import training
+from tests.io.dicom_files import write_series
 from tests.test_cli import call, save
+from tests.training.test_checkpoints import training
 
 PACKAGE = Path(__file__).parents[1] / "monai_iunet"
 

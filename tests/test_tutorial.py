@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from monai_iunet import IUNet
-from monai_iunet.live_bytes import LiveBytes
+from monai_iunet.planning.live_bytes import LiveBytes
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_iunet.live_bytes import LiveBytes
-from monai_iunet.plan import Loss
+from monai_iunet.planning.live_bytes import LiveBytes
+from monai_iunet.planning.plan import Loss
 
 __all__ = [
     "Spread",

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from monai_iunet.benchmark.measure import Spread
 from monai_iunet.benchmark.sections import Row
-from monai_iunet.images import write_atomically
+from monai_iunet.io.files import write_atomically
 from monai_iunet.system import processor_name
 
 __all__ = ["COLUMNS", "draw", "header", "show", "write_json"]

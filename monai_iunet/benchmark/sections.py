@@ -22,13 +22,13 @@ from monai_iunet.benchmark.measure import (
     time_alternately,
 )
 from monai_iunet.benchmark.peers import CONTESTANTS, MakeNetwork
-from monai_iunet.budget import best_activations
-from monai_iunet.live_bytes import LiveBytes
-from monai_iunet.losses import ChunkedDiceCELoss
+from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.nets.iunet import IUNet
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
-from monai_iunet.plan import plan_training
+from monai_iunet.planning.budget import best_activations
+from monai_iunet.planning.live_bytes import LiveBytes
+from monai_iunet.planning.plan import plan_training
 
 __all__ = [
     "AUTO_UNITS",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
+SCHEMA = Path(__file__).with_name("metadata_schema.json")
 # Now and then PyTorch's gloo threads abort a process on a CPU that has done its work and is about to exit.
 GLOO_ABORT = "terminate called without an active exception"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from monai_iunet.bundle_template import Task
+from monai_iunet.bundling.task import Task
 from tests.bundles.helpers import BUNDLES
 
 HIPPOCAMPUS = BUNDLES / "iunet_hippocampus_mri_segmentation"

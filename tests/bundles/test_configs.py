@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
-from monai_iunet.bundle_template import TASKS, Task, configs
-from monai_iunet.comparison import as_markdown
-from monai_iunet.images import InputError
-from tests.bundles.helpers import BUNDLES
+from monai_iunet.benchmark.comparison import as_markdown
+from monai_iunet.bundling.new_bundle import bundle_configs
+from monai_iunet.bundling.task import TASKS, Task
+from monai_iunet.errors import InputError
+from tests.bundles.helpers import BUNDLES, SCHEMA
 
-SCHEMA = "metadata_schema.json"
 BY_NAME = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
 @BY_NAME
 def test_the_configs_are_those_of_the_template(task: Task) -> None:
     folder = BUNDLES / task.name / "configs"
-    for name, config in configs(task).items():
+    for name, config in bundle_configs(task).items():
         assert json.loads((folder / name).read_text()) == json.loads(json.dumps(config)), (
-            f"{name}: write the configs again with `python -m monai_iunet.bundle_template`"
+            f"{name}: write the configs again with `python -m monai_iunet.bundling.new_bundle`"
         )
 
 
@@ -74,7 +74,7 @@ def test_every_file_that_a_bundle_needs_is_there(task: Task) -> None:
 @BY_NAME
 def test_the_metadata_have_the_structure_that_monai_specifies(task: Task) -> None:
     # Given a file that exists, MONAI does not download the schema.
-    verify_metadata(BUNDLES / task.name / "configs" / "metadata.json", str(Path(__file__).with_name(SCHEMA)))
+    verify_metadata(BUNDLES / task.name / "configs" / "metadata.json", str(SCHEMA))
 
 
 def test_metadata_without_channels_are_refused(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_metadata_without_channels_are_refused(tmp_path: Path) -> None:
     del metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match="channel_def"):
-        verify_metadata(tmp_path / "metadata.json", str(Path(__file__).with_name(SCHEMA)))
+        verify_metadata(tmp_path / "metadata.json", str(SCHEMA))
 
 
 @BY_NAME

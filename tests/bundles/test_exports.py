@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigWorkflow, ckpt_export, create_workflow, load, onnx_export, verify_net_in_out
 
 from monai_iunet import SegIUNet
-from monai_iunet.bundle_template import TASKS, Task
+from monai_iunet.bundling.task import TASKS, Task
 from tests.bundles.helpers import BUNDLES
 
 BY_NAME = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

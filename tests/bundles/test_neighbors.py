@@ -22,8 +22,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, SaveImaged
 from monai.utils import MetaKeys, SpaceKeys
 
-from monai_iunet.bundle_template import TASKS, Task
-from monai_iunet.inference import BundleSegmenter
+from monai_iunet.bundling.task import TASKS, Task
+from monai_iunet.segmentation.segmenter import BundleSegmenter
 from tests.bundles.helpers import BUNDLES
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 

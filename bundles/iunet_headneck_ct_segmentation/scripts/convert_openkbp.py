@@ -19,7 +19,8 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from monai_iunet.images import InputError, check_folder, write_atomically
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import check_folder, write_atomically
 
 STRUCTURES = ("Brainstem", "SpinalCord", "RightParotid", "LeftParotid", "Esophagus", "Larynx", "Mandible")
 SECTIONS = {"training": "train-pats", "validation": "validation-pats", "test": "test-pats"}

@@ -56,6 +56,12 @@ class Branch(nn.Sequential):
 
     What is compiled gets a copy of the input, contiguous and no view of something else, so that the backward pass,
     which evaluates a branch again on a rebuilt input, meets the same conditions and is not compiled once more.
+
+    Example:
+        >>> import torch
+        >>> branch = Branch(nn.Conv2d(3, 2, 3, padding=1), nn.LeakyReLU())
+        >>> branch(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 2, 8, 8])
     """
 
     _compiled: Callable[[Branch, Tensor], Tensor] | None = None

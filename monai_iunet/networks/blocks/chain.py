@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from monai_iunet.reversible import InvertibleLayer, Tensors
+from monai_iunet.engine.reversible import InvertibleLayer, Tensors
 
 __all__ = ["InvertibleChain"]
 

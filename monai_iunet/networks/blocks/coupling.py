@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.engine.pytorch_private import version
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 from monai_iunet.networks.blocks.grid import note_largest, round_to_grid
-from monai_iunet.pytorch_private import version
-from monai_iunet.reversible import Call, InvertibleLayer, Tensors
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_iunet.reversible import is_transformed
+from monai_iunet.engine.reversible import is_transformed
 
 __all__ = ["LIMIT", "STEP", "check_range", "note_largest", "on_grid", "round_to_grid"]
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["ChannelMixing"]
 

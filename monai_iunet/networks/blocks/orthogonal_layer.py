@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.grid import LIMIT, STEP, note_largest, on_grid, round_to_grid
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["OrthogonalLayer"]
 

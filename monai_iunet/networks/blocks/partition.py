@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_iunet.pytorch_private import is_view
-from monai_iunet.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.pytorch_private import is_view
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["ChannelPartition"]
 

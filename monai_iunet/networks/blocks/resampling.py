@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.reversible import Tensors, is_recorded_by_autograd_alone
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
 

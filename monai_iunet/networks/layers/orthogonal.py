@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.pytorch_private import can_pack_saved_tensors, is_exporting
+from monai_iunet.engine.pytorch_private import can_pack_saved_tensors, is_exporting
 
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.budget import best_activations, parse_bytes
+from monai_iunet.planning.budget import best_activations, parse_bytes
 
 __all__ = ["ChosenActivations"]
 

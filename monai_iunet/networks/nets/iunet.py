@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.engine.pytorch_private import is_exporting
+from monai_iunet.engine.reversible import InvertibleLayer, Tensors
 from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, round_to_grid
@@ -25,8 +27,6 @@ from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.channels import reachable_channels
 from monai_iunet.networks.nets.padding import PADDING_MODES, crop, crop_like, pad
 from monai_iunet.networks.nets.scripting import Traced
-from monai_iunet.pytorch_private import is_exporting
-from monai_iunet.reversible import InvertibleLayer, Tensors
 
 __all__ = ["IUNet"]
 

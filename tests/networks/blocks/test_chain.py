@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from monai_iunet.live_bytes import LiveBytes
 from monai_iunet.networks.blocks.chain import InvertibleChain
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.planning.live_bytes import LiveBytes
 
 
 class Attention(nn.Module):

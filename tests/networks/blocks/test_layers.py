@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks import resampling
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling, resampling_base
-from monai_iunet.reversible import InvertibleLayer
 from tests.helpers import randomize, relative_errors
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from monai_iunet import IUNet, SegIUNet
-from monai_iunet.live_bytes import LiveBytes
+from monai_iunet.planning.live_bytes import LiveBytes
 from tests.helpers import randomize, relative_errors
 
 SMALL = {1: ((5, 6, 8), 12), 2: ((4, 8, 16), 8), 3: ((4, 16, 32), 8)}

@@ -1,0 +1,254 @@
+"""Other networks in the place of a bundle's own: the same cases, recipe and number of steps, side by side."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import Inferer
+from scipy.stats import bootstrap
+from torch import Tensor, nn
+
+from monai_iunet.benchmark.measure import peak_of_training, time_alternately
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import check_folder, write_atomically
+
+__all__ = ["NETWORKS", "as_markdown", "compare_networks"]
+
+Config = dict[str, Any]
+
+# Of MONAI, in sizes whose training step takes 1.3 and 0.7 times as long as that of the hippocampus bundle.
+NETWORKS: dict[str, Config] = {
+    "DynUNet": {
+        "_target_": "DynUNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": "@num_classes",
+        "kernel_size": [3, 3, 3, 3],
+        "strides": [1, 2, 2, 2],
+        "upsample_kernel_size": [2, 2, 2],
+        "filters": [20, 40, 80, 160],
+    },
+    "SegResNet": {
+        "_target_": "SegResNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": "@num_classes",
+        "init_filters": 16,
+    },
+}
+OURS = "SegIUNet"
+
+
+def compare_networks(
+    bundle: str | Path,
+    dataset_dir: str | Path,
+    output_dir: str | Path,
+    max_epochs: int,
+    rounds: int = 5,
+    networks: Sequence[str] = tuple(NETWORKS),
+) -> Config:
+    """Train and evaluate the network of a bundle and those in `NETWORKS`, then measure what they cost, in turn.
+
+    Each is trained by the bundle's `train.json`, validated after the last epoch only, so that there is no epoch to
+    choose, and evaluated by its `evaluate.json`. A training that was interrupted goes on; one that is done is not
+    repeated.
+
+    Args:
+        bundle: folder of the bundle.
+        dataset_dir: folder with `dataset.json`.
+        output_dir: folder for weights, logs and tables of each network, and for `comparison.json`.
+        max_epochs: epochs that each is trained.
+        rounds: times that a training step and the inference of a case are timed.
+        networks: which of `NETWORKS` to compare with.
+
+    Returns:
+        What `comparison.json` holds: "max_epochs"; "steps", of each training; "cases" of the evaluation; "networks",
+        which has, per network, "dice" and "hausdorff95_mm" per structure, "mean_dice", "parameters",
+        "training_bytes", the peak of a training step beside parameters and gradients, and the medians
+        "training_step_seconds" and "inference_seconds" of a case; and "ours_minus", which has, per other network, the
+        "mean" difference of the cases' mean Dice, and "low" and "high" of its 95 % bootstrap interval.
+
+    Raises:
+        InputError: for folders that are none, and when a training or an evaluation fails.
+    """
+    bundle, output_dir = Path(bundle), Path(output_dir)
+    for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
+        if not needed.is_file():
+            raise InputError(f"{needed}: no such file. Needed are the folder of a bundle and that of a data set.")
+    folder = check_folder(output_dir / f"{max_epochs}_epochs")
+    common = {"bundle_root": str(bundle.resolve()), "dataset_dir": str(Path(dataset_dir).resolve())}
+    definitions = {
+        OURS: _parser(bundle, "train.json", common)["network_def"],
+        **{name: NETWORKS[name] for name in networks},
+    }
+    figures, dice = {}, {}
+    for name, definition in definitions.items():
+        settings = {**common, "network_def": definition, "check_data": False}
+        _train(bundle, check_folder(folder / name), settings, max_epochs)
+        _evaluate(bundle, folder / name, settings)
+        rows = _read(folder / name / "eval" / "cases.csv")
+        figures[name] = _scores(rows)
+        dice[name] = _mean_dice_of_cases(rows)
+    for name, costs in _costs(bundle, common, definitions, rounds).items():
+        figures[name].update(costs)
+    state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
+    result = {
+        "max_epochs": max_epochs,
+        "steps": max(int(each["step"]) for each in state["optimizer"]["state"].values()),
+        "cases": len(dice[OURS]),
+        "networks": figures,
+        "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in networks},
+    }
+    text = json.dumps(result, indent=4) + "\n"
+    write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text, encoding="utf-8"))
+    return result
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The tables of a README: Dice and 95 % Hausdorff distance per structure, costs, and the differences."""
+    networks = result["networks"]
+    lines = [_row("", *networks), _row("---", *["---"] * len(networks))]
+    for structure in networks[OURS]["dice"]:
+        scores = ((each["dice"][structure], each["hausdorff95_mm"][structure]) for each in networks.values())
+        lines.append(
+            _row(f"{structure}, Dice / HD95", *(f"{dice:.3f} / {_millimeters(hd95)}" for dice, hd95 in scores))
+        )
+    figures = {
+        "mean Dice": lambda each: f"**{each['mean_dice']:.3f}**",
+        "parameters": lambda each: f"{each['parameters'] / 1e6:.1f} M",
+        "memory of a training step": lambda each: f"{each['training_bytes'] / 2**20:.0f} MiB",
+        "training step": lambda each: f"{each['training_step_seconds']:.2f} s",
+        "inference of a case": lambda each: f"{each['inference_seconds']:.2f} s",
+    }
+    lines += [_row(name, *map(write, networks.values())) for name, write in figures.items()]
+    lines += ["", _row(f"{OURS} minus", "mean Dice", "95 % interval"), _row("---", "---", "---")]
+    for name, difference in result["ours_minus"].items():
+        lines.append(_row(name, "{mean:+.4f}".format(**difference), "{low:+.4f} to {high:+.4f}".format(**difference)))
+    return "\n".join(lines) + "\n"
+
+
+def _millimeters(distance: float | None) -> str:
+    """A distance; there is none to what was not found at all."""
+    return "none" if distance is None else f"{distance:.1f} mm"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _train(bundle: Path, folder: Path, settings: Config, max_epochs: int) -> None:
+    last = folder / "last.pt"
+    if last.is_file() and torch.load(last, map_location="cpu", weights_only=True)["epoch"] == max_epochs:
+        return
+    options = {"max_epochs": max_epochs, "val_interval": max_epochs, "resume": True}
+    _run(bundle, "train.json", {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")})
+
+
+def _evaluate(bundle: Path, folder: Path, settings: Config) -> None:
+    if not (folder / "eval" / "summary.csv").is_file():
+        options = {"checkpoint": str(folder / "model.pt"), "output_dir": str(folder / "eval")}
+        _run(bundle, "evaluate.json", {**settings, **options})
+
+
+def _run(bundle: Path, config: str, settings: Config) -> None:
+    """`python -m monai.bundle run`, with its output where ours goes."""
+    configs = bundle.resolve() / "configs"
+    words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs / config)]
+    words += ["--logging_file", str(configs / "logging.conf")]
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)]
+    code = subprocess.run(words, check=False).returncode
+    if code:
+        raise InputError(f"{config} of {bundle} with {settings['network_def']['_target_']}: failed with code {code}.")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _scores(rows: list[dict[str, str]]) -> Config:
+    structures = list(dict.fromkeys(row["structure"] for row in rows))
+
+    def means(measure: str) -> dict[str, float]:
+        values = {name: [float(row[measure]) for row in rows if row["structure"] == name] for name in structures}
+        return {name: float(np.nanmean(found)) for name, found in values.items()}
+
+    dice = means("dice")
+    distances = {name: value if np.isfinite(value) else None for name, value in means("hausdorff95_mm").items()}
+    return {"dice": dice, "hausdorff95_mm": distances, "mean_dice": float(np.mean(list(dice.values())))}
+
+
+def _mean_dice_of_cases(rows: list[dict[str, str]]) -> np.ndarray:
+    """Per case, the mean over the structures that were contoured in it."""
+    cases = sorted({row["case"] for row in rows})
+    return np.array([np.nanmean([float(row["dice"]) for row in rows if row["case"] == case]) for case in cases])
+
+
+def _difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    difference = ours - other
+    if np.ptp(difference) == 0:
+        return dict.fromkeys(("mean", "low", "high"), float(difference[0]))
+    interval = bootstrap((difference,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return {"mean": float(difference.mean()), "low": float(interval.low), "high": float(interval.high)}
+
+
+def _parser(bundle: Path, config: str, settings: Mapping[str, Any]) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / config)
+    parser.update(dict(settings))
+    return parser
+
+
+def _costs(bundle: Path, common: Config, definitions: Mapping[str, Config], rounds: int) -> dict[str, Config]:
+    """Parameters, memory of a training step, and times, which are taken in turn, so that all meet the same machine."""
+    settings = {**common, "check_data": False, "cache_rate": 0.0}
+    steps: dict[str, Callable[[], object]] = {}
+    inferences: dict[str, Callable[[], object]] = {}
+    costs: dict[str, Config] = {}
+    batch: Any = None
+    case: Any = None
+    for name, definition in definitions.items():
+        training = _parser(bundle, "train.json", {**settings, "network_def": definition})
+        network = training.get_parsed_content("network")
+        loss, device = training.get_parsed_content("loss"), training.get_parsed_content("device")
+        if batch is None:
+            batch = next(iter(training.get_parsed_content("train#dataloader")))
+        evaluation = _parser(bundle, "evaluate.json", {**settings, "network_def": definition})
+        inferer = evaluation.get_parsed_content("inferer")
+        if case is None:
+            case = next(iter(evaluation.get_parsed_content("dataloader")))["image"]
+        image, label = (torch.as_tensor(batch[key]).to(device) for key in ("image", "label"))
+        steps[name] = partial(_step, network, loss, image, label)
+        inferences[name] = partial(_infer, network, inferer, torch.as_tensor(case).to(device))
+        costs[name] = {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "training_bytes": peak_of_training(network, steps[name]),
+        }
+    device = torch.device(device)
+    for key, actions in (("training_step_seconds", steps), ("inference_seconds", inferences)):
+        for name, seconds in time_alternately(actions, rounds, device).items():
+            costs[name][key] = statistics.median(seconds)
+    return costs
+
+
+def _step(network: nn.Module, loss: nn.Module, image: Tensor, label: Tensor) -> None:
+    network.train()
+    loss(network(image), label).backward()
+
+
+def _infer(network: nn.Module, inferer: Inferer, image: Tensor) -> None:
+    network.eval()
+    with torch.no_grad():
+        inferer(image, network)

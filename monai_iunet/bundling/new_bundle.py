@@ -1,0 +1,147 @@
+"""New bundles: the folder, with configs, metadata, logging, license and a README to complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from monai_iunet.bundling.sections import Config
+from monai_iunet.bundling.task import TASKS, Task
+from monai_iunet.bundling.workflows import evaluate_config, inference_config, train_config
+from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.files import check_folder, write_text
+
+__all__ = ["bundle_configs", "write_bundle", "write_configs"]
+
+
+def bundle_configs(task: Task) -> dict[str, Config]:
+    """Return all configs of a bundle, by the name of their file in `configs`."""
+    configs = {}
+    for name, make in (("train", train_config), ("evaluate", evaluate_config), ("inference", inference_config)):
+        configs[f"{name}.json"] = make(task)
+        configs[f"multi_gpu_{name}.json"] = make(task, distributed=True)
+    return configs
+
+
+def write_configs(task: Task, bundle: str | Path) -> None:
+    """Write all configs into the folder of a bundle."""
+    folder = check_folder(Path(bundle, "configs"))
+    for name, config in bundle_configs(task).items():
+        write_text(folder / name, json.dumps(config, indent=4) + "\n")
+
+
+def write_bundle(task: Task, folder: str | Path) -> Path:
+    """Write a new bundle, without weights: configs, metadata, logging, license and a README to complete.
+
+    Raises:
+        InputError: when the folder exists and is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
+        >>> folder = write_bundle(task, Path(tempfile.mkdtemp(), task.name))
+        >>> sorted(path.name for path in folder.iterdir())
+        ['LICENSE', 'configs', 'docs', 'models']
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder. Name another one.")
+    for part in ("configs", "docs", "models"):
+        check_folder(folder / part)
+    write_configs(task, folder)
+    example = bundle_folder()
+    for name in ("LICENSE", "configs/logging.conf"):
+        shutil.copyfile(example / name, folder / name)
+    write_text(folder / "configs" / "metadata.json", json.dumps(_metadata(task), indent=4) + "\n")
+    write_text(folder / "docs" / "README.md", _readme(task))
+    write_text(folder / "docs" / "data_license.txt", f"The license of the data set {task.dataset}, and whom to cite.\n")
+    return folder
+
+
+def _metadata(task: Task) -> Config:
+    names = ("background", *task.classes)
+    kind = {"MR": "magnitude", "CT": "hounsfield"}[task.modality]
+    shape = list(task.roi_size)
+    title = f"Segmentation of {', '.join(task.classes)} in {task.modality}"
+    patch = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
+    needed = ("nibabel", "pytorch-ignite", "scikit-image", "monai-iunet", "tensorboard")
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
+        "name": f"{title} with an invertible U-Net",
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "first version"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").split("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {name: version(name) for name in needed if _is_installed(name)},
+        "supported_apps": {},
+        "task": title,
+        "description": f"An invertible 3D U-Net for the {title[0].lower()}{title[1:]}.",
+        "authors": "",
+        "copyright": "",
+        "data_source": task.dataset,
+        "data_type": "nifti",
+        "image_classes": f"single channel {task.modality}",
+        "label_classes": "single channel, " + ", ".join(f"{value} {name}" for value, name in enumerate(names)),
+        "pred_classes": f"{len(names)} channels of logits: {', '.join(names)}",
+        "eval_metrics": {},
+        "intended_use": "Research. Not a medical device, not for diagnosis or treatment.",
+        "references": ["Etmann, Ke, Schönlieb: iUNets. 2020. arXiv:2005.05220"],
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    **patch,
+                    "format": kind,
+                    "modality": task.modality,
+                    "num_channels": 1,
+                    "value_range": [-5, 5] if task.modality == "MR" else [-1, 1],
+                    "channel_def": {"0": "image"},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    **patch,
+                    "format": "labels",
+                    "num_channels": len(names),
+                    "value_range": [],
+                    "channel_def": {str(value): name for value, name in enumerate(names)},
+                }
+            },
+        },
+    }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _readme(task: Task) -> str:
+    rows = "\n".join(f"| {value} | {name} |" for value, name in enumerate(task.classes, 1))
+    return f"""# {task.name}
+
+Segments in {task.modality}:
+
+| label | structure |
+|---|---|
+{rows}
+
+The data set is a folder with a `dataset.json` like those of the Medical Segmentation Decathlon, with the sections
+"training" and "validation", each a list of entries with an "image" and a "label". In this folder:
+
+```bash
+python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
+```
+"""
+
+
+if __name__ == "__main__":  # in a clone: python -m monai_iunet.bundling.new_bundle
+    for task in TASKS:
+        write_configs(task, Path(__file__).parents[2] / "bundles" / task.name)

@@ -1,0 +1,165 @@
+"""Transforms of a bundle's configs: before the network, in training, and back to the grid of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai_iunet.bundling.sections import Config
+from monai_iunet.bundling.task import Task
+
+__all__ = [
+    "IMAGE_AND_LABEL",
+    "READER",
+    "Transforms",
+    "label_transforms",
+    "labels_on_image_grid",
+    "largest_component",
+    "preprocessing",
+    "random_transforms",
+]
+
+IMAGE_AND_LABEL = ["image", "label"]
+# Reads what `monai-iunet segment` reads, and refuses what it refuses.
+READER = "monai_iunet.SimpleITKReader"
+Transforms = list[Config]
+
+
+def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
+    """Return the transforms before the network, of images or of images and labels."""
+    both = not isinstance(keys, str)
+    transforms: Transforms = [
+        {"_target_": "LoadImaged", "keys": keys, "reader": READER},
+        # Apart, because MONAI Deploy leaves out what loads.
+        {"_target_": "EnsureChannelFirstd", "keys": keys},
+        # The labels of an affine that leads to RAS, as all readers give it, whatever space the meta data name.
+        {"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
+    ]
+    if task.modality == "CT":
+        # What lies around the scanned region is air, or was never there.
+        transforms.append(
+            {
+                "_target_": "CropForegroundd",
+                "keys": keys,
+                "source_key": "image",
+                "select_fn": "$lambda image: image > -999",
+                "allow_smaller": True,
+            }
+        )
+    transforms.append(
+        {
+            "_target_": "Spacingd",
+            "keys": keys,
+            "pixdim": list(task.spacing),
+            "mode": ["bilinear", "nearest"] if both else "bilinear",
+        }
+    )
+    if task.modality == "CT":
+        low, high = task.window
+        scale = {"a_min": low, "a_max": high, "b_min": -1.0, "b_max": 1.0, "clip": True}
+        transforms.append({"_target_": "ScaleIntensityRanged", "keys": "image", **scale})
+    else:
+        scale = {"lower": 0.5, "upper": 99.5, "b_min": 0.0, "b_max": 1.0, "clip": True}
+        transforms.append({"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale})
+        transforms.append({"_target_": "NormalizeIntensityd", "keys": "image"})
+    return transforms
+
+
+def label_transforms(task: Task) -> Transforms:
+    """Return what is noted of labels before they are cropped."""
+    if not task.partial_labels:
+        return []
+    note = "monai_iunet.NoteContouredd"
+    return [{"_target_": note, "keys": "label", "num_classes": "@num_classes"}]
+
+
+def random_transforms(task: Task) -> Transforms:
+    """Return the transforms of training, which vary patches at random."""
+    keys = IMAGE_AND_LABEL
+    deformation: Config = {
+        "_target_": "RandAffined",
+        "keys": keys,
+        "prob": 0.7,
+        "rotate_range": [0.3, 0.3, 0.3],
+        "scale_range": [0.15, 0.15, 0.15],
+        "shear_range": [0.05, 0.05, 0.05],
+        "mode": ["bilinear", "nearest"],
+        "padding_mode": "border",
+    }
+    pad: Config = {"_target_": "SpatialPadd", "keys": keys, "spatial_size": "@roi_size"}
+    if task.modality == "CT":
+        # Structures in a large field of view: look where they are, each class as often as the background, with a margin
+        # that the deformation takes what it moves in from. Padding with the least value adds air, and background.
+        larger = "$[extent * 5 // 4 for extent in @roi_size]"
+        # Seldom: voxels of some 4 mm are not many across a parotid, and interpolation blurs them.
+        shift: Config = {"prob": 0.2, "translate_range": [6.0, 6.0, 6.0], "spatial_size": "@roi_size"}
+        transforms: Transforms = [
+            {**pad, "spatial_size": larger, "mode": "minimum"},
+            {
+                "_target_": "RandCropByLabelClassesd",
+                "keys": keys,
+                "label_key": "label",
+                "spatial_size": larger,
+                "num_classes": "@num_classes",
+                "warn": False,
+            },
+            {**deformation, **shift},
+        ]
+    else:
+        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
+        elastic = {"_target_": "Rand3DElasticd", "sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
+        crop = {"_target_": "RandSpatialCropd", "keys": keys, "roi_size": "@roi_size", "random_size": False}
+        transforms = [pad, {**deformation, **elastic}, crop]
+    if task.mirrored is not None:
+        transforms.append(
+            {
+                "_target_": "monai_iunet.RandMirrord",
+                "keys": keys,
+                "label_keys": "label",
+                "swap": [list(pair) for pair in task.mirrored],
+            }
+        )
+    if task.modality == "MR":
+        transforms.append({"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.15})
+        transforms.append({"_target_": "RandBiasFieldd", "keys": "image", "prob": 0.15, "coeff_range": [0.0, 0.2]})
+        transforms.append({"_target_": "RandAdjustContrastd", "keys": "image", "prob": 0.2, "gamma": [0.7, 1.5]})
+    factor, offset, noise = (0.25, 0.25, 0.15) if task.modality == "MR" else (0.1, 0.1, 0.05)
+    transforms += [
+        {"_target_": "RandScaleIntensityd", "keys": "image", "prob": 0.3, "factors": factor},
+        {"_target_": "RandShiftIntensityd", "keys": "image", "prob": 0.3, "offsets": offset},
+        {"_target_": "RandGaussianNoised", "keys": "image", "prob": 0.2, "std": noise},
+    ]
+    if task.partial_labels:
+        transforms.append({"_target_": "monai_iunet.OneHotContouredd", "keys": "label"})
+    return transforms
+
+
+def labels_on_image_grid(preprocessing: str, save_probabilities: bool = False) -> Transforms:
+    """Return the transforms from logits to labels on the grid of the image."""
+    invert = {"transform": preprocessing, "orig_keys": "image"}
+    transforms: Transforms = [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
+    if save_probabilities:
+        disabled = {"_disabled_": "$not @save_probabilities"}
+        transforms += [
+            {"_target_": "CopyItemsd", "keys": "pred", "names": "prob", **disabled},
+            {"_target_": "Invertd", "keys": "prob", **invert, "nearest_interp": False, "to_tensor": True, **disabled},
+            {
+                "_target_": "SaveImaged",
+                "keys": "prob",
+                "output_dir": "@output_dir",
+                "output_postfix": "prob",
+                "resample": False,
+                "separate_folder": False,
+                **disabled,
+            },
+        ]
+    return [*transforms, {"_target_": "monai_iunet.LabelsOnImageGridd", "keys": "pred", **invert}]
+
+
+def largest_component(task: Task) -> Config:
+    """Return the transform that keeps the largest component of each structure, if it is asked for."""
+    return {
+        "_target_": "KeepLargestConnectedComponentd",
+        "keys": "pred",
+        "applied_labels": list(range(1, task.num_classes)),
+        "_disabled_": "$not @largest_component",
+    }

@@ -1,0 +1,139 @@
+"""The pictures of a bundle's README: how the training went, and its best, median and worst case."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.bundle import ConfigParser
+from tqdm import tqdm
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.visualization.overlay import draw_overlay
+
+__all__ = ["draw_cases", "draw_training", "write_report"]
+
+
+def write_report(bundle: str | Path, dataset_dir: str | Path) -> list[Path]:
+    """Write `docs/training.png` and `docs/cases.png` of a bundle that was trained and evaluated in its folder.
+
+    Args:
+        bundle: folder of the bundle, with the logs in `train` and the tables in `eval`.
+        dataset_dir: folder with `dataset.json`.
+
+    Raises:
+        InputError: when the training log or the evaluation is missing.
+    """
+    bundle = Path(bundle)
+    docs = check_folder(bundle / "docs")
+    draw_training(bundle / "train", docs / "training.png")
+    draw_cases(bundle, dataset_dir, bundle / "eval" / "cases.csv", docs / "cases.png")
+    return [docs / "training.png", docs / "cases.png"]
+
+
+def draw_training(log_dir: str | Path, path: Path) -> None:
+    """Plot the loss of each epoch and the validation Dice of a TensorBoard log.
+
+    Args:
+        log_dir: folder of the log that `train.json` writes.
+        path: PNG file to write.
+
+    Raises:
+        InputError: when there is no such log, or TensorBoard is not installed.
+    """
+    import matplotlib.pyplot as plt
+
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise InputError("TensorBoard reads the log of a training. Install monai-iunet[train].") from error
+    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    if Path(log_dir).is_dir():
+        log.Reload()
+    try:
+        loss, dice = (
+            {event.step: event.value for event in log.Scalars(name)} for name in ("train_loss", "val_mean_dice")
+        )
+    except KeyError as error:
+        raise InputError(f"{log_dir}: no log of a training with a validation. Train the bundle first.") from error
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    try:
+        # The loss of single steps jumps; shown is its mean over a hundredth of them.
+        parts = np.array_split(np.array(sorted(loss)), min(100, len(loss)))
+        axes[0].plot([part[-1] for part in parts], [np.mean([loss[step] for step in part]) for part in parts])
+        axes[0].set(xlabel="training step", ylabel="loss")
+        axes[1].plot(list(dice), list(dice.values()), marker=".")
+        axes[1].set(xlabel="epoch", ylabel="mean Dice in validation")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    finally:
+        plt.close(figure)
+
+
+def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: Path) -> None:
+    """Draw what a bundle finds in the best, the median and the worst case of an evaluation, and what is true.
+
+    Args:
+        bundle: folder of the bundle.
+        dataset_dir: folder with `dataset.json`.
+        cases: table of the cases that `evaluate.json` writes.
+        path: PNG file to write.
+
+    Raises:
+        InputError: when there is no such table, or when its cases are not those of the data set.
+    """
+    import matplotlib.pyplot as plt
+
+    if not cases.is_file():
+        raise InputError(f"{cases}: no such file. Evaluate the bundle first.")
+    dice: dict[str, list[float]] = {}
+    with cases.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            dice.setdefault(row["case"], []).append(float(row["dice"]))
+    means = {case: float(np.nanmean(values)) for case, values in dice.items()}
+    ranked = sorted(means, key=lambda case: means[case])
+    files = _validation_files(Path(bundle), dataset_dir)
+    unknown = sorted(set(ranked) - set(files))
+    if unknown:
+        raise InputError(
+            f"{cases}: of other cases than {dataset_dir}, such as {unknown[0]}. Evaluate the bundle again."
+        )
+    segmenter = BundleSegmenter(bundle)
+    chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
+    figure = plt.figure(figsize=(12, 4.6 * len(chosen)), facecolor="black")
+    try:
+        height = 1 / len(chosen)
+        bar = tqdm(chosen.items(), "drawing cases", leave=False, disable=None)
+        for number, (rank, case) in enumerate(bar, 1):
+            image, truth = (read_image(file) for file in files[case])
+            draw_overlay(
+                figure,
+                image,
+                segmenter.segment(image).labels,
+                segmenter.labels,
+                title=f"{rank}: {case}, mean Dice {means[case]:.3f}",
+                reference=np.asarray(truth.dataobj),
+                window=segmenter.window,
+                bottom=1 - number * height,
+                height=height,
+            )
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, facecolor="black", format="png"))
+    finally:
+        plt.close(figure)
+
+
+def _validation_files(bundle: Path, dataset_dir: str | Path) -> dict[str, tuple[Path, Path]]:
+    """Image and label of each validation case, by the name of the label's file."""
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "evaluate.json")
+    parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
+    cases: Sequence[dict[str, Any]] = parser.get_parsed_content("datalist")["validation"]
+    return {Path(case["label"]).name: (Path(case["image"]), Path(case["label"])) for case in cases}

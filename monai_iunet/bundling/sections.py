@@ -1,0 +1,189 @@
+"""Sections that the configs of a bundle share: data, networks, inferers, evaluators, handlers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai_iunet.bundling.task import Task
+
+__all__ = [
+    "Config",
+    "begin",
+    "case_dataset",
+    "case_loader",
+    "datalist",
+    "end",
+    "evaluator",
+    "header",
+    "inferer",
+    "load_checkpoint",
+    "log_of_loss",
+    "loss",
+    "sliding_window",
+    "trained_network",
+]
+
+Config = dict[str, Any]
+IMPORTS = ("ignite", "json", "monai_iunet", "os", "pathlib", "torch")
+
+
+def header(task: Task, distributed: bool) -> Config:
+    """Return what every config begins with: imports, folders, device, network."""
+    device = "'cuda:' + os.environ['LOCAL_RANK']" if distributed else "'cuda'"
+    return {
+        "imports": [f"$import {module}" for module in IMPORTS],
+        "bundle_root": ".",
+        "dataset_dir": f"$os.path.join(@bundle_root, 'data', '{task.dataset}')",
+        "rank": "$int(os.environ['RANK'])" if distributed else 0,
+        "device": f"$torch.device({device} if torch.cuda.is_available() else 'cpu')",
+        "amp": "$torch.device(@device).type == 'cuda'",
+        "num_workers": 0,
+        "num_classes": task.num_classes,
+        "roi_size": list(task.roi_size),
+        "network_def": {
+            "_target_": "monai_iunet.SegIUNet",
+            "spatial_dims": 3,
+            "in_channels": 1,
+            "out_channels": "@num_classes",
+            "channels": list(task.channels),
+            "couplings": list(task.couplings),
+        },
+    }
+
+
+def trained_network() -> Config:
+    """Return the entries of a config that applies trained weights."""
+    return {
+        "network": "$@network_def.to(@device)",
+        "checkpoint": "$os.path.join(@bundle_root, 'models', 'model.pt')",
+        "output_dir": "$os.path.join(@bundle_root, 'eval')",
+    }
+
+
+def begin(distributed: bool) -> list[str]:
+    """Return what a distributed run does first."""
+    backend = "'nccl' if torch.cuda.is_available() else 'gloo'"
+    return [f"$torch.distributed.init_process_group({backend})"] if distributed else []
+
+
+def end(distributed: bool) -> list[str]:
+    """Return what a distributed run does last."""
+    return ["$torch.distributed.destroy_process_group()"] if distributed else []
+
+
+def evaluator(section: str, network: str, key_metric: bool = False) -> Config:
+    """Return an evaluator whose parts are in a section, such as `@validate#`."""
+    config = {
+        "_target_": "SupervisedEvaluator",
+        "device": "@device",
+        "val_data_loader": f"{section}dataloader",
+        "network": network,
+        "inferer": f"{section}inferer",
+        "postprocessing": f"{section}postprocessing",
+        "val_handlers": f"{section}handlers",
+        "amp": "@amp",
+    }
+    return {**config, "key_val_metric": f"{section}key_metric"} if key_metric else config
+
+
+def load_checkpoint() -> Config:
+    """Return the handler that loads the trained weights."""
+    return {
+        "_target_": "CheckpointLoader",
+        "load_path": "@checkpoint",
+        "load_dict": {"model": "@network"},
+        "map_location": "@device",
+    }
+
+
+def inferer(task: Task) -> Config:
+    """Return the inferer of evaluation and segmentation; for tasks without a side it averages over mirror images."""
+    sliding = {**sliding_window(task), "_target_": "SlidingWindowInfererAdapt"}
+    if task.mirrored is None:
+        return {"inferer": sliding}
+    return {
+        "test_time_flips": True,
+        "inferer": {
+            "_target_": "monai_iunet.MirrorInferer",
+            "inferer": sliding,
+            "swap": [list(pair) for pair in task.mirrored],
+            "enabled": "@test_time_flips",
+        },
+    }
+
+
+def sliding_window(task: Task) -> Config:
+    """Return a sliding-window inferer."""
+    return {
+        "_target_": "SlidingWindowInferer",
+        "roi_size": "@roi_size",
+        "sw_batch_size": 4,
+        "overlap": 0.5,
+        "mode": "gaussian",
+        "cval": -1.0 if task.modality == "CT" else 0.0,  # air, or the mean
+    }
+
+
+def loss(task: Task) -> Config:
+    """Return the loss of a task."""
+    config = {"_target_": "DiceCELoss", "softmax": True, "include_background": False}
+    if task.partial_labels:
+        return {"_target_": "monai_iunet.MarginalLoss", "loss": config}
+    return {**config, "to_onehot_y": True}
+
+
+def log_of_loss() -> Config:
+    """Return the arguments with which a handler logs the loss of a step."""
+    return {"tag_name": "train_loss", "output_transform": "$monai.handlers.from_engine(['loss'], first=True)"}
+
+
+def datalist(task: Task) -> Config:
+    """Return the lists of training and validation cases, checked."""
+
+    def section(name: str) -> str:
+        path = "os.path.join(@dataset_dir, 'dataset.json')"
+        return f"monai.data.load_decathlon_datalist({path}, True, '{name}', @dataset_dir)"
+
+    def check(cases: str) -> str:
+        return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases)"
+
+    if not task.validation_cases:
+        return {"datalist": {name: check(section(name)) for name in ("training", "validation")}}
+    names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
+    kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
+    return {
+        "validation_cases": f"${names}",
+        "cases": f"${section('training')}",
+        "datalist": {"training": check(kept.format("not in")), "validation": check(kept.format("in"))},
+    }
+
+
+def case_dataset(data: str, transform: str) -> Config:
+    """Return a dataset that is kept in memory."""
+    return {
+        "_target_": "CacheDataset",
+        "data": data,
+        "transform": transform,
+        "cache_rate": "@cache_rate",
+        "progress": False,
+    }
+
+
+def case_loader(dataset: str, batch_size: str | int, distributed: bool, shuffle: bool = False) -> Config:
+    """Return a data loader; with `shuffle` one to train with."""
+    loader: Config = {
+        "_target_": "DataLoader",
+        "dataset": dataset,
+        "batch_size": batch_size,
+        "num_workers": "@num_workers",
+        "shuffle": shuffle and not distributed,
+    }
+    if distributed:
+        # To train, all processes take equally many cases; to evaluate, no case is taken twice.
+        loader["sampler"] = {
+            "_target_": "DistributedSampler",
+            "dataset": dataset,
+            "even_divisible": shuffle,
+            "shuffle": shuffle,
+        }
+    return loader

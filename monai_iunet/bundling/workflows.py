@@ -1,0 +1,275 @@
+"""The configs of a bundle: to train, to evaluate and to segment, in one process or several."""
+
+from __future__ import annotations
+
+from monai_iunet.bundling.preprocessing import (
+    IMAGE_AND_LABEL,
+    READER,
+    label_transforms,
+    labels_on_image_grid,
+    largest_component,
+    preprocessing,
+    random_transforms,
+)
+from monai_iunet.bundling.sections import (
+    Config,
+    begin,
+    case_dataset,
+    case_loader,
+    datalist,
+    end,
+    evaluator,
+    header,
+    inferer,
+    load_checkpoint,
+    log_of_loss,
+    loss,
+    sliding_window,
+    trained_network,
+)
+from monai_iunet.bundling.task import Task
+
+__all__ = ["evaluate_config", "inference_config", "train_config"]
+
+
+def train_config(task: Task, distributed: bool = False) -> Config:
+    """Return `train.json`, or `multi_gpu_train.json`."""
+    return {
+        **header(task, distributed),
+        "network": _network_in_training(distributed),
+        "ckpt_dir": "$os.path.join(@bundle_root, 'models')",
+        "output_dir": "$os.path.join(@bundle_root, 'train')",
+        "seed": 0,
+        "resume": False,
+        "pretrained": None,
+        "check_data": True,
+        "skip_bad_cases": False,
+        "max_epochs": task.max_epochs,
+        "val_interval": 5,
+        "patience": 20,
+        "batch_size": task.batch_size,
+        "learning_rate": task.learning_rate,
+        "cache_rate": 1.0,
+        "loss": loss(task),
+        **_optimization(),
+        **datalist(task),
+        "preprocessing": preprocessing(task, IMAGE_AND_LABEL),
+        "train": _train_section(task, distributed),
+        "validate": _validate_section(task, distributed),
+        **_progress_of_training(),
+        # Nothing here that reads data: `monai.bundle.load` initializes too.
+        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
+        "run": [
+            "$monai_iunet.start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
+            # Whatever a handler has loaded into the network, the average begins with it.
+            "$@train#trainer.add_event_handler(ignite.engine.Events.STARTED, @start_average)",
+            "$@early_stop.set_trainer(@train#trainer)",
+            "$@progress.attach(@train#trainer)",
+            "$@average.attach(@train#trainer)",
+            "$@checkpoints.attach(@train#trainer, @validate#evaluator)",
+            "$@train#trainer.run()",
+        ],
+        "finalize": end(distributed),
+    }
+
+
+def _network_in_training(distributed: bool) -> str:
+    network = "@network_def.to(@device)"
+    return f"$torch.nn.parallel.DistributedDataParallel({network})" if distributed else f"${network}"
+
+
+def _optimization() -> Config:
+    """Return the optimizer, its schedule, and the average of the weights."""
+    return {
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "params": "$@network.parameters()",
+            "lr": "@learning_rate",
+            "weight_decay": 0.01,
+        },
+        "lr_scheduler": {
+            "_target_": "torch.optim.lr_scheduler.PolynomialLR",
+            "optimizer": "@optimizer",
+            "total_iters": "@max_epochs",
+            "power": 0.9,
+        },
+        # The average of the weights over about the last 300 steps is validated and saved.
+        "average": {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.003},
+        "start_average": "$lambda engine: engine.state.iteration or "
+        "@average.ema_model.load_state_dict(@network_def.state_dict())",
+    }
+
+
+def _train_section(task: Task, distributed: bool) -> Config:
+    not_first = {"_disabled_": "$@rank > 0"}
+    return {
+        "label_transforms": label_transforms(task),
+        "random_transforms": random_transforms(task),
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": "$@preprocessing + @train#label_transforms + @train#random_transforms",
+        },
+        "dataset": case_dataset("$@datalist['training']", "@train#preprocessing"),
+        "dataloader": {
+            **case_loader("@train#dataset", "@batch_size", distributed, shuffle=True),
+            # Unless nothing would be left: MONAI's trainer then skips the training.
+            "drop_last": "$len(@train#dataset) >= @batch_size * int(os.environ.get('WORLD_SIZE', 1))",
+        },
+        "inferer": {"_target_": "SimpleInferer"},
+        "handlers": [
+            {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler", "print_lr": "$@rank == 0"},
+            {
+                "_target_": "ValidationHandler",
+                "validator": "@validate#evaluator",
+                "epoch_level": True,
+                "interval": "@val_interval",
+            },
+            {"_target_": "StatsHandler", **log_of_loss(), **not_first},
+            {"_target_": "TensorBoardStatsHandler", "log_dir": "@output_dir", **log_of_loss(), **not_first},
+        ],
+        "trainer": {
+            "_target_": "SupervisedTrainer",
+            "max_epochs": "@max_epochs",
+            "device": "@device",
+            "train_data_loader": "@train#dataloader",
+            "network": "@network",
+            "optimizer": "@optimizer",
+            "loss_function": "@loss",
+            "inferer": "@train#inferer",
+            "train_handlers": "@train#handlers",
+            "amp": "@amp",
+        },
+    }
+
+
+def _validate_section(task: Task, distributed: bool) -> Config:
+    not_first = {"_disabled_": "$@rank > 0"}
+    one_hot = {
+        "_target_": "AsDiscreted",
+        "keys": ["pred", "label"],
+        "argmax": [True, False],
+        "to_onehot": "@num_classes",
+    }
+    return {
+        "preprocessing": {"_target_": "Compose", "transforms": "@preprocessing"},
+        "dataset": case_dataset("$@datalist['validation']", "@validate#preprocessing"),
+        "dataloader": case_loader("@validate#dataset", 1, distributed),
+        "inferer": sliding_window(task),
+        "postprocessing": {"_target_": "Compose", "transforms": [one_hot]},
+        "key_metric": {
+            "val_mean_dice": {
+                "_target_": "MeanDice",
+                "include_background": False,
+                "output_transform": "$monai.handlers.from_engine(['pred', 'label'])",
+            }
+        },
+        "handlers": [
+            {"_target_": "StatsHandler", "iteration_log": False, **not_first},
+            {"_target_": "TensorBoardStatsHandler", "log_dir": "@output_dir", "iteration_log": False, **not_first},
+            {"_target_": "monai_iunet.PictureHandler", "log_dir": "@output_dir", **not_first},
+            "@early_stop",
+        ],
+        "evaluator": evaluator("@validate#", "$@average.ema_model", key_metric=True),
+    }
+
+
+def _progress_of_training() -> Config:
+    """Return what stops a training early, shows how far it is, and saves its state."""
+    return {
+        "early_stop": {
+            "_target_": "EarlyStopHandler",
+            "patience": "@patience",
+            "score_function": "$lambda validator: validator.state.metrics['val_mean_dice']",
+        },
+        "progress": {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
+        "checkpoints": {
+            "_target_": "monai_iunet.Checkpoints",
+            "folder": "@ckpt_dir",
+            "model": "$@average.ema_model",
+            "state": {"network": "@network_def", "optimizer": "@optimizer", "lr_scheduler": "@lr_scheduler"},
+            "seed": "$@seed + 1000 * @rank",
+            "resume": "@resume",
+            "writes": "$@rank == 0",
+        },
+    }
+
+
+def evaluate_config(task: Task, distributed: bool = False) -> Config:
+    """Return `evaluate.json`, or `multi_gpu_evaluate.json`: validation cases, compared on the grids of their images."""
+    return {
+        **header(task, distributed),
+        **trained_network(),
+        "check_data": True,
+        "skip_bad_cases": False,
+        "structures": list(task.classes),
+        **datalist(task),
+        "image_preprocessing": {"_target_": "Compose", "transforms": preprocessing(task, "image")},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                "@image_preprocessing",
+                {"_target_": "LoadImaged", "keys": "label", "reader": READER, "ensure_channel_first": True},
+            ],
+        },
+        "dataset": {"_target_": "Dataset", "data": "$@datalist['validation']", "transform": "@preprocessing"},
+        "dataloader": case_loader("@dataset", 1, distributed),
+        **inferer(task),
+        "largest_component": task.largest_component,
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [*labels_on_image_grid("@image_preprocessing"), largest_component(task)],
+        },
+        "handlers": [
+            load_checkpoint(),
+            {
+                "_target_": "monai_iunet.CaseReport",
+                "output_dir": "@output_dir",
+                "structures": "@structures",
+            },
+            {"_target_": "StatsHandler", "iteration_log": False, "_disabled_": "$@rank > 0"},
+        ],
+        "evaluator": evaluator("@", "@network"),
+        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=0)"],
+        "run": ["$@evaluator.run()"],
+        "finalize": end(distributed),
+    }
+
+
+def inference_config(task: Task, distributed: bool = False) -> Config:
+    """Return `inference.json`, or `multi_gpu_inference.json`: segments images into label maps on their grids."""
+    return {
+        **header(task, distributed),
+        **trained_network(),
+        "skip_done": True,
+        "largest_component": task.largest_component,
+        "save_probabilities": False,
+        "check_data": True,
+        "skip_bad_cases": False,
+        "max_field_of_view": task.max_field_of_view,
+        "images": "$monai_iunet.images_to_segment(@dataset_dir, @output_dir, skip_done=@skip_done)",
+        "datalist": "$monai_iunet.check_images(@images, @check_data, @skip_bad_cases, @max_field_of_view)",
+        "preprocessing": {"_target_": "Compose", "transforms": preprocessing(task, "image")},
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+        "dataloader": case_loader("@dataset", 1, distributed),
+        **inferer(task),
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                *labels_on_image_grid("@preprocessing", save_probabilities=True),
+                largest_component(task),
+                {
+                    "_target_": "monai_iunet.SaveImageLabelsd",
+                    "keys": "pred",
+                    "output_dir": "@output_dir",
+                },
+            ],
+        },
+        "handlers": [
+            load_checkpoint(),
+            {"_target_": "StatsHandler", "iteration_log": False, "_disabled_": "$@rank > 0"},
+        ],
+        "evaluator": evaluator("@", "@network"),
+        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=0)"],
+        "run": ["$@evaluator.run()"],
+        "finalize": end(distributed),
+    }

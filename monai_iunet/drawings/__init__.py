@@ -1,1 +1,0 @@
-"""The README's drawings: `python -m monai_iunet.drawings.draw` writes them beside this file."""

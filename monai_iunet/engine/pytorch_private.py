@@ -1,0 +1,88 @@
+"""What this package uses of PyTorch beyond its public interface, and why; nothing else does.
+
+The three dictionaries of a module, which `repetition.py` reads, are the exception. Each name has a test in
+`tests/engine/test_pytorch_private.py`, which is run with every version of PyTorch that is supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "DataDependentOutputException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "can_pack_saved_tensors",
+    "current_backward_pass",
+    "graph_is_retained",
+    "is_exporting",
+    "is_view",
+    "keep_versions",
+    "tree_leaves",
+    "version",
+    "without_modes",
+]
+
+Result = TypeVar("Result")
+
+
+def can_pack_saved_tensors() -> bool:
+    """Whether saved-tensor hooks may be set: not in `torch.func`, nor where a user has forbidden them.
+
+    `torch.func` refuses or ignores them; there is no public question for either.
+    """
+    enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return enabled and not torch._C._are_functorch_transforms_active()
+
+
+def current_backward_pass() -> int:
+    """Number of the backward pass that is running in this thread, which may run in others too; -1 if none is."""
+    return torch._C._current_graph_task_id()
+
+
+def graph_is_retained(ctx: Any) -> bool:
+    """Whether the graph survives the backward pass that is running; if not, frees what the node `ctx` saved."""
+    ctx.maybe_clear_saved_tensors()
+    try:
+        ctx.saved_tensors  # noqa: B018 - raises once the saved tensors are freed
+    except RuntimeError:
+        return False
+    return True
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is tracing.
+
+    `torch.compiler.is_exporting()`, which is public, says so of every compiled graph, too, up to PyTorch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor shares the memory of another one that it was cut from."""
+    return tensor._is_view()
+
+
+def keep_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Change tensors in place without the knowledge of autograd, which must find them as they were afterwards."""
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as far as autograd knows and tells: not in inference, nor compiled."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def without_modes(function: Callable[[], Result]) -> Result:
+    """Call a function with real tensors where operators are counted, or only pretend, by a dispatch mode."""
+    with _disable_current_modes():
+        return function()

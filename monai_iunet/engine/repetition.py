@@ -1,0 +1,195 @@
+"""Evaluating a module a second time with the result of the first.
+
+A result depends on more than the inputs: on the autocast setting, the random numbers, the mode of each part (training
+or evaluation), the parameters, and the buffers, which an evaluation may change. `Conditions` records all of it around
+the first evaluation and has it again around the second, after which everything is as it was before that: running
+statistics move once, random numbers are drawn once.
+
+The module itself is never changed for this, because another thread may be using it: where a mode, a parameter or a
+buffer is another one by then, the second evaluation is that of a replica that has the parts of the first. The exception
+are buffers that the module writes to: their values are put back for the time of the second evaluation, and afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_iunet.engine.pytorch_private import keep_versions, version, without_modes
+
+__all__ = ["Conditions"]
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Conditions:
+    """What the evaluation of a module depends on beside its inputs.
+
+    Args:
+        module: is evaluated within `recorded()`, and what `module_then()` returns within `repeated()`.
+        device: of its inputs.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys((device.type, "cpu"))
+            if torch.amp.is_autocast_available(kind)
+        ]
+        self._parts = [_Part(part) for part in module.modules()]
+        self._versions: list[tuple[Tensor, int]] = []
+        self._moved: list[tuple[Tensor, Tensor]] = []  # buffers that the module writes to, and their values before
+        self._random: tuple[list[Tensor], list[Tensor]] | None = None  # the generators' states before and after
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Context of the first evaluation."""
+        versions = [(tensor, version(tensor)) for part in self._parts for tensor in part.tensors()]
+        buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
+        before = _generator_states(self._device)
+        with self._autocast_again():
+            yield
+        after = _generator_states(self._device)
+        if _bytes(before) != _bytes(after):
+            self._random = before, after
+        self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
+        unmoved = {id(tensor) for tensor, _ in self._versions}
+        self._moved = [(buffer, value) for buffer, value in buffers if id(buffer) not in unmoved]
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Context of the second evaluation."""
+        for tensor, before in self._versions:
+            if version(tensor) != before:
+                raise RuntimeError(
+                    f"A parameter or buffer of shape {tuple(tensor.shape)} has been modified by an inplace operation "
+                    "between the forward and the backward pass, which computes activations with it once more. Step the "
+                    'optimizer after the backward pass, or store activations (activations="store").'
+                )
+        with ExitStack() as stack:
+            buffers = [buffer for part in self._parts for buffer in part.own_buffers()]
+            if buffers:
+                stack.enter_context(keep_versions(buffers))
+                stack.callback(_write, buffers, [buffer.detach().clone() for buffer in buffers])
+                for buffer, value in self._moved:
+                    _write([buffer], [value])
+            if self._random is not None:
+                stack.callback(_set_generator_states, self._device, _generator_states(self._device))
+                _set_generator_states(self._device, self._random[0])
+            stack.enter_context(self._autocast_again())
+            yield
+            self._check_random_numbers()
+
+    def module_then(self) -> nn.Module:
+        """The module, or a replica of it as it was in the first evaluation where it is another one by now.
+
+        Raises:
+            RuntimeError: when a part is another one by now and cannot be replicated.
+        """
+        if all(part.is_as_it_was() for part in self._parts):
+            return self._parts[0].module
+        replicas = {part.module: part.replica() for part in self._parts}
+        for part in self._parts:
+            replicas[part.module]._modules = {
+                name: child if child is None else replicas[child] for name, child in part.children.items()
+            }
+        return replicas[self._parts[0].module]
+
+    def _check_random_numbers(self) -> None:
+        """Notice another thread that drew from the generator while a dropout did."""
+        if self._random is None or not any(part.training and isinstance(part.module, DROPOUT) for part in self._parts):
+            return
+        if _bytes(_generator_states(self._device)) != _bytes(self._random[1]):
+            raise RuntimeError(
+                "The random numbers of a dropout cannot be drawn again, because another thread has drawn from the same "
+                'generator meanwhile. Let one thread draw at a time, or store activations (activations="store").'
+            )
+
+    @contextmanager
+    def _autocast_again(self) -> Iterator[None]:
+        # Without its cache, which would keep a cast copy of every parameter until the end of the forward pass.
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
+            yield
+
+
+class _Part:
+    """What one module of a tree of modules consists of at some moment."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+        self.parameters = dict(module._parameters)
+        self.buffers = dict(module._buffers)
+        self.children = dict(module._modules)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for tensor in (*self.parameters.values(), *self.buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+    def own_buffers(self) -> Iterator[Tensor]:
+        return (buffer for buffer in self.buffers.values() if buffer is not None)
+
+    def is_as_it_was(self) -> bool:
+        return (
+            self.module.training == self.training
+            and _same(self.module._parameters, self.parameters)
+            and _same(self.module._buffers, self.buffers)
+            and self.module._modules == self.children
+        )
+
+    def replica(self) -> Any:
+        """A module that shares everything with this one but what is another one by now."""
+        if "forward" in self.module.__dict__:  # as of `torch.compile(module)`, which runs the module itself
+            raise RuntimeError(
+                f"{type(self.module).__name__} has another mode, or other parameters, in the backward pass than it had "
+                "in the forward pass, and cannot be evaluated as it was then, because its `forward` was replaced. "
+                'Leave it as it is until after the backward pass, or store activations (activations="store").'
+            )
+        replica: Any = object.__new__(type(self.module))  # not that of the class, which may build a new module
+        # Without what `module.compile()` made, which runs the module itself.
+        replica.__dict__ = dict(self.module.__dict__, training=self.training, _compiled_call_impl=None)
+        if not _same(self.module._parameters, self.parameters):
+            replica._parameters = dict(self.parameters)
+        if not _same(self.module._buffers, self.buffers):
+            replica._buffers = dict(self.buffers)
+        return replica
+
+
+def _same(now: Any, then: dict[str, Any]) -> bool:
+    """Whether tensors are the same objects; fully sharded training puts others in their place, of the same values."""
+    return now.keys() == then.keys() and all(
+        tensor is then[name] or hasattr(tensor, "full_tensor") or hasattr(then[name], "full_tensor")
+        for name, tensor in now.items()
+    )
+
+
+def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values):
+            tensor.copy_(value)
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """States of the random number generators that a module on the device may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _set_generator_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _bytes(states: list[Tensor]) -> list[bytes]:
+    return without_modes(lambda: [state.numpy().tobytes() for state in states])

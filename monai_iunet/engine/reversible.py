@@ -1,0 +1,478 @@
+"""Back-propagation that rebuilds activations instead of storing them.
+
+A layer with an inverse needs no stored input: its input follows from its output. A chain of such layers keeps its last
+state only, and its backward pass rebuilds one state after the other:
+
+    forward     x0 --layer1--> x1 --layer2--> x2 --layer3--> x3        only x3 is kept
+    backward    x0 <--layer1-- x1 <--layer2-- x2 <--layer3-- x3        states, rebuilt one by one
+                g0 <---------- g1 <---------- g2 <---------- g3        gradients, by autograd
+
+The graph is the ordinary one that autograd makes of what a layer computes. Only what its nodes save is not stored:
+while a layer is evaluated, saved-tensor hooks put a number in the place of each tensor that autograd would save. When
+the backward pass asks for the first of them, the call of the layer is *rebuilt*: its inputs are computed from its
+outputs, and evaluating the layer once more gives what was to be saved, number by number. The inputs are left where the
+layer before finds its outputs, and so on.
+
+So hooks on tensors, parameters and modules, gradients that arrive layer by layer (distributed training overlaps
+communication), checkpointing within and around, losses on what is inside, and several threads work as they do with
+plain autograd: the engine changes nothing but where saved tensors come from.
+
+A tensor between two layers is a `_State`. The call that made it holds it until another invertible layer takes it, which
+can give it back from then on. A state is recognized by its memory: the same storage, place, shape, strides and version.
+What is not recognized (a view, a copy, a tensor that was changed) is no state, and the call that made the state
+keeps it, as plain autograd would.
+
+What the engine does not do:
+
+- `torch.func` (`grad`, `vjp`, `jvp`, `vmap`), forward-mode differentiation, tracing and exporting take the way of plain
+  autograd, right, but with the memory of `rebuilds = False`. A second derivative (`create_graph=True`) is right, but
+  its graph stores what the first one rebuilt.
+- Neither do layers with parts in TorchScript rebuild, which is optimized in the course of its first runs, and then
+  saves other tensors than before.
+- What casts the states of a chain to 16 bits, as a mixed-precision policy of `fully_shard` around couplings does, has
+  them rebuilt with that rounding: shard branches, or the whole.
+- Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
+  and again. Threads with graphs of their own are independent.
+- What a module keeps outside of its parameters, buffers and random generators is not put back for the second
+  evaluation: a layer that counts its calls in an attribute counts two in each step.
+
+Sources: Gomez et al., The Reversible Residual Network, 2017 (arXiv 1707.04585); Etmann, Ke, Schönlieb, iUNets, 2020
+(arXiv 2005.05220). PyTorch's `torch/utils/checkpoint.py` repeats evaluations in the same way, from stored inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+
+from monai_iunet.engine.pytorch_private import (
+    can_pack_saved_tensors,
+    current_backward_pass,
+    graph_is_retained,
+    is_exporting,
+    version,
+)
+from monai_iunet.engine.repetition import Conditions
+
+__all__ = ["Call", "InvertibleLayer", "Tensors", "is_recorded_by_autograd_alone", "is_transformed"]
+
+Tensors = tuple[Tensor, ...]
+LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be rounding
+
+
+class InvertibleLayer(nn.Module):
+    """A bijection between tuples of tensors, whose backward pass rebuilds its input from its output.
+
+    A subclass defines `transform` and its inverse `restore`, in ordinary differentiable PyTorch. Calling the layer, and
+    calling `inverse`, then back-propagates without storing more than the last state of a chain of layers. A subclass
+    that can do better than "restore the inputs, transform them again" overrides `rebuild`.
+
+    Attributes:
+        rebuilds: whether the backward pass rebuilds the input (default), or plain autograd stores what it needs.
+        exact: whether the input is rebuilt to the last bit, by a layer that knows how.
+        is_function_of_weights: whether `transform` and `rebuild` depend on nothing but inputs and `weights()`: no
+            modules with modes and buffers, no autocast, no random numbers.
+
+    Example:
+        >>> class Swap(InvertibleLayer):
+        ...     def transform(self, inputs, weights):
+        ...         return inputs[1], inputs[0]
+        ...     restore = transform
+        >>> first, second = Swap()(torch.zeros(1), torch.ones(1))
+        >>> first.item(), second.item()
+        (1.0, 0.0)
+    """
+
+    rebuilds: bool = True
+    exact: bool = False
+    is_function_of_weights: bool = False
+
+    def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
+        """The bijection itself: outputs from inputs."""
+        raise TypeError(f"{type(self).__name__} does not define `transform(inputs, weights)`.")
+
+    def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
+        """The inverse bijection: inputs from outputs."""
+        raise TypeError(f"{type(self).__name__} does not define `restore(outputs, weights)`.")
+
+    def weights(self) -> Tensors:
+        """The tensors, beside its inputs, that `transform` and `restore` are given, computed once per call.
+
+        By default the layer's parameters, which `transform` may as well read from the module.
+        """
+        return tuple(self.parameters())
+
+    def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
+        """What `rebuild` needs beside the outputs of a call, kept until its backward pass. By default nothing."""
+        return ()
+
+    def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
+        """The inputs of a call from its outputs. By default what `restore`, or `transform`, makes of them."""
+        return (self.transform if inverse else self.restore)(outputs, weights)
+
+    def forward(self, *inputs: Tensor, keep: bool = False) -> Tensors:
+        """Apply the layer.
+
+        Args:
+            inputs: the tensors of the state.
+            keep: whether autograd saves the outputs, as it should at the end of a chain, so that saved-tensor hooks
+                (offloading, checkpointing) see them. Otherwise the call holds them until another invertible layer
+                takes them.
+        """
+        return _run(self, inputs, keep, inverse=False)
+
+    def inverse(self, *outputs: Tensor, keep: bool = False) -> Tensors:
+        """Apply the inverse of the layer; differentiable, and as frugal as `forward`."""
+        return _run(self, outputs, keep, inverse=True)
+
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
+        """From the outputs of a call to its inputs and to what autograd was to save, in the order of the call.
+
+        Args:
+            outputs: what the call returned; empty the list to free them early.
+            overwrite: per output, whether its memory may be reused.
+            call: what else is known of the call.
+
+        Raises:
+            RuntimeError: when `restore` is not the inverse of `transform`.
+        """
+        with call.repeat(), torch.no_grad():
+            inputs = self.recover(tuple(outputs), call.weights, call.remembered, call.inverse)
+        with call.repeat() as saved:
+            again = (self.restore if call.inverse else self.transform)(call.leaves(inputs), call.weights)
+        for tensor, expected in zip(again, outputs):
+            size = torch.linalg.vector_norm(expected)
+            error = torch.linalg.vector_norm(tensor.detach() - expected)
+            if size.isfinite() and not error <= LARGEST_ERROR * size:  # an error that is no number counts
+                raise RuntimeError(
+                    f"{type(self).__name__}: `restore` does not undo `transform` (or they draw different random "
+                    "numbers), so that the input cannot be rebuilt. Mend it, or set `rebuilds = False` "
+                    '(activations="store").'
+                )
+        return inputs, saved
+
+
+class Call:
+    """One call of a layer: what it takes to rebuild its inputs and what autograd was to save.
+
+    Calls refer to each other downstream only, through `outputs` and the state's taker; the way up is weak. A cycle
+    would keep tensors alive until the garbage collector runs.
+
+    Attributes:
+        weights: what `weights()` returned, cut off from its graph.
+        inverse: whether the call was one of `inverse`, so that its "inputs" are what `forward` returns.
+        remembered: what `remember` returned.
+    """
+
+    def __init__(self, layer: InvertibleLayer, inverse: bool, inputs: Tensors, weights: Tensors) -> None:
+        self.weights = tuple(weight.detach().requires_grad_(weight.requires_grad) for weight in weights)
+        self.inverse = inverse
+        self.remembered: Tensors = ()
+        self.outputs: tuple[_State, ...] = ()
+        self._layer = layer
+        self._conditions = None if layer.is_function_of_weights else Conditions(layer, inputs[0].device)
+        self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
+        self._sources: list[weakref.ref[_State] | None] = []
+        self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
+        self._saved: tuple[_Maker, list[Tensor | None]] = ((0, -1), [])  # who has rebuilt these, and what is left
+
+    def record(self, inputs: Tensors, weights: Tensors, keep: bool) -> Tensors:
+        """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
+        evaluate = self._layer.restore if self.inverse else self._layer.transform
+        with (
+            self._conditions.recorded() if self._conditions else nullcontext(),
+            saved_tensors_hooks(self._pack, self._unpack),
+        ):
+            outputs = evaluate(inputs, weights)
+        if any(output.requires_grad for output in outputs):
+            with torch.no_grad():
+                self.remembered = self._layer.remember(inputs, outputs, weights, self.inverse)
+            # Last, so that nothing has changed if an error was raised before.
+            sources = [_State.of(tensor) for tensor in inputs]
+            self._sources = [None if source is None else weakref.ref(source) for source in sources]
+            for source in sources:
+                if source is not None:
+                    source.be_taken(self)
+            self.outputs = tuple(_State(output, keep) for output in outputs)
+        return outputs
+
+    @contextmanager
+    def repeat(self) -> Iterator[list[Tensor]]:
+        """Context of the second evaluation, recorded by autograd; its value fills with what that saves."""
+        saved = _Caught()
+        with (
+            self._conditions.repeated() if self._conditions else nullcontext(),
+            torch.enable_grad(),
+            saved_tensors_hooks(saved.catch, _refuse),
+        ):
+            yield saved
+
+    def leaves(self, inputs: Sequence[Tensor], first: int = 0) -> Tensors:
+        """Inputs for the second evaluation: the order of axes, and whether they ask for gradients, are as in the first.
+
+        Kernels depend on the order of axes in memory, and so do results to the last bit.
+
+        Args:
+            inputs: rebuilt ones, from a place on.
+            first: this place.
+        """
+        return tuple(
+            _with_strides(tensor.detach(), stride).requires_grad_(wanted)
+            for tensor, (wanted, stride) in zip(inputs, self._inputs[first:])
+        )
+
+    @property
+    def inputs_wanted(self) -> bool:
+        """Whether a call upstream waits for the inputs; if not, `rebuild` may return none."""
+        return any(source is not None and source() is not None for source in self._sources)
+
+    def invert(self) -> None:
+        """Rebuild the inputs alone."""
+        outputs, overwrite = self._take_outputs()
+        with self._conditions.repeated() if self._conditions else nullcontext(), torch.no_grad():
+            inputs = self._layer_then().recover(tuple(outputs), self.weights, self.remembered, self.inverse)
+        self._hand_on(inputs, _others(outputs, overwrite), let_go=False)
+
+    def needs(self, storage: UntypedStorage) -> bool:
+        """Whether something that was rebuilt, and that autograd has not asked for yet, lies in this memory."""
+        return any(tensor is not None and tensor.untyped_storage() is storage for tensor in self._saved[1])
+
+    # A branch that was compiled would have its hooks compiled, too.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _pack(self, tensor: Tensor) -> int:
+        self._kinds.append(_kind(tensor))
+        return len(self._kinds) - 1
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _unpack(self, number: int) -> Tensor:
+        maker, saved = self._saved
+        if not _is_here(maker) or saved[number] is None:
+            saved = self._rebuild()
+        tensor, saved[number] = saved[number], None
+        assert tensor is not None
+        return tensor
+
+    def _rebuild(self) -> list[Tensor | None]:
+        with torch.no_grad():
+            outputs, overwrite = self._take_outputs()
+            others = _others(outputs, overwrite)
+            inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
+            if list(map(_kind, saved)) != self._kinds:
+                raise RuntimeError(
+                    f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
+                    f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes "
+                    "or types. It must compute the same whenever it is given the same input; else store activations "
+                    '(activations="store").'
+                )
+            probe = _saved()
+            self._hand_on(inputs, others, let_go=not graph_is_retained(probe.grad_fn))
+        rebuilt: list[Tensor | None] = list(saved)
+        self._saved = _here(), rebuilt
+        return rebuilt
+
+    def _layer_then(self) -> Any:
+        return self._conditions.module_then() if self._conditions else self._layer
+
+    def _take_outputs(self) -> tuple[list[Tensor], list[bool]]:
+        taken = []
+        for state in self.outputs:
+            while (value := state.take()) is None:  # again, if another thread was quicker
+                _make_known(state)
+            taken.append(value)
+        return [tensor for tensor, _ in taken], [ours for _, ours in taken]
+
+    def _hand_on(self, inputs: Sequence[Tensor], others: Sequence[UntypedStorage], let_go: bool) -> None:
+        """Leave the inputs with the calls that made them; what lies in others' memory is not ours."""
+        for tensor, source in zip(inputs, self._sources):
+            state = source() if source is not None else None
+            if state is not None:
+                state.give(tensor, all(tensor.untyped_storage() is not storage for storage in others), let_go)
+
+
+class _Caught(list[Tensor]):
+    """Tensors that autograd was about to save."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def catch(self, tensor: Tensor) -> None:
+        self.append(tensor.detach())
+
+
+class _State:
+    """A tensor that a layer made: at hand, or to be had from the call that took it."""
+
+    __slots__ = ("__weakref__", "_guard", "_held", "_rebuilt", "_saver", "_taker", "_version")
+
+    def __init__(self, tensor: Tensor, keep: bool) -> None:
+        self._taker: weakref.ref[Call] | None = None
+        self._guard: Call | None = None  # keeps the taker alive where no graph does
+        self._held = None if keep else tensor.detach()
+        self._saver = _saved(tensor.detach()) if keep else None
+        self._version = version(tensor)
+        self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
+        if not keep:
+            _STATES.setdefault(tensor.untyped_storage(), {})[_place(tensor)] = weakref.ref(self)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _State | None:
+        """The state that a tensor is: the same memory, unchanged, not a copy or another view."""
+        if tensor.layout is not torch.strided or tensor.is_inference():
+            return None
+        reference = _STATES.get(tensor.untyped_storage(), {}).get(_place(tensor))
+        state = reference() if reference is not None else None
+        return state if state is not None and state._version == version(tensor) else None
+
+    def be_taken(self, call: Call) -> None:
+        """Let go of the tensor: from now on the call can give it back."""
+        self._taker, self._guard, self._held = weakref.ref(call), call, None
+
+    @property
+    def taker(self) -> Call:
+        """The call that took the tensor."""
+        call = self._taker() if self._taker is not None else None
+        if call is None:
+            raise RuntimeError(
+                "A state of a reversible chain cannot be rebuilt, because an earlier backward pass has freed the graph "
+                "behind it. Specify retain_graph=True in that one."
+            )
+        return call
+
+    def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
+        """Take the tensor back, and let go of the call that gave it, and so of all that follows, if asked to."""
+        self._rebuilt = _here(), tensor, ours
+        if let_go:
+            self._guard = None
+
+    @property
+    def is_known(self) -> bool:
+        rebuilt = self._rebuilt
+        mine = rebuilt is not None and _is_here(rebuilt[0])
+        return mine or self._held is not None or self._saver is not None
+
+    def take(self) -> tuple[Tensor, bool] | None:
+        """The tensor and whether its memory may be reused, if it is known; what was rebuilt is forgotten."""
+        rebuilt = self._rebuilt
+        if rebuilt is not None and _is_here(rebuilt[0]):
+            _, tensor, ours = rebuilt
+            self._rebuilt = None
+            taker = self._taker() if self._taker is not None else None
+            return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
+        if self._saver is not None:
+            return self._saver.grad_fn.saved_tensors[0], False
+        if self._held is not None and version(self._held) != self._version:
+            raise RuntimeError(
+                f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
+                "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
+            )
+        return None if self._held is None else (self._held, False)
+
+
+# Of each storage, the states that lie in it, by place; no tensor is kept alive by it.
+_STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]]] = weakref.WeakKeyDictionary()
+
+
+def _saved(*tensors: Tensor) -> Any:
+    """A tensor whose node, while it lives, has saved others with autograd, where saved-tensor hooks see them."""
+    with torch.enable_grad():
+        return _Saver.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
+
+
+class _Saver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func` or forward-mode differentiation works on tensors."""
+    return not can_pack_saved_tensors() or any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+
+
+def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
+    """Whether something works on tensors that knows PyTorch's own operators only.
+
+    That is `torch.func`, forward-mode differentiation, a tracer, a compiler or an exporter.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_exporting() or is_transformed(*tensors)
+
+
+def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool) -> Tensors:
+    weights = layer.weights()
+    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
+    if not rebuilds or any(isinstance(part, torch.jit.ScriptModule) for part in layer.modules()):
+        return (layer.restore if inverse else layer.transform)(inputs, weights)
+    return Call(layer, inverse, inputs, weights).record(inputs, weights, keep)
+
+
+def _make_known(state: _State) -> None:
+    """Have a state at hand, by inverting the calls downstream as far as need be.
+
+    Happens where no gradient came from the call that took it, because a loss depends on a part of a chain only. States
+    found on the way are dropped again, so that the memory does not grow with the length of the way.
+    """
+    pending = [] if state.is_known else [state]
+    while pending:
+        call = pending[-1].taker
+        missing = [output for output in call.outputs if not output.is_known]
+        if missing:
+            pending += missing
+            continue
+        call.invert()
+        while pending and pending[-1].is_known:
+            pending.pop()
+
+
+def _others(outputs: Sequence[Tensor], overwrite: Sequence[bool]) -> list[UntypedStorage]:
+    """The memory of outputs that is not the engine's, but that of tensors that somebody holds."""
+    return [output.untyped_storage() for output, ours in zip(outputs, overwrite) if not ours]
+
+
+def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """The tensor, or a copy of it whose axes lie in memory in the order that strides tell, without gaps."""
+    if tensor.stride() == stride:
+        return tensor
+    layout = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta"))
+    if tensor.stride() == layout.stride():
+        return tensor
+    return torch.empty_strided(tensor.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+# A thread and a backward pass. What either has made it may use; another thread with another pass over the same graph
+# makes its own, because memory is written over. One pass runs in several threads where there are several devices.
+_Maker = tuple[int, int]
+
+
+def _here() -> _Maker:
+    return threading.get_ident(), current_backward_pass()
+
+
+def _is_here(maker: _Maker) -> bool:
+    thread, backward_pass = maker
+    return thread == threading.get_ident() or (backward_pass != -1 and backward_pass == current_backward_pass())
+
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where in its storage a tensor lies, and how it is to be read."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj()
+
+
+def _refuse(_: Any) -> NoReturn:
+    raise RuntimeError(
+        "This tensor was computed while activations were rebuilt in a backward pass, and cannot be differentiated. A "
+        "hook has caught it: take what the hook sees in the forward pass."
+    )

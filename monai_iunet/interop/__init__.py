@@ -1,0 +1,1 @@
+"""Other packages: `iunets` and nnU-Net."""

@@ -1,0 +1,260 @@
+"""The released `iunets` package's class, on our engine: its signature, its layout, its checkpoints.
+
+What is the same, so that outputs agree to rounding: couplings, splits, resampling, channel mixing and where it stands,
+padding, and the default block (convolution, leaky ReLU, normalization of all channels, the last one zero at first).
+What is right here and not there: gradients of the orthogonal matrices, `"householder"`, images whose size does not
+divide (`forward(x, crop=False)` has an inverse), 16-bit types, and memory that does not grow with depth.
+
+Source: the package `iunets`, versions 0.1 and the head of its repository; Etmann, Ke, Schönlieb 2020 (arXiv
+2005.05220).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_iunet.networks.blocks.mixing import ChannelMixing
+from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
+from monai_iunet.networks.nets.iunet import IUNet
+
+__all__ = ["StandardBlock", "iUNet", "load_iunets_state_dict"]
+
+ORTHOGONAL_MAPS = {"exp": "matrix_exp", "cayley": "cayley", "householder": "householder"}
+SAME_AS_IDENTITY = ("pixel_shuffle", "squeeze", "zeros")
+
+
+class iUNet(IUNet):  # noqa: N801 - the name that is replaced
+    """An `IUNet` with the arguments of the released package.
+
+    Args:
+        in_channels: channels of the images, or their shape without the batch.
+        architecture: couplings per level.
+        dim: 1, 2 or 3.
+        create_module_fn: `create_module_fn(in_channels, dim=, LR=, level=, module_index=, architecture=,
+            **module_kwargs)` returns an invertible layer with `forward` and `inverse`; None for additive couplings.
+        module_kwargs: further arguments of it; for the default, `block_depth`.
+        slice_mode: "double" or "constant": what downsampling makes of the number of channels.
+        learnable_resampling: whether resampling is trained.
+        resampling_stride: an int, a tuple with one per axis, or a list of either with one per downsampling.
+        resampling_method: "cayley", "exp" or "householder".
+        resampling_init: "haar", "pixel_shuffle", "random" or an orthogonal matrix.
+        learnable_channel_mixing: whether channel mixing is trained.
+        channel_mixing_freq: -1 for one at the end of each level of the encoder and after the first coupling of each of
+            the decoder; n for one after every n-th coupling.
+        channel_mixing_method: as `resampling_method`.
+        padding_mode: as in `torch.nn.functional.pad`; None to refuse sizes that do not divide.
+        padding_value: only 0.
+        revert_input_padding: whether the output has the size of the input.
+        disable_custom_gradient: whether activations are stored.
+        verbose: of no effect: there is nothing to warn of.
+
+    Raises:
+        ValueError: for arguments that describe no network.
+
+    Example:
+        >>> net = iUNet(in_channels=4, architecture=(2, 2), dim=2)
+        >>> net(torch.zeros(1, 4, 8, 8)).shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        architecture: Sequence[int],
+        dim: int,
+        create_module_fn: Callable[..., nn.Module] | None = None,
+        module_kwargs: Mapping[str, Any] | None = None,
+        slice_mode: str = "double",
+        learnable_resampling: bool = True,
+        resampling_stride: Any = 2,
+        resampling_method: str = "cayley",
+        resampling_init: Any = "haar",
+        learnable_channel_mixing: bool = True,
+        channel_mixing_freq: int = -1,
+        channel_mixing_method: str = "cayley",
+        padding_mode: str | None = "constant",
+        padding_value: float = 0,
+        revert_input_padding: bool = True,
+        disable_custom_gradient: bool = False,
+        verbose: int = 1,
+    ) -> None:
+        for name, method in (("resampling", resampling_method), ("channel_mixing", channel_mixing_method)):
+            if method not in ORTHOGONAL_MAPS:
+                raise ValueError(f"{name}_method must be one of {', '.join(ORTHOGONAL_MAPS)}, got {method!r}.")
+        if padding_value != 0:
+            raise ValueError(f"padding_value must be 0, got {padding_value!r}. Pad the images before.")
+        if channel_mixing_freq != -1 and channel_mixing_freq < 1:
+            raise ValueError(f"channel_mixing_freq must be -1 or positive, got {channel_mixing_freq!r}.")
+        first = in_channels if isinstance(in_channels, int) else in_channels[0]
+        count = len(architecture) - 1
+        strides = list(resampling_stride) if isinstance(resampling_stride, list) else [resampling_stride] * count
+        strides = [(stride,) * dim if isinstance(stride, int) else tuple(stride) for stride in strides]
+        arguments = dict(module_kwargs or {})
+
+        def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
+            if create_module_fn is None:
+                return StandardBlock(dims, inputs, outputs, **arguments)
+            place = {"LR": stage[0].translate({ord("e"): "L", ord("d"): "R"}), "level": level, "module_index": index}
+            return create_module_fn(inputs + outputs, dim=dims, architecture=architecture, **place, **arguments)
+
+        super().__init__(
+            dim,
+            _channels(first, strides, slice_mode),
+            strides=strides,
+            couplings=tuple(architecture),
+            channel_mixing=None,
+            orthogonal_map=ORTHOGONAL_MAPS[resampling_method],
+            resampling_init=_resampling_init(resampling_init, strides),
+            learnable_resampling=learnable_resampling,
+            padding_mode=padding_mode,
+            make_branch=make_branch,
+        )
+        self.architecture = tuple(architecture)
+        self.revert_input_padding = revert_input_padding
+        for level, total in enumerate(self.channels):
+            for stage in (self.encoder, self.decoder):
+                mixed = _mixed(self.couplings[level], channel_mixing_freq, stage is self.decoder, level == count)
+                _insert_mixing(stage[level], total, mixed, channel_mixing_method, learnable_channel_mixing)
+        self.activations = "store" if disable_custom_gradient else "invert"
+
+    def forward(self, x: Tensor, crop: bool | None = None) -> Tensor:
+        """As `IUNet.forward`; without `crop` as `revert_input_padding` says."""
+        return super().forward(x, self.revert_input_padding if crop is None else crop)
+
+    def decode(self, *codes: Any) -> Tensor:
+        """The image of codes, given one by one, or together as a tuple."""
+        return super().decode(codes[0] if len(codes) == 1 and not isinstance(codes[0], Tensor) else codes)
+
+    def encoder_inverse(self, *codes: Tensor) -> Tensor:
+        """`encode_inverse`, with the codes given one by one."""
+        return self.encode_inverse(codes)
+
+    def decoder_inverse(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`decode_inverse`."""
+        return self.decode_inverse(x)
+
+
+class StandardBlock(nn.Sequential):
+    """The network in a coupling: convolutions, each followed by leaky ReLU and normalization, zero at first.
+
+    Args:
+        dim: 1, 2 or 3.
+        in_channels: channels of the half that it reads.
+        out_channels: channels of the half that it changes.
+        block_depth: number of convolutions.
+
+    Example:
+        >>> StandardBlock(2, 3, 2)(torch.rand(1, 3, 4, 4)).abs().max().item()
+        0.0
+    """
+
+    def __init__(self, dim: int, in_channels: int, out_channels: int, block_depth: int = 1) -> None:
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+        widths = [in_channels, *[max(in_channels, out_channels)] * (block_depth - 1), out_channels]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [
+                convolution(before, after, 3, padding=1, bias=False),
+                nn.LeakyReLU(),
+                nn.GroupNorm(1, after, eps=1e-3),
+            ]
+            nn.init.kaiming_uniform_(layers[-3].weight, a=0.01, mode="fan_out")  # type: ignore[arg-type]
+        nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
+        super().__init__(*layers)
+
+
+def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> None:
+    """Load the weights of a network of the released package into ours, built with the same arguments.
+
+    Args:
+        network: is changed; its orthogonal matrices become functions of the weights alone, as there.
+        state_dict: what `state_dict()` of the other network returned; load a file of one with `weights_only=True`.
+
+    Raises:
+        ValueError: when names or shapes are not those of such a network, or one that uses Householder reflections,
+            which were not orthogonal matrices there; nothing is changed then.
+
+    Example:
+        >>> net = iUNet(in_channels=4, architecture=(1,), dim=2)
+        >>> load_iunets_state_dict(net, {})
+        Traceback (most recent call last):
+            ...
+        ValueError: encoder_modules.0.0._fn.F.F.0.weight is missing, but (2, 2, 3, 3) is needed. Build the network ...
+    """
+    matrices = [module for module in network.modules() if isinstance(module, OrthogonalMatrix)]
+    if any(matrix.orthogonal_map == "householder" for matrix in matrices):
+        raise ValueError("Householder matrices of iunets cannot be taken over: they were one reflection each.")
+    theirs = dict(state_dict)
+    moves: list[tuple[Tensor, str]] = []
+    for stage, levels in (("encoder_modules", network.encoder), ("decoder_modules", network.decoder)):
+        for level, layers in enumerate(levels):
+            for index, layer in enumerate(layers):
+                prefix = f"{stage}.{level}.{index}._fn."
+                if isinstance(layer, ChannelMixing):
+                    moves.append((layer.matrix.weight, f"{prefix}weight"))
+                    continue
+                branch = next(layer.children())
+                inner = f"{prefix}F.F." if isinstance(branch, StandardBlock) else prefix
+                moves += [(tensor, inner + name) for name, tensor in branch.state_dict(keep_vars=True).items()]
+    for name, layers in (("downsampling_layers", network.downsamplings), ("upsampling_layers", network.upsamplings)):
+        for level, layer in enumerate(layers):
+            moves.append((layer.matrix.weight, f"{name}.{level}._fn.weight"))
+    for tensor, name in moves:
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            came = f"has the shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
+            raise ValueError(
+                f"{name} {came}, but {tuple(tensor.shape)} is needed. Build the network with the other's arguments."
+            )
+    # Blocks are listed there twice, as `seq` and as `F`.
+    unused = {name for name in theirs if ".F.seq." not in name} - {name for _, name in moves}
+    if unused:
+        raise ValueError(f"The network has no place for {sorted(unused)[0]} and {len(unused) - 1} others.")
+    with torch.no_grad():
+        for tensor, name in moves:
+            tensor.copy_(theirs[name])
+        for matrix in matrices:
+            if matrix.base is not None:
+                matrix.base.copy_(torch.eye(matrix.base.shape[-1]).expand_as(matrix.base))
+    network.train(network.training)
+
+
+def _channels(first: int, strides: Sequence[Sequence[int]], slice_mode: str) -> list[int]:
+    if slice_mode not in ("double", "constant"):
+        raise ValueError(f'slice_mode must be "double" or "constant", got {slice_mode!r}.')
+    factor = {"double": 2, "constant": 1}[slice_mode]
+    channels = [first]
+    for stride in strides:
+        values = math.prod(stride)
+        skipped = max(1, channels[-1] * (values - factor) // values)
+        channels.append(values * (channels[-1] - skipped))
+    return channels
+
+
+def _mixed(couplings: int, freq: int, decoder: bool, last: bool) -> set[int]:
+    """After which couplings of a level channels are mixed."""
+    if freq > 0:
+        return set(range(freq - 1, couplings, freq))
+    return set() if last else {0} if decoder else {couplings - 1}
+
+
+def _insert_mixing(layers: nn.ModuleList, total: int, after: Iterable[int], method: str, learnable: bool) -> None:
+    small, large = total // 2, total - total // 2
+    for index in sorted(after, reverse=True):
+        halves = (small, large) if index % 2 else (large, small)
+        mixing = ChannelMixing(halves, halves, ORTHOGONAL_MAPS[method])
+        mixing.matrix.weight.requires_grad_(learnable)
+        layers.insert(index + 1, mixing)
+
+
+def _resampling_init(init: Any, strides: Sequence[Sequence[int]]) -> Any:
+    """There is no Haar matrix for every stride; the released package then takes the identity, too."""
+    if not isinstance(init, str):
+        return init
+    no_haar = init == "haar" and any(factor not in (1, 2, 4) for stride in strides for factor in stride)
+    return "pixel_shuffle" if no_haar or init in SAME_AS_IDENTITY else init

@@ -1,0 +1,157 @@
+"""Invertible U-Nets in nnU-Net v2: the class that its plans name, and the plans.
+
+nnU-Net builds the class that a configuration names under `architecture` with `input_channels`, `num_classes` and the
+configuration's `arch_kwargs`, sets `network.decoder.deep_supervision`, and expects a list of logits, finest first, one
+per stage but the last, where that is on. Its `strides` begin with that of the first stage, which is 1.
+
+Source: nnU-Net v2.8 (Isensee et al., Nature Methods 18, 2021), `get_network_from_plans.py` and `nnUNetTrainer.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.networks.nets import DynUNet
+from torch import nn
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import write_atomically
+from monai_iunet.networks.nets.channels import reachable_channels
+from monai_iunet.networks.nets.seg_iunet import SegIUNet
+from monai_iunet.planning.budget import largest_patch
+from monai_iunet.planning.plan import plan_training
+
+__all__ = ["PlannedIUNet", "add_configurations"]
+
+NETWORK = "monai_iunet.PlannedIUNet"
+DTYPE = torch.bfloat16  # 16-bit autocast, as nnU-Net trains on a GPU; on a CPU PyTorch has no other for convolutions
+
+
+class PlannedIUNet(SegIUNet):
+    """A `SegIUNet` as nnU-Net's plans name it: `monai_iunet.PlannedIUNet`.
+
+    Args:
+        input_channels: channels of the images.
+        num_classes: classes, background included.
+        strides: per stage, one number per axis; those of the first stage are 1.
+        deep_supervision: whether logits of the coarser stages are returned too; nnU-Net may set it later.
+        arguments: further ones of `SegIUNet`, such as `channels` and `couplings`.
+
+    Raises:
+        ValueError: for strides that do not begin with 1.
+
+    Example:
+        >>> net = PlannedIUNet(1, 3, strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2]], channels=[8, 16, 32])
+        >>> net.decoder.deep_supervision = True
+        >>> [tuple(logits.shape[2:]) for logits in net(torch.zeros(1, 1, 8, 8, 8))]
+        [(8, 8, 8), (4, 4, 4)]
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        strides: Sequence[Sequence[int]],
+        deep_supervision: bool = False,
+        **arguments: Any,
+    ) -> None:
+        if len(strides) < 2 or any(factor != 1 for factor in strides[0]):
+            raise ValueError(f"strides must be one per stage, at least two, and begin with that of 1, got {strides}.")
+        super().__init__(
+            len(strides[0]), input_channels, num_classes, strides=strides[1:], deep_supervision=True, **arguments
+        )
+        self.deep_supervision = deep_supervision
+
+    @property
+    def decoder(self) -> PlannedIUNet:
+        """The network itself: nnU-Net switches deep supervision at `network.decoder.deep_supervision`."""
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Logits; with deep supervision a list, finest first, in evaluation too, as nnU-Net validates with it."""
+        if self.training or not self.deep_supervision:
+            return super().forward(x)
+        self.iunet._check(x, "x", self.stem.in_channels)
+        levels = self.iunet.forward_levels(self.stem(x))
+        return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]
+
+
+def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres", couplings: int = 2) -> list[str]:
+    """Add two configurations to a plans file of nnU-Net, which use the data that are preprocessed for another one.
+
+    `CONFIGURATION_iunet` has nnU-Net's patch and batch; `CONFIGURATION_iunet_large` the largest patch of the same
+    proportions, no larger than the median image, whose training step fits the memory that nnU-Net's own network takes.
+
+    Args:
+        plans_file: such as `nnUNetPlans.json`; what is in it stays.
+        configuration: whose patch, batch and strides are taken.
+        couplings: per level.
+
+    Returns:
+        The names of the two.
+
+    Raises:
+        InputError: when the file is not one of plans or has no such configuration.
+
+    Example:
+        >>> add_configurations("nnUNetPlans.json")  # doctest: +SKIP
+        ['3d_fullres_iunet', '3d_fullres_iunet_large']
+    """
+    path = Path(plans_file)
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        settings = _resolved(plans["configurations"], configuration)
+        arguments, patch, batch = (
+            settings["architecture"]["arch_kwargs"],
+            settings["patch_size"],
+            settings["batch_size"],
+        )
+        strides, features = arguments["strides"], arguments["features_per_stage"]
+        ours = _architecture(strides, features, couplings)
+        network = PlannedIUNet(1, 2, **ours["arch_kwargs"])
+        own = _own_network(strides, features, arguments["kernel_sizes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
+        ) from error
+    names = [f"{configuration}_iunet", f"{configuration}_iunet_large"]
+    plain: dict[str, Any] = {"inherits_from": configuration, "architecture": ours}
+    options: dict[str, Any] = {"batch_size": batch, "dtype": DTYPE, "optimizer": torch.optim.SGD}
+    budget = plan_training(own, patch, **options).training_peak
+    factor = max(network.iunet.factors)
+    found = largest_patch(network.train(), budget, patch, factor, **options).spatial_size
+    median = settings.get("median_image_size_in_voxels", found)
+    large = [
+        max(small, min(size, factor * math.ceil(limit / factor))) for small, size, limit in zip(patch, found, median)
+    ]
+    plans["configurations"][names[0]] = plain
+    plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": large}
+    text = json.dumps(plans, indent=4) + "\n"
+    write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8"))
+    return names
+
+
+def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with what it inherits."""
+    own = configurations[name]
+    parent = own.get("inherits_from")
+    return {**_resolved(configurations, parent), **own} if parent else own
+
+
+def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], couplings: int) -> dict[str, Any]:
+    """What the plans say of our network: as many channels as nnU-Net's, as far as they can be reached."""
+    channels = list(reachable_channels(features, strides[1:]))
+    arguments = {"strides": strides, "channels": channels, "couplings": couplings, "kernel_size": 3}
+    return {"network_class_name": NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []}
+
+
+def _own_network(strides: Any, features: Any, kernels: Any) -> nn.Module:
+    """nnU-Net's plain network, built of MONAI's."""
+    return DynUNet(len(strides[0]), 1, 2, kernels, strides, strides[1:], filters=features, deep_supervision=False)

@@ -1,0 +1,93 @@
+"""Bundles on the disk: those that come with the package, their folders and the facts in their metadata."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from monai_iunet.errors import InputError
+
+__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUNDLE = "iunet_hippocampus_mri_segmentation"
+
+
+def installed_bundles() -> dict[str, Path]:
+    """Return name and folder of each bundle in the installed package, or beside it in a checkout.
+
+    Example:
+        >>> sorted(installed_bundles())
+        ['iunet_headneck_ct_segmentation', 'iunet_hippocampus_mri_segmentation']
+    """
+    package = Path(__file__).parents[1]
+    for parent in (package, package.parent):
+        metadata = sorted((parent / "bundles").glob("*/configs/metadata.json"))
+        if metadata:
+            return {path.parents[1].name: path.parents[1] for path in metadata}
+    return {}
+
+
+def bundle_folder(bundle: str | Path | None = None) -> Path:
+    """Return the folder of a bundle.
+
+    Of one that did not come with the package, the log says that it can run code.
+
+    Args:
+        bundle: a folder, the name of an installed bundle, or a part of it that only one has, such as "headneck"; None
+            for the hippocampus bundle.
+
+    Raises:
+        InputError: when there is no such bundle.
+
+    Example:
+        >>> bundle_folder("headneck").name
+        'iunet_headneck_ct_segmentation'
+    """
+    name = DEFAULT_BUNDLE if bundle is None else str(bundle)
+    installed = installed_bundles()
+    if Path(name).is_dir():
+        if Path(name).resolve() not in [folder.resolve() for folder in installed.values()]:
+            logger.warning(
+                "%s: a MONAI config can run any code on this machine. Use bundles of people you trust.", name
+            )
+        return Path(name)
+    fitting = [name] if name in installed else [candidate for candidate in installed if name in candidate]
+    if len(fitting) == 1:
+        return installed[fitting[0]]
+    raise InputError(
+        f"{name}: neither a bundle folder nor the name of one bundle that is installed "
+        f"({', '.join(installed) or 'there is none: install the package again'})."
+    )
+
+
+def bundle_facts(folder: Path) -> dict[str, Any]:
+    """Return the main facts of a bundle from its metadata.
+
+    Returns:
+        "task", "modality", "classes" (a list), "dice" (mean over the validation cases) and "training_mib" (a step's
+        memory beside parameters and gradients); the last two are None where they have not been measured.
+
+    Raises:
+        InputError: when the metadata cannot be read.
+
+    Example:
+        >>> bundle_facts(bundle_folder("hippocampus"))["classes"]
+        ['anterior hippocampus', 'posterior hippocampus']
+    """
+    path = folder / "configs" / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        formats, resources = metadata["network_data_format"], metadata.get("resources", {})
+        return {
+            "task": metadata["task"],
+            "modality": formats["inputs"]["image"]["modality"],
+            "classes": [name for value, name in formats["outputs"]["pred"]["channel_def"].items() if int(value) > 0],
+            "dice": metadata["eval_metrics"].get("mean_dice"),
+            "training_mib": resources.get("training_step_mib_beside_parameters_and_gradients"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the metadata of a segmentation bundle. Name another bundle.") from error

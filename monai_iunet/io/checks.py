@@ -1,0 +1,145 @@
+"""Checks that an image can be segmented; what is wrong is named together with the remedy."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+from monai_iunet.errors import InputError
+
+__all__ = ["DAMAGED", "check_extent", "check_image", "check_not_constant", "check_size", "first_line"]
+
+# What deflate, the compression of all these formats, can reach at best (zlib's technical notes).
+LARGEST_COMPRESSION = 1032
+LARGEST_VOXEL = 50.0  # mm
+LARGEST_EXTENT = 2500.0  # mm, a tall person with some air around
+SMALLEST_EXTENT = 1.0  # mm, of the longest axis
+DAMAGED = (
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    EOFError,
+    KeyError,
+    OSError,
+    OverflowError,
+    ValueError,
+    np.linalg.LinAlgError,
+    zlib.error,
+)
+
+
+def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
+    """Check that an image can be segmented, and return it.
+
+    Args:
+        image: image to check.
+        name: name of the image in errors.
+
+    Raises:
+        InputError: when it is not 3D, without orientation, of a size that no scan has, damaged or not finite.
+
+    Example:
+        >>> check_image(nibabel.Nifti1Image(np.zeros((4, 5)), np.eye(4)), "x")
+        Traceback (most recent call last):
+            ...
+        monai_iunet.errors.InputError: x: has the shape (4, 5), a 3D volume is needed. Extract one volume of it first.
+    """
+    shape = image.shape
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"{name}: has the shape {shape}, a 3D volume is needed. Extract one volume of it first.")
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{name}: has voxels of type {image.get_data_dtype()}, numbers are needed. Convert it first.")
+    header = image.header
+    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+        raise InputError(
+            f"{name}: has no orientation (qform and sform codes are 0), so left and right cannot be told apart. "
+            "Set the affine, for example with nibabel: `image.set_sform(affine, code=1)`."
+        )
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise InputError(f"{name}: has an affine that cannot be inverted. Set a valid one with nibabel's `set_sform`.")
+    _check_forms(image, name)
+    spacing = voxel_sizes(image.affine)
+    if spacing.max() > LARGEST_VOXEL or not SMALLEST_EXTENT <= (spacing * shape).max() <= LARGEST_EXTENT:
+        raise InputError(
+            f"{name}: {_times(shape)} voxels of {_times(spacing)} mm, which is no scan of a person. Set the affine in "
+            "millimeters with nibabel's `set_sform`."
+        )
+    try:
+        data = image.get_fdata(dtype=np.float32)
+    except DAMAGED as error:
+        raise InputError(f"{name}: truncated or damaged ({first_line(error)}). Copy it again.") from error
+    bad = data.size - int(np.isfinite(data).sum())
+    if bad:
+        raise InputError(f"{name}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
+    return image
+
+
+def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
+    """Refuse a header that says two things: programs would read it differently, and tell sides and sizes differently.
+
+    Small differences are common, since an image that was registered to another has a sform that says so.
+    """
+    header = image.header
+    try:
+        forms = [form for form, code in (image.get_sform(coded=True), image.get_qform(coded=True)) if code > 0]
+        axes = ["".join(map(str, nibabel.aff2axcodes(form))) for form in forms]
+        header.get_xyzt_units()
+    except DAMAGED as error:
+        raise InputError(
+            f"{name}: its header is damaged ({first_line(error)}). Set a valid one with nibabel: "
+            "`image.set_qform(image.affine, code=1)`, `image.header.set_xyzt_units('mm')`."
+        ) from error
+    if len(set(axes)) > 1:
+        raise InputError(
+            f"{name}: its axes run to {axes[0]} by its sform, to {axes[1]} by its qform, so left and right are in "
+            "doubt. Keep the right one with nibabel: `image.set_sform(image.get_qform(), code=1)`, or the other way."
+        )
+    zooms, spacing = header.get_zooms(), voxel_sizes(image.affine)
+    if not np.allclose(zooms, spacing, rtol=0.01):
+        raise InputError(
+            f"{name}: voxels of {_times(zooms)} mm by its pixdim, of {_times(spacing)} mm by its affine. If the affine "
+            "is right, make all agree with nibabel: `image.set_qform(image.affine, code=1)`."
+        )
+
+
+def check_not_constant(image: nibabel.Nifti1Image, name: str) -> None:
+    """Check that the voxels of an image differ.
+
+    Raises:
+        InputError: when all voxels have the same value.
+    """
+    if np.ptp(image.get_fdata(dtype=np.float32)) == 0:
+        raise InputError(f"{name}: all voxels have the same value, so there is nothing to segment. Check the export.")
+
+
+def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: str) -> None:
+    """Check that an image is no larger than what a network has learned from.
+
+    Raises:
+        InputError: when an axis is longer than `limit`, in mm; it ends with the advice.
+    """
+    extent = voxel_sizes(image.affine) * image.shape
+    if extent.max() > limit:
+        raise InputError(f"{name}: {_times(extent.round())} mm, images of up to {limit:g} mm are needed. {advice}")
+
+
+def check_size(path: Path, claimed: int, stored: int) -> None:
+    """Refuse a header that promises more than its file can hold, before memory is taken for it."""
+    if claimed > LARGEST_COMPRESSION * stored:
+        raise InputError(
+            f"{path}: its header promises {claimed} bytes, the file has {stored}: truncated or damaged. Copy it again."
+        )
+
+
+def _times(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

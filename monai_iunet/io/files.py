@@ -1,0 +1,103 @@
+"""Names of image files, folders for results, and writing that leaves each file whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from monai_iunet.errors import InputError
+
+__all__ = ["NIFTI", "SUFFIXES", "check_folder", "check_names", "image_name", "write_atomically", "write_text"]
+
+NIFTI = (".nii.gz", ".nii")
+SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+SUFFIXES = NIFTI + SIMPLEITK
+
+
+def image_name(path: str | os.PathLike[str], suffixes: Sequence[str] = NIFTI) -> str:
+    """Return the name of a file without folder and suffix.
+
+    Raises:
+        InputError: when the name has none of the suffixes.
+
+    Example:
+        >>> image_name("folder/scan.nii.gz")
+        'scan'
+    """
+    name = Path(path).name
+    for suffix in suffixes:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    raise InputError(
+        f"{path}: not the name of an image that can be read ({', '.join(suffixes)}). Convert the image to NIfTI first."
+    )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that results named after images do not overwrite each other.
+
+    Raises:
+        InputError: when a name occurs twice.
+    """
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise InputError(
+            f"Several images have the name {', '.join(repeated)}: results would overwrite each other. Rename."
+        )
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Create a folder, or check that files can be written into it.
+
+    Raises:
+        InputError: when it cannot.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another output folder.") from error
+    return path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name beside `path`, and rename it when it is complete and on the disk.
+
+    Args:
+        path: file to write; an old one is replaced.
+        write: writes into the file that it is given.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{''.join(path.suffixes[-2:])}")
+    try:
+        # Created here, so that it has the permissions of any new file of the user.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    with contextlib.suppress(OSError):  # not every system opens folders
+        _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

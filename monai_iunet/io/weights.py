@@ -1,0 +1,43 @@
+"""Reading weights that somebody hands in, without running anything that may be in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monai_iunet.errors import InputError
+
+__all__ = ["read_weights", "weights_file"]
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The state of a network from a `.safetensors` file, or from one that `torch.save` wrote, without unpickling code.
+
+    With torch before 2.10 even this way of reading a `.pt` file can be abused (advisory GHSA-63cw-57p8-fm3p); take
+    weights of strangers as safetensors there.
+
+    Raises:
+        InputError: when the file holds no such state.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever damaged files bring about
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: not the weights of a network. Save its `state_dict()` again. {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: not the weights of a network alone. Save its `state_dict()`.")
+    return state
+
+
+def weights_file(bundle: str | Path) -> Path:
+    """The file with the weights of a bundle: `models/model.pt`, or `models/model.safetensors` where there is none."""
+    models = Path(bundle) / "models"
+    other = models / "model.safetensors"
+    return other if other.is_file() and not (models / "model.pt").is_file() else models / "model.pt"

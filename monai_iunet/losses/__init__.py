@@ -1,0 +1,1 @@
+"""Losses for many classes and for partly contoured cases."""

@@ -1,0 +1,121 @@
+"""Learning from cases in which not every structure was contoured.
+
+A structure without voxels in a case may be there all the same: nobody drew it. Counting its voxels as background would
+teach the network not to find it. In such a case the structure and the background are one class, "either of them", whose
+probability is the sum of both; the loss is taken over that class and the structures that were contoured. In logits,
+
+    log sum over the merged classes of exp(logit)
+
+is the logit of the merged class, so any loss with a softmax can be applied to it.
+
+Source: Shi et al., Marginal loss and exclusion loss for partially supervised multi-organ segmentation, 2021
+(arXiv 2007.03868).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.networks import one_hot
+from monai.transforms import MapTransform
+from torch import Tensor, nn
+
+__all__ = ["MarginalLoss", "NoteContouredd", "OneHotContouredd"]
+
+UNKNOWN = -1
+
+
+class NoteContouredd(MapTransform):
+    """Note which classes a label map contains, before it is cropped: adds `KEY_contoured`, `(num_classes,)`, bool.
+
+    Args:
+        keys: label maps `(1, *spatial)` of class numbers.
+        num_classes: number of classes, background included, which always counts as contoured.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 2], [0, 2]]])
+        >>> NoteContouredd("label", num_classes=3)({"label": labels})["label_contoured"].tolist()
+        [True, False, True]
+    """
+
+    def __init__(self, keys: KeysCollection, num_classes: int) -> None:
+        super().__init__(keys)
+        self.num_classes = num_classes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            contoured = torch.bincount(found[key].long().flatten(), minlength=self.num_classes) > 0
+            contoured[0] = True
+            found[f"{key}_contoured"] = contoured
+        return found
+
+
+class OneHotContouredd(MapTransform):
+    """Turn class numbers into one channel per class, in which a class that was not contoured is -1 everywhere.
+
+    Args:
+        keys: label maps `(1, *spatial)`, whose contoured classes `NoteContouredd` has noted.
+
+    Example:
+        >>> data = NoteContouredd("label", num_classes=3)({"label": torch.tensor([[0, 2]])})
+        >>> OneHotContouredd("label")(data)["label"].tolist()
+        [[1.0, 0.0], [-1.0, -1.0], [0.0, 1.0]]
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            contoured = found[f"{key}_contoured"]
+            channels = one_hot(found[key], num_classes=len(contoured), dim=0)
+            channels[~contoured] = UNKNOWN
+            found[key] = channels
+        return found
+
+
+class MarginalLoss(nn.Module):
+    """A loss in which the structures that were not contoured in a case are merged with the background.
+
+    Args:
+        loss: takes logits and one-hot target, both `(1, classes, *spatial)`, with the background first; for example
+            `monai.losses.DiceCELoss(softmax=True, include_background=False)`.
+
+    Example:
+        >>> from monai.losses import DiceCELoss
+        >>> loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+        >>> target = torch.tensor([1.0, 0.0, -1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+        >>> surely_class_2 = torch.tensor([0.0, 0.0, 100.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+        >>> round(loss(surely_class_2, target).item(), 4)
+        0.0
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Mean of the loss over the samples.
+
+        Args:
+            input: logits `(batch, classes, *spatial)`.
+            target: of the same shape; one-hot, -1 in the channels of classes that were not contoured.
+
+        Raises:
+            ValueError: when the shapes differ.
+        """
+        if input.shape != target.shape:
+            raise ValueError(
+                f"target must be one-hot, of the shape of the logits {tuple(input.shape)}, got {tuple(target.shape)}. "
+                "OneHotContouredd makes it."
+            )
+        losses = []
+        for logits, truth in zip(input, target):
+            known = truth.flatten(1).amin(1) > UNKNOWN
+            known[0] = False
+            background = logits[~known].logsumexp(0, keepdim=True)
+            merged = torch.cat([background, logits[known]])
+            losses.append(self.loss(merged[None], torch.cat([truth[:1], truth[known]])[None]))
+        return torch.stack(losses).mean()

@@ -1,0 +1,240 @@
+"""What fits a given memory: the largest patch, the most couplings, the levels that had better store their activations.
+
+Nothing is allocated to find out: see `plan.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from monai_iunet.planning.plan import ChoosesActivations, TrainingPlan, plan_training, rehearse, step_without_optimizer
+
+__all__ = ["best_activations", "largest_patch", "most_couplings", "parse_bytes"]
+
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}B": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("", 1000), ("i", 1024))
+}
+
+
+def largest_patch(
+    network: nn.Module,
+    memory_budget: int | str,
+    aspect: Sequence[float] = (1, 1, 1),
+    multiple_of: int = 16,
+    **options: Any,
+) -> TrainingPlan:
+    """The plan of the largest patch whose training step fits.
+
+    Args:
+        network: see `plan_training`.
+        memory_budget: bytes, or such as "24 GiB".
+        aspect: proportions of the patch's axes.
+        multiple_of: every axis is a multiple of this.
+        options: of `plan_training`, without the size.
+
+    Raises:
+        ValueError: when not even the smallest patch fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> net = SegIUNet(2, in_channels=1, out_channels=2, channels=(8, 16))
+        >>> plan = largest_patch(net, "4 MiB", aspect=(2, 1))
+        >>> plan.spatial_size[0] == 2 * plan.spatial_size[1], plan.training_peak < 4 * 2**20
+        (True, True)
+    """
+    budget = parse_bytes(memory_budget)
+
+    def size_of(steps: int) -> tuple[int, ...]:
+        longest = max(aspect)
+        return tuple(max(1, round(steps * part / longest)) * multiple_of for part in aspect)
+
+    plan, fits = _smallest_plan(network, size_of, options)
+    if plan.training_peak > budget:
+        raise ValueError(
+            f"Even a patch of {plan.spatial_size} needs {plan.training_peak / 2**20:.0f} MiB, more than the "
+            f"{budget / 2**20:.0f} MiB that there are. Use fewer channels."
+        )
+    # What does not depend on the patch; the rest grows about as the number of voxels does.
+    fixed, state = plan.parameters + plan.gradients + plan.optimizer_state, plan.optimizer_state
+    shape = options.get("batch_size", 1), options.get("in_channels", 1)
+    dtype = options.get("dtype", torch.float32)
+
+    def peak_of(steps: int) -> int:
+        whole = (*shape, *size_of(steps))
+        with rehearse(network, whole, dtype) as fake:
+            return step_without_optimizer(fake, whole, dtype, options.get("loss")) + state
+
+    known, peak, fails = fits, plan.training_peak, math.inf
+    while fails - fits > 1:
+        per_voxel = max(1, peak - fixed) / math.prod(size_of(known))
+        scale = ((budget - fixed) / per_voxel / math.prod(size_of(known))) ** (1 / len(aspect))
+        known = int(min(max(known * scale, fits + 1), fails - 1))
+        peak = peak_of(known)
+        fits, fails = (known, fails) if peak <= budget else (fits, known)
+    return plan_training(network, size_of(fits), **options)
+
+
+def _smallest_plan(
+    network: nn.Module, size_of: Callable[[int], tuple[int, ...]], options: dict[str, Any]
+) -> tuple[TrainingPlan, int]:
+    """The first of the smallest sizes that a network takes: a normalization may need more than one voxel."""
+    for steps in range(1, 4):
+        try:
+            return plan_training(network, size_of(steps), **options), steps
+        except ValueError:
+            continue
+    return plan_training(network, size_of(4), **options), 4
+
+
+def most_couplings(
+    make_network: Callable[[int], nn.Module],
+    memory_budget: int | str,
+    spatial_size: Sequence[int],
+    limit: int = 64,
+    **options: Any,
+) -> tuple[int, TrainingPlan]:
+    """The greatest depth whose training step fits, and its plan.
+
+    Args:
+        make_network: the network of a number of couplings, such as
+            `lambda couplings: SegIUNet(3, 1, 2, couplings=couplings)`.
+        memory_budget: bytes, or such as "24 GiB".
+        spatial_size: of the patch.
+        limit: the most to try. Where activations are rebuilt, only parameters grow with depth.
+        options: of `plan_training`, without the size.
+
+    Raises:
+        ValueError: when not even one coupling fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> couplings, plan = most_couplings(
+        ...     lambda couplings: SegIUNet(2, 1, 2, (8, 16), couplings=couplings, activations="store"),
+        ...     memory_budget="4 MiB",
+        ...     spatial_size=(64, 64),
+        ... )
+        >>> 1 <= couplings < 64 and plan.training_peak < 4 * 2**20
+        True
+    """
+    budget = parse_bytes(memory_budget)
+
+    def plan(couplings: int) -> TrainingPlan:
+        return plan_training(make_network(couplings), spatial_size, **options)
+
+    best, fits, fails = plan(1), 1, limit
+    if best.training_peak > budget:
+        raise ValueError(
+            f"Even one coupling per level needs {best.training_peak / 2**20:.0f} MiB, more than the "
+            f"{budget / 2**20:.0f} MiB that there are. Use fewer channels or a smaller patch."
+        )
+    too_much = plan(limit)
+    if too_much.training_peak <= budget:
+        return limit, too_much
+    # Memory grows about linearly with depth.
+    while fails - fits > 1:
+        share = (budget - best.training_peak) / (too_much.training_peak - best.training_peak)
+        middle = min(max(fits + int(share * (fails - fits)), fits + 1), fails - 1)
+        found = plan(middle)
+        if found.training_peak <= budget:
+            best, fits = found, middle
+        else:
+            too_much, fails = found, middle
+    return fits, best
+
+
+def best_activations(
+    network: ChoosesActivations,
+    memory_budget: int | str,
+    image_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, ...]:
+    """Which levels of an `IUNet` or `SegIUNet` had better store their activations, so that a step is fast and fits.
+
+    A level that stores saves one evaluation of its couplings. What that saves in operations and costs in bytes is
+    counted for each level, and of all sets of levels that fit the one is taken that saves the most operations.
+
+    Args:
+        network: the network.
+        memory_budget: bytes of a step without optimizer and loss, or such as "20 GiB".
+        image_shape: `(batch, channels, *spatial)`.
+        dtype: of autocast; float32 for none.
+
+    Returns:
+        "invert" or "store" per level; all "invert" if nothing fits.
+
+    Example:
+        >>> from monai_iunet import SegIUNet
+        >>> net = SegIUNet(2, in_channels=1, out_channels=2, channels=(8, 16))
+        >>> best_activations(net, "1 GiB", image_shape=(1, 1, 64, 64))
+        ('store', 'store')
+    """
+    budget = parse_bytes(memory_budget)
+    levels = network.levels
+    module = cast(nn.Module, network)
+    with rehearse(module, image_shape, dtype, _choice(levels, ())) as fake:
+
+        def peak(stored: Iterable[int]) -> int:
+            fake.activations = _choice(levels, stored)
+            return step_without_optimizer(fake, image_shape, dtype)
+
+        least = peak(())
+        if least > budget:
+            return _choice(levels, ())
+        costs = [peak([level]) - least for level in range(levels)]
+        saved = _operations_of_levels(fake, image_shape, levels)
+        subsets = [subset for count in range(levels + 1) for subset in itertools.combinations(range(levels), count)]
+        subsets.sort(key=lambda subset: -sum(saved[level] for level in subset))
+        for subset in subsets:
+            # Costs add up but for what is held at different moments; what looks as if it may fit is counted.
+            if least + 0.8 * sum(costs[level] for level in subset) <= budget and peak(subset) <= budget:
+                return _choice(levels, subset)
+    return _choice(levels, ())
+
+
+def _choice(levels: int, stored: Iterable[int]) -> tuple[str, ...]:
+    return tuple("store" if level in stored else "invert" for level in range(levels))
+
+
+def _operations_of_levels(network: nn.Module, image_shape: Sequence[int], levels: int) -> list[float]:
+    """Floating-point operations of a forward pass through the couplings of each level."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.empty(*image_shape, device=next(network.parameters()).device))
+    found = [0.0] * levels
+    for name, counts in counter.get_flop_counts().items():
+        part = re.search(r"\.(?:encoder|decoder)\.(\d+)\.\d+$", name)  # a coupling, without what is inside
+        if part:
+            found[int(part[1])] += sum(counts.values())
+    return found
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, from one or from such as "24 GiB" or "500 MB".
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_bytes("1.5 KiB")
+        1536
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    try:
+        number = float(match[1]) * units[match[2].lower()] if match else 0.0
+    except (KeyError, ValueError):
+        number = 0.0
+    if not (math.isfinite(number) and number >= 1):
+        raise ValueError(f'A size must be bytes or text such as "24 GiB", got {size!r}.')
+    return int(number)

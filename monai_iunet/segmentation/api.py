@@ -1,0 +1,109 @@
+"""Segmentation of an image in memory or on the disk with one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nibabel
+import numpy as np
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.checks import check_image
+from monai_iunet.io.geometry import from_simpleitk
+from monai_iunet.io.labels import label_image
+from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.result import Segmentation
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+
+__all__ = ["segment"]
+
+Image = TypeVar("Image")
+
+
+def segment(
+    image: Image | str | Path,
+    bundle: str | Path | BundleSegmenter | None = None,
+    *,
+    affine: np.ndarray | None = None,
+    mirrored: bool = False,
+    device: str | torch.device | None = None,
+    series: str | None = None,
+) -> Any:
+    """Segment an image with a bundle: in comes any of the usual kinds of images, out comes the same kind.
+
+    Args:
+        image: path of an image file or of a folder with a DICOM series; or a nibabel image, a SimpleITK image, a
+            `MetaTensor` or, with `affine`, an array or a tensor. 3D, with or without a channel in front where it is a
+            tensor or an array.
+        bundle: name or folder of a bundle, see `monai-iunet bundles`; or a `BundleSegmenter`, so that the weights of
+            many images are loaded once. By default the hippocampus bundle.
+        affine: 4 x 4, from voxels to millimeters in RAS, for an array without one.
+        mirrored: segment the left-right mirror image, and mirror the result back: for crops of the other side.
+        device: where the network runs; None for the first GPU, or the CPU if there is none.
+        series: which DICOM series, where a folder holds several.
+
+    Returns:
+        Labels, uint8, on the grid of the image; for a path, as a nibabel image. Nothing is written.
+
+    Raises:
+        InputError: when the image or the bundle cannot be used.
+
+    Example:
+        >>> import numpy
+        >>> labels = segment(numpy.random.rand(35, 51, 36), bundle="hippocampus", affine=numpy.eye(4), device="cpu")
+        >>> labels.shape, labels.dtype
+        ((35, 51, 36), dtype('uint8'))
+    """
+    if affine is not None and not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise InputError(f"affine: {type(image).__name__} has an affine of its own. Leave the argument out.")
+    segmenter = bundle if isinstance(bundle, BundleSegmenter) else BundleSegmenter(bundle_folder(bundle), device)
+    volume, name = _as_nibabel(image, affine, series)
+    return _as_kind_of(image, segmenter.segment(volume, name, mirrored))
+
+
+def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tuple[nibabel.Nifti1Image, str]:
+    """Return the image as the segmenter takes it, and its name in errors."""
+    if isinstance(image, (str, Path)):
+        return read_image(image, series), str(image)
+    name = f"image ({type(image).__name__})"
+    if isinstance(image, nibabel.spatialimages.SpatialImage):
+        return check_image(nibabel.Nifti1Image.from_image(image), name), name
+    if isinstance(image, SimpleITK.Image):
+        if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
+            raise InputError(f"{name}: has the size {image.GetSize()}, a 3D volume of scalars is needed.")
+        return check_image(from_simpleitk(image), name), name
+    if isinstance(image, MetaTensor) and affine is None:
+        affine = np.asarray(image.affine, dtype=float)
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise InputError(
+            f"{name}: a path, a nibabel or SimpleITK image, a MetaTensor, or an array with an affine is needed."
+        )
+    if affine is None or np.shape(affine) != (4, 4) or not np.linalg.det(affine):
+        raise InputError(f"{name}: has no valid affine. Pass the 4 x 4 matrix from voxels to millimeters as `affine`.")
+    data = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    data = data[0] if data.ndim == 4 and len(data) == 1 else data
+    if data.dtype.kind in "iub" or data.dtype == np.float16:  # NIfTI has neither bool nor float16
+        data = data.astype(np.float32)
+    volume = nibabel.Nifti1Image(data, np.asarray(affine, dtype=float))
+    return check_image(volume, name), name
+
+
+def _as_kind_of(image: Any, segmentation: Segmentation) -> Any:
+    """Return labels as the kind of image that was handed in."""
+    labels = segmentation.labels
+    if isinstance(image, SimpleITK.Image):
+        converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(labels.T))
+        converted.CopyInformation(image)
+        return converted
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        labels = labels.reshape(tuple(image.shape))
+        if isinstance(image, np.ndarray):
+            return labels
+        tensor = torch.from_numpy(labels.copy()).to(image.device)
+        return MetaTensor(tensor, affine=image.affine) if isinstance(image, MetaTensor) else tensor
+    return label_image(labels, segmentation.image)

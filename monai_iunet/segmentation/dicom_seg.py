@@ -1,0 +1,109 @@
+"""Labels as DICOM Segmentation, which a PACS and viewers such as OHIF and 3D Slicer show over the series it belongs to.
+
+Source: DICOM PS3.3, A.51 Segmentation IOD; highdicom writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monai_iunet.errors import InputError
+from monai_iunet.segmentation.result import Segmentation
+
+__all__ = ["write_dicom_seg"]
+
+# Of patient and study: type 2 attributes, which must be there but may be empty.
+MAY_BE_EMPTY = (
+    "AccessionNumber",
+    "PatientBirthDate",
+    "PatientID",
+    "PatientName",
+    "PatientSex",
+    "ReferringPhysicianName",
+    "StudyDate",
+    "StudyID",
+    "StudyTime",
+)
+
+
+def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> None:
+    """Write labels as a DICOM Segmentation object, one segment per structure, also of those that were not found.
+
+    Args:
+        files: of the series, in the order of the slices of the image, which is that of its last axis.
+        found: labels on the grid of the series.
+        path: file to write.
+
+    Raises:
+        InputError: when highdicom is not installed, or the series lacks what the standard asks for.
+
+    Example:
+        >>> write_dicom_seg(series_files("folder"), segmentation, Path("labels.dcm"))  # doctest: +SKIP
+    """
+    try:
+        import highdicom
+        import pydicom
+        from pydicom.sr.codedict import codes
+    except ImportError as error:
+        raise InputError(
+            "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
+        ) from error
+    package = version("monai-iunet")
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="monai_iunet", version=package, family=codes.DCM.ArtificialIntelligence
+    )
+    descriptions = [
+        highdicom.seg.SegmentDescription(
+            segment_number=value,
+            segment_label=name,
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=_code(name, codes.SCT),
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for value, name in found.names.items()
+    ]
+    datasets = [pydicom.dcmread(name) for name in files]
+    for dataset in datasets:  # highdicom asks for what scanners and anonymizers may leave out
+        dataset.SliceThickness = dataset.get("SliceThickness") or float(found.image.header.get_zooms()[2])
+        for name in MAY_BE_EMPTY:
+            if name not in dataset:
+                setattr(dataset, name, None)
+    try:
+        segmentation = highdicom.seg.Segmentation(
+            source_images=datasets,
+            pixel_array=np.ascontiguousarray(found.labels.T),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=descriptions,
+            series_instance_uid=highdicom.UID(),
+            series_number=1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="The monai_iunet developers",
+            manufacturer_model_name="monai_iunet",
+            software_versions=package,
+            device_serial_number="0",
+            series_description="monai_iunet segmentation, for research only",
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{Path(files[0]).parent}: lacks what a DICOM SEG has to refer to ({error!r}). Leave --format out."
+        ) from error
+    segmentation.save_as(path)
+
+
+def _code(name: str, codes: Any) -> Any:
+    """The SNOMED code of a structure by its name, trying fewer and fewer of the words before it; else of any organ."""
+    keywords = {keyword.lower(): keyword for keyword in dir(codes)}
+    words = name.lower().split()
+    for start in range(len(words)):
+        for ending in ("", "gland"):
+            keyword = keywords.get("".join(words[start:]) + ending)
+            if keyword:
+                return getattr(codes, keyword)
+    return codes.Organ

@@ -1,0 +1,39 @@
+"""Regions: where the structures are in an image that shows more than a network has learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import nibabel
+import numpy as np
+
+__all__ = ["RegionFinder", "SegmentCrop"]
+
+# Segments a crop, mirrored if the second argument says so; returns labels and, if asked for, probabilities.
+SegmentCrop = Callable[[nibabel.Nifti1Image, bool], tuple[np.ndarray, np.ndarray | None]]
+
+
+class RegionFinder(Protocol):
+    """Finds regions, and segments them with a network that has learned from crops.
+
+    Attributes:
+        names: name of each label of the whole image but the background.
+    """
+
+    names: dict[int, str]
+
+    def find(self, image: nibabel.Nifti1Image) -> np.ndarray:
+        """Return where the region is, as a 4 x 4 matrix.
+
+        Raises:
+            InputError: when the region is not in the image.
+        """
+
+    def segment(
+        self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return labels, uint8, on the grid of the image, and probabilities if `segment_crop` gives them."""
+
+    def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
+        """Return an image that needs no download, and its region."""

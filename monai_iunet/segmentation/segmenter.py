@@ -1,0 +1,237 @@
+"""Segmentation of images in memory with the network, the transforms and the inferer of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.utils import MetaKeys
+from nibabel.affines import voxel_sizes
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.checks import check_extent, check_not_constant
+from monai_iunet.io.weights import read_weights, weights_file
+from monai_iunet.segmentation.region_finders import REGION_FINDERS
+from monai_iunet.segmentation.regions import RegionFinder
+from monai_iunet.segmentation.result import Segmentation
+
+__all__ = ["BundleSegmenter"]
+
+REQUIRED = ("configs/inference.json", "configs/metadata.json")
+SOFT_TISSUE = (-160.0, 240.0)
+
+
+class BundleSegmenter:
+    """Segments images in memory with the network, the transforms and the inferer of a bundle.
+
+    Args:
+        folder: the bundle. Its `configs/inference.json` defines `network_def`, `preprocessing`, `inferer` and
+            `postprocessing`; loading and saving of files are left out.
+        device: where the network runs; None for the first GPU, or the CPU if there is none.
+        probabilities: whether to give probabilities too; each class then takes a volume of floats.
+        progress: whether to show a bar of the patches that are done.
+
+    Raises:
+        InputError: when the folder is not a bundle, or its weights are not those of its network.
+
+    Example:
+        >>> from monai_iunet import bundle_folder
+        >>> segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+        >>> segmenter.labels
+        {1: 'anterior hippocampus', 2: 'posterior hippocampus'}
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        probabilities: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.gives_probabilities = probabilities
+        self._check_files()
+        self.metadata: dict[str, Any] = json.loads(
+            (self.folder / "configs" / "metadata.json").read_text(encoding="utf-8")
+        )
+        parser = self._inference_config()
+        self.network = parser.get_parsed_content("network_def")
+        self._load_weights()
+        self.network.to(self.device).eval()
+        self.inferer = parser.get_parsed_content("inferer")
+        sliding_window = getattr(self.inferer, "inferer", self.inferer)  # the inner one of a MirrorInferer
+        if progress and hasattr(sliding_window, "progress"):
+            sliding_window.progress = True
+        self.preprocessing = parser.get_parsed_content("preprocessing")
+        self.postprocessing = parser.get_parsed_content("postprocessing")
+
+    def _check_files(self) -> None:
+        """Check that the folder holds what a bundle needs to segment."""
+        missing = [name for name in REQUIRED if not (self.folder / name).is_file()]
+        missing += [] if weights_file(self.folder).is_file() else ["models/model.pt"]
+        if missing:
+            raise InputError(
+                f"{self.folder}: not a bundle with weights, {', '.join(missing)} is missing. Name its folder."
+            )
+
+    def _inference_config(self) -> ConfigParser:
+        """Read `inference.json` without what loads and saves files."""
+        parser = ConfigParser()
+        parser.read_config(self.folder / "configs" / "inference.json")
+        parser["bundle_root"] = str(self.folder)
+        parser["device"] = self.device
+        if self.gives_probabilities:
+            if "save_probabilities" not in parser.get():
+                raise InputError(
+                    f"{self.folder}: its inference.json has no `save_probabilities`. Segment without them."
+                )
+            parser["save_probabilities"] = True
+        _leave_out(parser, "preprocessing", "LoadImaged")
+        _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
+        return parser
+
+    def _load_weights(self) -> None:
+        """Load the weights of the bundle into its network."""
+        weights = weights_file(self.folder)
+        try:
+            self.network.load_state_dict(read_weights(weights))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{weights}: does not fit the network of the bundle: {reason}") from error
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Name of each label of the network but the background."""
+        channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+        return {int(value): name for value, name in channels.items() if int(value) > 0}
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Intensities to show as black and white: those of soft tissue if images are in Hounsfield units."""
+        image = self.metadata["network_data_format"]["inputs"]["image"]
+        return SOFT_TISSUE if image["format"] == "hounsfield" else None
+
+    @property
+    def region_finder(self) -> RegionFinder | None:
+        """What finds the structures in larger images, by the name in the metadata; None if nothing does.
+
+        Raises:
+            InputError: when the metadata name a finder that there is not.
+        """
+        name = self.metadata.get("region_finder")
+        if name is None:
+            return None
+        if name not in REGION_FINDERS:
+            raise InputError(
+                f"{self.folder}: metadata.json names the region finder {name!r}, there is {', '.join(REGION_FINDERS)}. "
+                "Install a newer version of this package, or leave the entry out."
+            )
+        return REGION_FINDERS[name](self.labels)
+
+    def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
+        """Return an image that comes with the package, and the region to pass to `segment`.
+
+        Raises:
+            InputError: when there is none that the bundle segments.
+        """
+        if self.region_finder is None:
+            raise InputError(f"{self.folder.name}: the example is a head, which it does not segment. Name images.")
+        return self.region_finder.example()
+
+    def locate(self, image: nibabel.Nifti1Image, name: str) -> np.ndarray | None:
+        """Find the region of the structures in an image that shows more than the network has learned from.
+
+        Args:
+            image: the image.
+            name: name of the image in errors.
+
+        Returns:
+            Where the region is, as `segment` takes it; None if the image is segmented as it is.
+
+        Raises:
+            InputError: when the image is constant; when an axis is longer than the metadata allow, and they name no way
+                to find the region, or it was not found.
+        """
+        check_not_constant(image, name)
+        limit = self.metadata.get("max_field_of_view_mm")
+        if limit is None or (voxel_sizes(image.affine) * image.shape).max() <= limit:
+            return None
+        if self.region_finder is None:
+            check_extent(image, limit, name, "Crop the image around the structure first.")
+            return None
+        try:
+            return self.region_finder.find(image)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+    def segment(
+        self,
+        image: nibabel.Nifti1Image,
+        name: str = "image",
+        mirrored: bool = False,
+        region: np.ndarray | None = None,
+    ) -> Segmentation:
+        """Segment an image, or the region of it that holds the structures.
+
+        Args:
+            image: 3D volume in any orientation.
+            name: name of the image in errors.
+            mirrored: segment the left-right mirror image, and mirror the result back; of no effect if a region is
+                segmented, which holds both sides.
+            region: where the structures are, if that is known; None to locate them.
+
+        Raises:
+            InputError: see `locate`.
+        """
+        region = self.locate(image, name) if region is None else region
+        finder = self.region_finder
+        if region is None or finder is None:
+            labels, probabilities = self.segment_crop(image, mirrored)
+            return Segmentation(image, labels, self.labels, probabilities)
+        labels, probabilities = finder.segment(image, region, self.segment_crop)
+        return Segmentation(image, labels, finder.names, probabilities)
+
+    @torch.no_grad()
+    def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segment an image of the kind that the network has learned from.
+
+        Args:
+            image: 3D volume in any orientation.
+            mirrored: segment the left-right mirror image, and mirror the result back.
+
+        Returns:
+            Labels, uint8, on the grid of the image, and, if asked for, probabilities `(classes, *spatial)`, float32.
+        """
+        data = image.get_fdata(dtype=np.float32)
+        axis = next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
+        if mirrored:
+            data = np.flip(data, axis)
+        tensor = MetaTensor(
+            torch.from_numpy(data.copy())[None],
+            affine=torch.from_numpy(image.affine),
+            meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0},
+        )
+        item = self.preprocessing({"image": tensor})
+        item["pred"] = self.inferer(item["image"][None].to(self.device), self.network)[0]
+        item = self.postprocessing(item)
+        labels = item["pred"][0].cpu().numpy().astype(np.uint8)
+        probabilities = item["prob"].cpu().numpy().astype(np.float32) if self.gives_probabilities else None
+        if mirrored:
+            labels = np.flip(labels, axis)
+            probabilities = None if probabilities is None else np.flip(probabilities, 1 + axis)
+        return labels, probabilities
+
+
+def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:
+    """Take transforms out of the `Compose` of a section, by the names of their classes."""
+    transforms = parser[section]["transforms"]
+    parser[section]["transforms"] = [
+        transform for transform in transforms if str(transform.get("_target_")).rpartition(".")[2] not in names
+    ]

@@ -1,0 +1,1 @@
+"""Cases, checkpoints, evaluation and pictures of a training."""

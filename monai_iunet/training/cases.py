@@ -1,0 +1,206 @@
+"""Finding the cases of a data set, and finding what is wrong with them before the work begins."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.checks import check_extent, check_not_constant
+from monai_iunet.io.files import check_folder, check_names, image_name
+from monai_iunet.io.read import read_image
+
+__all__ = ["check_cases", "check_images", "images_to_segment"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_cases(
+    cases: Sequence[dict[str, Any]], num_classes: int, check: bool = True, skip_bad: bool = False
+) -> list[dict[str, Any]]:
+    """Make sure that the cases of a data set can be learned from; all that is wrong is listed together.
+
+    Args:
+        cases: dictionaries with paths "image" and "label".
+        num_classes: labels are 0 to `num_classes - 1`.
+        check: whether to look at all; every file is read.
+        skip_bad: leave bad cases out, saying so, instead of stopping.
+
+    Returns:
+        The good cases.
+
+    Raises:
+        InputError: naming each bad case in a line, unless `skip_bad`; or if none is left.
+
+    Example:
+        >>> import tempfile
+        >>> import nibabel
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> data = np.arange(720).reshape(8, 9, 10).astype(np.float32)
+        >>> nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), folder / "image.nii.gz")
+        >>> nibabel.save(nibabel.Nifti1Image((data > 300).astype(np.uint8), np.eye(4)), folder / "label.nii.gz")
+        >>> case = {"image": str(folder / "image.nii.gz"), "label": str(folder / "label.nii.gz")}
+        >>> check_cases([case], num_classes=2) == [case]
+        True
+    """
+    if not check:
+        return list(cases)
+    good = _without_bad(cases, lambda case: _problem(case, num_classes), skip_bad)
+    if not good:
+        raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
+    return good
+
+
+def check_images(
+    cases: Sequence[dict[str, Any]], check: bool = True, skip_bad: bool = False, max_extent: float | None = None
+) -> list[dict[str, Any]]:
+    """Make sure that images can be segmented; all that is wrong is listed together.
+
+    Args:
+        cases: dictionaries with a path "image".
+        check: whether to look at all; every file is read.
+        skip_bad: leave bad images out, saying so, instead of stopping.
+        max_extent: longest axis, in mm, of images that the network has learned from; None for any.
+
+    Returns:
+        The good images.
+
+    Raises:
+        InputError: naming each bad image in a line, unless `skip_bad`.
+
+    Example:
+        >>> import tempfile
+        >>> import nibabel
+        >>> path = Path(tempfile.mkdtemp(), "scan.nii.gz")
+        >>> nibabel.save(nibabel.Nifti1Image(np.random.rand(8, 9, 10), np.eye(4)), path)
+        >>> len(check_images([{"image": str(path)}]))
+        1
+    """
+    return _without_bad(cases, lambda case: _image_problem(case, max_extent), skip_bad) if check else list(cases)
+
+
+def _without_bad(
+    cases: Sequence[dict[str, Any]], problem_of: Callable[[dict[str, Any]], str | None], skip_bad: bool
+) -> list[dict[str, Any]]:
+    problems = {number: problem for number, case in enumerate(cases) if (problem := problem_of(case))}
+    listed = "\n".join(problems.values())
+    if problems and not skip_bad:
+        raise InputError(
+            f"{len(problems)} of {len(cases)} cases cannot be used:\n{listed}\nMend them, or leave them out with "
+            "--skip_bad_cases true."
+        )
+    if problems:
+        logger.warning("%d of %d cases are left out:\n%s", len(problems), len(cases), listed)
+    return [case for number, case in enumerate(cases) if number not in problems]
+
+
+def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None:
+    """What is wrong with an image, in one line; None if nothing is."""
+    try:
+        image = read_image(case["image"])
+        check_not_constant(image, case["image"])
+        if max_extent is not None:
+            check_extent(image, max_extent, case["image"], "Crop it first, or use `monai-iunet segment`.")
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _problem(case: dict[str, Any], num_classes: int) -> str | None:
+    """What is wrong with a case, in one line; None if nothing is."""
+    if not case.get("label"):
+        return f"{case['image']}: has no label."
+    try:
+        image, label = read_image(case["image"]), read_image(case["label"])
+    except InputError as error:
+        return str(error)
+    if image.shape != label.shape:
+        return f"{case['label']}: has the shape {label.shape}, its image {image.shape}."
+    voxel = voxel_sizes(image.affine).min()
+    corners = np.array([[0, 0, 0, 1], [*image.shape, 1]])
+    apart = np.abs(corners @ (image.affine - label.affine).T).max()
+    if apart > 0.1 * voxel:
+        return f"{case['label']}: its grid and that of its image are up to {apart:.3g} mm apart."
+    values = np.unique(label.get_fdata(dtype=np.float32))
+    wrong = [value for value in values if value not in range(num_classes)]
+    if wrong:
+        some = ", ".join(f"{value:g}" for value in wrong[:5])
+        return f"{case['label']}: has the values {some}, labels are 0 to {num_classes - 1}."
+    if len(values) < 2:
+        return f"{case['label']}: is empty, all voxels are {values[0]:g}."
+    return None
+
+
+def images_to_segment(
+    source: str | Path | Sequence[str | Path], output_dir: str | Path, suffix: str = "_seg", skip_done: bool = True
+) -> list[dict[str, str]]:
+    """The images that are asked for and have no result yet.
+
+    Args:
+        source: an image, a folder of images (its subfolder `imagesTs`, if there is one), a list of either, or a JSON
+            file: a list, or a dictionary whose section "test" is one. Paths in it are relative to it.
+        output_dir: folder of the results; created if there is something to do.
+        suffix: what a result's name has after that of its image.
+        skip_done: whether to leave out images that have a result.
+
+    Returns:
+        Dictionaries with the path "image".
+
+    Raises:
+        InputError: when there is no such image, two of them have the same name, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import nibabel
+        >>> path = Path(tempfile.mkdtemp(), "scan.nii.gz")
+        >>> nibabel.save(nibabel.Nifti1Image(np.random.rand(8, 9, 10), np.eye(4)), path)
+        >>> [case["image"] == str(path) for case in images_to_segment(path.parent, path.parent / "results")]
+        [True]
+    """
+    found = [path for part in _as_list(source) for path in _images(part)]
+    if not found:
+        raise InputError(f"{source}: no NIfTI image (.nii or .nii.gz) there. Name images or a folder of them.")
+    names = [image_name(path) for path in found]
+    check_names(names)
+    results = [Path(output_dir, f"{name}{suffix}.nii.gz") for name in names]
+    left = [path for path, result in zip(found, results) if not (skip_done and result.exists())]
+    if len(left) < len(found):
+        logger.info(
+            "%d of %d images have a result in %s and are left out", len(found) - len(left), len(found), output_dir
+        )
+    if left:
+        check_folder(output_dir)
+    return [{"image": str(path)} for path in left]
+
+
+def _as_list(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(source)] if isinstance(source, (str, Path)) else [Path(part) for part in source]
+
+
+def _images(path: Path) -> list[Path]:
+    if path.is_dir():
+        folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
+        return sorted(file for file in folder.iterdir() if file.name.lower().endswith((".nii", ".nii.gz")))
+    if path.suffix.lower() == ".json":
+        return [path.parent / name for name in _listed(path)]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. Check the path.")
+    image_name(path)
+    return [path]
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content["test"] if isinstance(content, dict) else content
+        return [entry["image"] if isinstance(entry, dict) else str(entry) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{path}: not a list of images. It must hold a list of paths, or {{"test": [...]}} as dataset.json does.'
+        ) from error

@@ -1,0 +1,186 @@
+"""Checkpoints of a training: the last state, to go on from, and the best network, to use.
+
+Going on means that a training which was killed at any moment and started again ends as if it had not been. The state is
+saved after each epoch, and the random numbers of an epoch depend on the seed and the number of the epoch alone: all
+generators are seeded anew when an epoch begins. Files are written under another name and renamed, so each is whole.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import from_engine
+from monai.networks import copy_model_state
+from monai.transforms import Randomizable
+from monai.utils import set_determinism
+from torch import nn
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.weights import read_weights
+
+__all__ = ["Checkpoints", "start_from"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves `last.pt` after each epoch of a trainer and `model.pt` whenever its validator finds a better network.
+
+    A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
+
+    Attach it after the trainer's other handlers, so that what they do at the end of an epoch is in what is saved.
+
+    Args:
+        folder: where the files go; created if need be.
+        model: the network whose weights `model.pt` holds.
+        state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say.
+        seed: of the random numbers.
+        resume: whether to go on from `last.pt`; a training without one begins at the beginning.
+        writes: whether this process writes; one of a distributed training.
+
+    Raises:
+        InputError: when `last.pt` is of another training.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> Checkpoints(tempfile.mkdtemp(), model, {"optimizer": optimizer}).last.name
+        'last.pt'
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        seed: int = 0,
+        resume: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.model = model
+        self.state = dict(state)
+        self.seed = seed
+        self.resume = resume
+        self.writes = writes
+
+    @property
+    def last(self) -> Path:
+        """File of the last state."""
+        return self.folder / "last.pt"
+
+    def attach(self, trainer: Engine, validator: Engine) -> None:
+        """Attach to a `monai.engines.Trainer` and the evaluator that validates its network."""
+        check_folder(self.folder)
+        if self.resume and self.writes:
+            for unfinished in self.folder.glob(".*.pt.*.pt"):  # of a process that was killed while it wrote
+                unfinished.unlink(missing_ok=True)
+        if self.resume and self.last.is_file():
+            self._load(trainer, validator)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_nan)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
+        validator.add_event_handler(Events.COMPLETED, self._save_best)
+
+    def _stop_at_nan(self, trainer: Any) -> None:
+        """Stop a training that has diverged before an epoch with it is saved; one whose output has a loss."""
+        output = trainer.state.output
+        if "loss" not in (output[0] if isinstance(output, list) else output):
+            return
+        loss = float(from_engine("loss", first=True)(trainer.state.output))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"Epoch {trainer.state.epoch}, iteration {trainer.state.iteration}: the loss is {loss}, the "
+                f"training has diverged. {self.last} is that of the epoch before. Go on with a lower learning rate."
+            )
+
+    def _seed(self, trainer: Any) -> None:
+        seed = self.seed + trainer.state.epoch
+        set_determinism(seed)
+        transform = getattr(trainer.data_loader.dataset, "transform", None)
+        if isinstance(transform, Randomizable):
+            transform.set_random_state(seed)
+
+    def _save(self, trainer: Any, validator: Any) -> None:
+        if not self.writes:
+            return
+        scaler = getattr(trainer, "scaler_", None) or getattr(trainer, "scaler", None)
+        saved = {
+            "epoch": trainer.state.epoch,
+            "best": [float(validator.state.best_metric), int(validator.state.best_metric_epoch)],
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "model": self.model.state_dict(),
+            **{name: part.state_dict() for name, part in self.state.items()},
+        }
+        _write(saved, self.last)
+
+    def _save_best(self, validator: Any) -> None:
+        if self.writes and validator.state.best_metric_epoch == validator.state.epoch:
+            weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+            _write(weights, self.folder / "model.pt")
+            logger.info("Best network so far: %s", self.folder / "model.pt")
+
+    def _load(self, trainer: Any, validator: Any) -> None:
+        try:
+            saved = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for name, part in self.state.items():
+                part.load_state_dict(saved[name])
+            epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
+        except Exception as error:
+            raise InputError(
+                f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
+            ) from error
+        if epoch >= trainer.state.max_epochs:
+            raise InputError(
+                f"{self.last}: this training has finished its {epoch} epochs. Raise max_epochs to go on, or start "
+                "without resuming."
+            )
+        trainer.state.epoch = epoch
+        trainer.state.iteration = epoch * trainer.state.epoch_length
+        validator.state.best_metric, validator.state.best_metric_epoch = best
+        if scaler:
+            # The trainer makes its scaler when it runs.
+            trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
+        logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    # Through memory, because of a full disk `torch.save` says only that a position in the file is unexpected.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def start_from(path: str | Path, *networks: nn.Module) -> None:
+    """Copy the weights of another training into networks, as far as they fit: fine-tuning.
+
+    Args:
+        path: state of a network, such as `model.pt` or `model.safetensors`. What has another shape, the last
+            convolution for other classes say, is left as it is, and named in the log.
+        networks: of the same structure: the one that is trained, and its average.
+
+    Raises:
+        InputError: when the file is no state of a network, and when nothing in it fits.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.pt")
+        >>> torch.save(nn.Linear(2, 1).state_dict(), path)
+        >>> start_from(path, nn.Linear(2, 1))
+    """
+    weights = read_weights(path)
+    for network in networks:
+        _, taken, left = copy_model_state(network, weights)
+    if not taken:
+        raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
+    logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")

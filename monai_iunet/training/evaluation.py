@@ -1,0 +1,152 @@
+"""How good a segmentation is: per case and structure, in mm, on the grid of the image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from monai.networks import one_hot
+from torch import Tensor
+
+from monai_iunet.io.files import check_folder, write_atomically
+
+__all__ = ["CaseReport", "compare"]
+
+logger = logging.getLogger(__name__)
+
+MEASURES = ("dice", "hausdorff95_mm", "surface_distance_mm")
+Row = dict[str, Any]
+
+
+def compare(found: Tensor, truth: Tensor, spacing: Sequence[float], structures: Sequence[str]) -> list[Row]:
+    """Compare two label maps.
+
+    Args:
+        found: labels `(*spatial)`.
+        truth: labels `(*spatial)`. A structure without voxels here was not contoured: its measures are NaN.
+        spacing: size of a voxel, in mm.
+        structures: names of the labels 1, 2, ...
+
+    Returns:
+        A row per structure: "structure"; "dice"; "hausdorff95_mm", the 95th percentile of the distances between the
+        surfaces, and "surface_distance_mm", their mean, both symmetric, infinite where nothing was found; "volume_mm3"
+        of what was found; "reference_mm3".
+    """
+    classes = len(structures) + 1
+    one, other = (one_hot(labels[None, None].long(), classes) for labels in (found, truth))
+    voxel = float(np.prod(spacing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of structures that are empty
+        dice = compute_dice(one, other, include_background=False)[0]
+        hausdorff = compute_hausdorff_distance(one, other, percentile=95, spacing=list(spacing))[0]
+        surface = compute_average_surface_distance(one, other, symmetric=True, spacing=list(spacing))[0]
+    rows = []
+    for number, name in enumerate(structures):
+        volumes = [float(labels[0, number + 1].sum()) * voxel for labels in (one, other)]
+        distances = [float(hausdorff[number]), float(surface[number])]
+        if volumes[0] == 0:
+            distances = [np.inf, np.inf]
+        if volumes[1] == 0:
+            distances = [np.nan, np.nan]
+        values = (float(dice[number]), *distances)
+        rows.append(
+            {
+                "structure": name,
+                **dict(zip(MEASURES, values)),
+                "volume_mm3": volumes[0],
+                "reference_mm3": volumes[1],
+            }
+        )
+    return rows
+
+
+class CaseReport:
+    """Handler of an evaluator: writes `cases.csv`, a row per case and structure, and `summary.csv`.
+
+    It reads "pred" and "label", label maps `(1, *spatial)` on the grid of the image, and sets the metric
+    `val_mean_dice`, the mean over the structures of the mean over the cases.
+
+    Args:
+        output_dir: folder of the files; created if need be.
+        structures: names of the labels 1, 2, ...
+
+    Example:
+        >>> import tempfile
+        >>> from monai.engines import SupervisedEvaluator
+        >>> evaluator = SupervisedEvaluator(torch.device("cpu"), [], torch.nn.Identity())
+        >>> CaseReport(tempfile.mkdtemp(), ["liver", "tumor"]).attach(evaluator)
+    """
+
+    def __init__(self, output_dir: str | Path, structures: Sequence[str]) -> None:
+        self.output_dir = Path(output_dir)
+        self.structures = list(structures)
+        self.rows: list[Row] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        check_folder(self.output_dir)
+        engine.add_event_handler(Events.STARTED, self.rows.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _add(self, engine: Engine) -> None:
+        outputs: Any = engine.state.output
+        for case in outputs:
+            meta = case["label"].meta
+            spacing = nibabel.affines.voxel_sizes(np.asarray(case["label"].affine))
+            found, truth = (torch.as_tensor(case[key])[0].cpu() for key in ("pred", "label"))
+            name = Path(str(meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
+            self.rows += [{"case": name, **row} for row in compare(found, truth, spacing, self.structures)]
+
+    def _finish(self, engine: Engine) -> None:
+        rows, writes = self.rows, True
+        if torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, rows)
+            rows, writes = [row for part in parts for row in part], torch.distributed.get_rank() == 0
+        order = {name: number for number, name in enumerate(self.structures)}
+        rows.sort(key=lambda row: (row["case"], order[row["structure"]]))
+        summary = [self._summary(name, [row for row in rows if row["structure"] == name]) for name in self.structures]
+        engine.state.metrics["val_mean_dice"] = float(np.nanmean([row["dice_mean"] for row in summary]))
+        if writes:
+            for name, table in (("cases", rows), ("summary", summary)):
+                _write_csv(self.output_dir / f"{name}.csv", table)
+            logger.info("Evaluation, %s:\n%s", self.output_dir / "summary.csv", _as_text(summary))
+
+    def _summary(self, name: str, rows: Sequence[Row]) -> Row:
+        known = [row for row in rows if row["reference_mm3"] > 0]
+        summary: Row = {"structure": name, "cases": len(known)}
+        for measure in MEASURES:
+            values = np.array([row[measure] for row in known])
+            for statistic, function in (("mean", np.mean), ("std", np.std), ("median", np.median)):
+                with np.errstate(invalid="ignore"):  # infinite distances have no deviation
+                    summary[f"{measure}_{statistic}"] = float(function(values)) if len(values) else np.nan
+        return summary
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def _as_text(summary: Sequence[Row]) -> str:
+    width = max(len(row["structure"]) for row in summary)
+    lines = [f"{'':<{width}}  cases   Dice  HD95, mm  surface, mm"]
+    for row in summary:
+        means = (row[f"{measure}_mean"] for measure in MEASURES)
+        lines.append("{:<{}}  {:5d}  {:5.3f}  {:8.2f}  {:11.2f}".format(row["structure"], width, row["cases"], *means))
+    return "\n".join(lines)

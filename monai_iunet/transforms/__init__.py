@@ -1,0 +1,1 @@
+"""Transforms and inferers that the configs of bundles name."""

@@ -1,0 +1,106 @@
+"""From the probabilities of a preprocessed image to a label map on the grid of the image's file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveImaged
+
+from monai_iunet.io.files import check_folder, image_name
+from monai_iunet.io.labels import write_labels
+
+__all__ = ["LabelsOnImageGridd", "SaveImageLabelsd"]
+
+
+class LabelsOnImageGridd(MapTransform):
+    """Find the most probable class of each voxel of the original image, `(1, *spatial)`, uint8.
+
+    Probabilities, not labels, are brought back to the grid of the image, so that borders stay smooth. That is done for
+    one class after another: beside the image only three volumes of its size are in memory, however many classes.
+
+    Args:
+        keys: probabilities `(classes, *spatial)` on the grid of the preprocessed image.
+        transform: the preprocessing, which is undone.
+        orig_keys: the preprocessed image.
+
+    Example:
+        >>> from monai.data import MetaTensor
+        >>> from monai.transforms import Spacingd
+        >>> spacing = Spacingd("image", (2, 2, 2))
+        >>> data = spacing({"image": MetaTensor(torch.rand(1, 9, 9, 9), affine=torch.eye(4))})
+        >>> data["image"].shape
+        torch.Size([1, 5, 5, 5])
+        >>> data["pred"] = torch.rand(3, 5, 5, 5)
+        >>> LabelsOnImageGridd("pred", spacing)(data)["pred"].shape
+        torch.Size([1, 9, 9, 9])
+    """
+
+    def __init__(self, keys: KeysCollection, transform: InvertibleTransform, orig_keys: str = "image") -> None:
+        super().__init__(keys)
+        self.orig_key = orig_keys
+        self.invert = Invertd("pred", transform, orig_keys, nearest_interp=False, to_tensor=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            item[key] = self._labels(item[key], item[self.orig_key])
+        return item
+
+    def _labels(self, probabilities: torch.Tensor, image: MetaTensor) -> MetaTensor:
+        """Return the most probable class of each voxel, on the grid of the original image."""
+        largest: Any = None
+        labels: Any = None
+        for number in range(len(probabilities)):
+            # Invertd leaves a plain tensor as it is.
+            channel: Any = MetaTensor(torch.as_tensor(probabilities[number : number + 1]).float().cpu())
+            channel = self.invert({"pred": channel, self.orig_key: image})["pred"]
+            if largest is None:
+                largest, labels = channel, torch.zeros_like(channel, dtype=torch.uint8)
+                continue
+            larger = channel > largest
+            labels[larger] = number
+            largest = torch.where(larger, channel, largest)
+        return labels
+
+
+class SaveImageLabelsd(SaveImaged):
+    """Write label maps beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
+
+    It writes all by itself. It is a `SaveImaged`, and is called so, because MONAI Label leaves out transforms of that
+    class and MONAI Deploy those of such a name.
+
+    Args:
+        keys: label maps `(1, *spatial)` on the grid of the image's file.
+        output_dir: folder of the files; created if need be.
+        suffix: what is added to the name of the image.
+        orig_keys: the image, whose file is named in its meta data.
+
+    Example:
+        >>> SaveImageLabelsd("pred", "eval").suffix
+        '_seg'
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, suffix: str = "_seg", orig_keys: str = "image"
+    ) -> None:
+        super().__init__(keys, output_dir=output_dir)
+        self.output_dir = Path(output_dir)
+        self.suffix = suffix
+        self.orig_key = orig_keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            source = item[self.orig_key].meta["filename_or_obj"]
+            image: Any = nibabel.load(source)
+            labels = np.asarray(torch.as_tensor(item[key])[0].cpu())
+            check_folder(self.output_dir)
+            write_labels(labels, image, self.output_dir / f"{image_name(source)}{self.suffix}.nii.gz")
+        return item

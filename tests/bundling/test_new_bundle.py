@@ -1,0 +1,82 @@
+"""A bundle for a task of one's own, from the template."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monai.bundle import verify_metadata
+from typer.testing import CliRunner
+
+from monai_iunet.cli import app
+from tests.bundles.helpers import SCHEMA, losses, run
+from tests.bundles.made_data import make_hippocampus_data
+
+OPTIONS = {"--name": "my_task", "--modality": "MR", "--classes": "front,back", "--roi-size": "24,32,24"}
+
+
+def init(folder: Path, **changes: str) -> tuple[int, str]:
+    options = OPTIONS | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    words = [word for option in options.items() for word in option]
+    result = CliRunner().invoke(app, ["init-bundle", *words, "--output", str(folder)])
+    return result.exit_code, result.output
+
+
+def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
+    code, output = init(tmp_path)
+    assert code == 0, output
+    bundle = tmp_path / "my_task"
+    assert output.strip() == str(bundle)
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "configs/logging.conf"):
+        assert (bundle / name).stat().st_size > 0, name
+    verify_metadata(bundle / "configs" / "metadata.json", str(SCHEMA))
+    data = make_hippocampus_data(tmp_path / "data")
+    cases = json.loads((data / "dataset.json").read_text())["training"]
+    (data / "dataset.json").write_text(json.dumps({"training": cases[:-1], "validation": cases[-1:]}))
+    small = {"network_def__channels": [8, 16], "network_def__couplings": 1, "dataset_dir": data}
+    log = run(
+        bundle,
+        "train.json",
+        **small,
+        max_epochs=8,
+        val_interval=4,
+        batch_size=1,
+        learning_rate=0.02,
+    )
+    assert np.mean(losses(log)[-4:]) < np.mean(losses(log)[:4])
+    run(bundle, "evaluate.json", **small)
+    with (bundle / "eval" / "cases.csv").open() as file:
+        assert {row["structure"] for row in csv.DictReader(file)} == {"front", "back"}
+    run(bundle, "inference.json", **{**small, "dataset_dir": data / "imagesTr" / "made_0.nii.gz"})
+    assert (bundle / "eval" / "made_0_seg.nii.gz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, "letters, digits"),
+        ({"modality": "PET"}, "must be MR or CT"),
+        ({"classes": "a,a"}, "differ"),
+        ({"classes": "a,"}, "differ"),
+        ({"spacing": "1,2"}, "three numbers"),
+        ({"spacing": "1,2,-1"}, "must be positive"),
+        ({"roi_size": "30,30,30"}, "multiples of 8"),
+    ],
+)
+def test_what_does_not_describe_a_task_is_refused(changes: dict[str, str], message: str, tmp_path: Path) -> None:
+    code, output = init(tmp_path / "new", **changes)
+    assert code == 2
+    assert message in output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "my_task").mkdir()
+    (tmp_path / "my_task" / "notes.txt").write_text("mine")
+    code, output = init(tmp_path)
+    assert code == 2
+    assert "not an empty folder" in output
+    assert [path.name for path in (tmp_path / "my_task").iterdir()] == ["notes.txt"]

@@ -1,0 +1,81 @@
+"""`monai-iunet plan`, as a person calls it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from monai_iunet import SegIUNet, plan_training
+from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.cli import app
+from tests.bundles.made_data import SMALL_TASK
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(SMALL_TASK, tmp_path / "bundle")
+
+
+def plan(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def row(printed: str, name: str) -> list[str]:
+    line = next(line for line in printed.splitlines() if re.match(rf"\W*{re.escape(name)}\W", line))
+    return [cell.strip() for cell in line.strip("│ ").split("│")][1:]
+
+
+def test_the_parts_of_a_step_are_shown(bundle: Path) -> None:
+    code, printed = plan("--bundle", bundle)
+    assert code == 0
+    batch = json.loads((bundle / "configs" / "train.json").read_text())["batch_size"]
+    assert f"One step, {batch} x 24 x 32 x 24 voxels, float32" in printed
+    network = SegIUNet(3, 1, 3, SMALL_TASK.channels, couplings=SMALL_TASK.couplings)
+    expected = plan_training(network, (24, 32, 24), batch_size=batch)
+    assert row(printed, "parameters")[0] == row(printed, "gradients")[1] == f"{expected.parameters / 2**20:.1f}"
+    rebuilt, stored = map(float, row(printed, "activations"))
+    assert rebuilt < stored
+
+
+def test_what_fits_is_shown(bundle: Path) -> None:
+    code, printed = plan("--bundle", bundle, "--gpu-memory", "60 MiB", "--patch", "16,16,16", "--batch-size", 1)
+    assert code == 0
+    assert "What fits in 0.1 GiB, batch 1, float32" in printed
+    patches = {}
+    for activations in ("invert", "store"):
+        size, peak, couplings = row(printed.split("What fits")[1], activations)
+        patches[activations] = [int(extent) for extent in size.split(" x ")]
+        assert float(peak) <= 60
+        assert couplings == "16 or more" or 1 <= int(couplings) < 16
+    assert patches["store"][0] < patches["invert"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "much"], "--gpu-memory much"),
+        (["--gpu-memory", "100 KiB"], "Use fewer channels"),
+        (["--dtype", "int8"], "must be one of float32, bfloat16, float16"),
+        (["--patch", "16,16"], "three numbers"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(bundle: Path, options: list[str], message: str) -> None:
+    code, printed = plan("--bundle", bundle, *options)
+    assert code == 2
+    assert message in printed
+
+
+def test_a_folder_that_is_no_bundle_is_said(tmp_path: Path) -> None:
+    assert "Name the folder of a bundle" in plan("--bundle", tmp_path)[1]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.json").write_text('{"roi_size": [16, 16, 16], "batch_size": 1}')
+    code, printed = plan("--bundle", tmp_path)
+    assert code == 2
+    assert "must have network_def, roi_size and batch_size" in printed

@@ -1,0 +1,91 @@
+"""Pictures for a bundle's README, from its log and its evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from typer.testing import CliRunner
+
+from monai_iunet import SegIUNet
+from monai_iunet.bundling import report as report_module
+from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.cli import app
+from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
+
+DICE = {"made_0": 0.9, "made_1": 0.1, "made_2": 0.5, "made_3": 0.6, "made_4": 0.4}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = make_hippocampus_data(tmp_path / "data", training=5)
+    listed = json.loads((folder / "dataset.json").read_text())["training"][: len(DICE)]
+    (folder / "dataset.json").write_text(json.dumps({"training": [], "validation": listed}))
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle with weights, a log and an evaluation, in which every case has the same Dice for both structures."""
+    folder = write_bundle(SMALL_TASK, tmp_path / "bundle")
+    network = SegIUNet(3, 1, 3, SMALL_TASK.channels, couplings=SMALL_TASK.couplings)
+    torch.save(network.state_dict(), folder / "models" / "model.pt")
+    with SummaryWriter(str(folder / "train")) as writer:
+        for step in range(1, 201):
+            writer.add_scalar("train_loss", 1 / step, step)
+        for epoch in (5, 10):
+            writer.add_scalar("val_mean_dice", epoch / 20, epoch)
+    (folder / "eval").mkdir()
+    rows = [f"{case}.nii.gz,{name},{dice}" for case, dice in DICE.items() for name in SMALL_TASK.classes]
+    (folder / "eval" / "cases.csv").write_text("\n".join(["case,structure,dice", *rows]))
+    return folder
+
+
+def report(bundle: Path, data: Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["report", "--bundle", str(bundle), "--dataset-dir", str(data)])
+    return result.exit_code, result.output
+
+
+def test_the_best_the_median_and_the_worst_case_are_drawn(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    draw = report_module.draw_overlay
+
+    def note(*arguments: Any, **options: Any) -> None:
+        titles.append(options["title"])
+        assert options["reference"].max() == 2
+        draw(*arguments, **options)
+
+    monkeypatch.setattr(report_module, "draw_overlay", note)
+    code, output = report(bundle, data)
+    assert code == 0, output
+    assert titles == [
+        "best: made_0.nii.gz, mean Dice 0.900",
+        "median: made_2.nii.gz, mean Dice 0.500",
+        "worst: made_1.nii.gz, mean Dice 0.100",
+    ]
+    assert plt.imread(bundle / "docs" / "training.png")[..., :3].std() > 0.05
+    cases = plt.imread(bundle / "docs" / "cases.png")[..., :3]
+    rows = cases.shape[0] // 3
+    for number in range(3):
+        assert cases[number * rows : (number + 1) * rows].std() > 0.1
+
+
+def test_what_is_missing_is_said(bundle: Path, data: Path) -> None:
+    listed = json.loads((data / "dataset.json").read_text())["validation"]
+    (data / "dataset.json").write_text(json.dumps({"training": [], "validation": listed[1:]}))
+    code, output = report(bundle, data)
+    assert (code, "of other cases than" in output) == (2, True)
+    (bundle / "eval" / "cases.csv").unlink()
+    code, output = report(bundle, data)
+    assert (code, "Evaluate the bundle first" in output) == (2, True)
+    for log in (bundle / "train").iterdir():
+        log.unlink()
+    code, output = report(bundle, data)
+    assert (code, "Train the bundle first" in output) == (2, True)

@@ -1,0 +1,876 @@
+"""One table: whatever people do around a network, gradients are those of plain autograd with the same weights.
+
+Each row is a way to get gradients; it is walked with activations that are rebuilt and with stored ones, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from monai_iunet import IUNet, SegIUNet
+from monai_iunet.engine.reversible import InvertibleLayer
+from monai_iunet.networks.blocks.chain import InvertibleChain
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from tests.helpers import randomize, relative_errors
+
+MODES = ("invert", "store")
+
+
+def network(**options: Any) -> SegIUNet:
+    torch.manual_seed(0)
+    return randomize(SegIUNet(2, 1, 3, (4, 8), **{"act": "TANH", **options})).double()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 1, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(net: nn.Module, run: Callable[[nn.Module, Tensor], Any]) -> list[Tensor]:
+    """Gradients of the image and of all parameters, after a way that ends with backward passes."""
+    net.zero_grad()
+    x = image().requires_grad_()
+    torch.manual_seed(5)
+    run(net, x)
+    found = [tensor.grad for tensor in (x, *net.parameters())]
+    assert all(gradient is not None for gradient in found)
+    return found
+
+
+def compare(run: Callable[[Any, Tensor], Any], **options: Any) -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations, **options)
+        before = dict(net.named_parameters()), {name: module.training for name, module in net.named_modules()}
+        found.append(gradients(net, run))
+        after = dict(net.named_parameters()), {name: module.training for name, module in net.named_modules()}
+        assert all(before[0][name] is parameter for name, parameter in after[0].items())
+        assert before[1] == after[1]
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.square().mean()
+
+
+def plain(net: Any, x: Tensor) -> None:
+    loss(net(x)).backward()
+
+
+# -- hooks on saved tensors, checkpointing
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def through_numpy(tensor: Tensor) -> Any:
+    return tensor.detach().numpy().copy()
+
+
+HOOKS: dict[str, Callable[[], Any]] = {
+    "identity": lambda: saved_tensors_hooks(same, same),
+    "save_on_cpu": save_on_cpu,
+    "copies": lambda: saved_tensors_hooks(through_numpy, torch.from_numpy),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_hooks_outside(hooks: str) -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with HOOKS[hooks]():
+            y = net(x)
+        loss(y).backward()
+
+    compare(run)
+
+
+def test_hooks_nested() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with saved_tensors_hooks(through_numpy, torch.from_numpy), save_on_cpu():
+            y = net(x)
+        loss(y).backward()
+
+    compare(run)
+
+
+def test_hooks_around_both_passes() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with save_on_cpu():
+            loss(net(x)).backward()
+
+    compare(run)
+
+
+class Within(nn.Sequential):
+    """A branch that evaluates itself within something."""
+
+    way: Callable[..., Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self).way(super().forward, x)
+
+
+def under_hooks(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return forward(x)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [under_hooks, partial(checkpoint, use_reentrant=False), partial(checkpoint, use_reentrant=True)],
+    ids=["hooks", "checkpoint", "reentrant checkpoint"],
+)
+def test_hooks_and_checkpoints_within_a_branch(way: Callable[..., Any], outside: bool) -> None:
+    branch = type("Branch", (Within,), {"way": staticmethod(way)})
+
+    def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+        return branch(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(1, outputs), nn.Tanh())
+
+    def run(net: Any, x: Tensor) -> None:
+        with save_on_cpu() if outside else saved_tensors_hooks(same, same):
+            y = net(x)
+        loss(y).backward()
+
+    compare(run, make_branch=make)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"norm": "BATCH"}], ids=str)
+def test_a_checkpoint_around(use_reentrant: bool, options: dict[str, Any]) -> None:
+    compare(lambda net, x: loss(checkpoint(net, x, use_reentrant=use_reentrant)).backward(), **options)
+
+
+def test_a_checkpoint_wrapper_of_each_part() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    def run(net: Any, x: Tensor) -> None:
+        apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, AdditiveCoupling | IUNet))
+        loss(net(x)).backward()
+
+    found = []
+    for activations in MODES:
+        net = network(activations=activations)
+        parameters = list(net.parameters())
+        x = image().requires_grad_()
+        run(net, x)
+        found.append([x.grad, *(parameter.grad for parameter in parameters)])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+# -- graphs
+
+
+def test_retained_graphs() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        for last in (False, False, True):
+            value.backward(retain_graph=not last)
+
+    compare(run)
+
+
+def test_two_forward_passes_then_two_backward_passes() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        first, second = loss(net(x)), loss(net(2 * x))
+        first.backward()
+        second.backward()
+
+    compare(run)
+    compare(run, dropout=0.3)
+
+
+def test_second_derivatives() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        (gradient,) = torch.autograd.grad(loss(net(x)), x, create_graph=True)
+        (gradient.square().sum() + loss(net(x))).backward()
+
+    compare(run)
+    net = randomize(IUNet(1, (2, 2), couplings=1, act="TANH", norm=None)).double()
+    x = torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradgradcheck(net, (x,))
+
+
+def test_gradients_of_a_part_then_of_the_rest() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        torch.autograd.grad(value, list(net.iunet.decoder.parameters()), retain_graph=True)
+        torch.autograd.grad(value, net.stem.weight, retain_graph=True)
+        value.backward()
+
+    compare(run)
+
+
+@pytest.mark.parametrize("keep_output", [False, True])
+@pytest.mark.parametrize(
+    "place", ["encoder.0.0", "encoder.1.0", "decoder.1.1", "encoder.0.1.branch.0", "downsamplings.0"]
+)
+def test_a_loss_on_what_a_hook_caught(place: str, keep_output: bool) -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations)
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: Any, output: Any, caught: list[Tensor] = caught) -> None:
+            caught.extend(output if isinstance(output, tuple) else [output])
+
+        handle = net.iunet.get_submodule(place).register_forward_hook(catch)
+        x = image().requires_grad_()
+        y = net(x)
+        handle.remove()
+        if not keep_output:
+            del y
+        inner = sum(tensor.sin().sum() for tensor in caught)
+        for retain in (True, False):
+            inner.backward(retain_graph=retain)
+        found.append([tensor.grad for tensor in (x, *net.stem.parameters())])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_loss_on_the_inside_after_the_one_on_the_output() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        caught = []
+        handle = net.iunet.encoder[1][0].register_forward_hook(lambda module, args, output: caught.extend(output))
+        y = net(x)
+        handle.remove()
+        loss(y).backward(retain_graph=True)
+        del y
+        caught[1].sin().sum().backward()
+
+    compare(run)
+
+
+def test_what_a_hook_caught_while_rebuilding_says_so() -> None:
+    net, caught = network(), []
+    net.iunet.encoder[0][0].branch.register_forward_hook(lambda module, args, output: caught.append(output))
+    plain(net, image())
+    assert len(caught) == 2
+    with pytest.raises(RuntimeError, match="computed while activations were rebuilt"):
+        caught[1].sum().backward()
+
+
+def test_tensor_hooks_and_module_hooks_see_the_same_gradients() -> None:
+    seen: dict[str, list[Tensor]] = {}
+    for activations in MODES:
+        net, noted = network(activations=activations), []
+        for part in (net.iunet.encoder[0][0], net.iunet.decoder[1][1].branch, net.iunet.upsamplings[0]):
+            part.register_full_backward_hook(lambda module, grads, outs, noted=noted: noted.extend([*grads, *outs]))
+        plain(net, image().requires_grad_())
+        seen[activations] = [gradient for gradient in noted if gradient is not None]
+    assert max(relative_errors(seen["invert"], seen["store"])) < 1e-10
+
+
+# -- modes, weights and buffers between the passes
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"norm": "BATCH"}], ids=str)
+@pytest.mark.parametrize("modes", [(True, False), (False, True), (False, False)])
+def test_a_mode_that_changes_between_the_passes(options: dict[str, Any], modes: tuple[bool, bool]) -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations, **options).train(modes[0])
+        x = image().requires_grad_()
+        torch.manual_seed(2)
+        value = loss(net(x))
+        net.train(modes[1])
+        value.backward()
+        assert all(module.training == modes[1] for module in net.modules())
+        found.append([tensor.grad for tensor in (x, *net.parameters())])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def spectral(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.Tanh())
+
+
+def old_spectral(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.Tanh())
+
+
+def weighted(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.Tanh())
+
+
+class Counting(nn.Module):
+    """Puts a new tensor in the place of its buffer in each evaluation, and depends on it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return self.conv(x).tanh() * self.count
+
+
+@pytest.mark.parametrize(
+    "make", [spectral, old_spectral, weighted, lambda dims, inputs, outputs, *_: Counting(inputs, outputs)]
+)
+def test_branches_that_change_their_own_buffers(make: Any) -> None:
+    buffers = []
+
+    def run(net: Any, x: Tensor) -> None:
+        first = loss(net(x))
+        (first + loss(net(x + 1))).backward()
+        plain(net, x)
+        buffers.append([buffer.clone() for buffer in net.buffers()])
+
+    compare(run, make_branch=make)
+    for rebuilt, stored in zip(*buffers, strict=True):
+        torch.testing.assert_close(rebuilt, stored)
+
+
+def test_statistics_of_a_graph_in_evaluation_are_not_counted_as_changed() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net.train()(x))
+        other = loss(net.eval()(x))
+        value.backward()  # puts the statistics back for a moment
+        other.backward()
+        net.train()
+
+    compare(run, norm="BATCH")
+
+
+def test_statistics_that_moved_since_an_evaluation_are_noticed() -> None:
+    net = network(norm="BATCH").eval()
+    value = loss(net(image()))
+    net.train()(image())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_parameters_replaced_between_the_passes() -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations)
+        x = image().requires_grad_()
+        value = loss(net(x))
+        before = list(net.parameters())
+        for module in net.iunet.encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight = nn.Parameter(torch.zeros_like(module.weight))
+        value.backward()
+        found.append([x.grad, *(parameter.grad for parameter in before)])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_bias_that_changes_between_the_passes_is_noticed() -> None:
+    """Plain autograd does not need it, but computing activations again does."""
+    net = network(norm=None)
+    value = loss(net(image()))
+    with torch.no_grad():
+        net.iunet.encoder[0][0].branch[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+# -- functional transforms
+
+
+def values(net: nn.Module, scale: float) -> dict[str, Tensor]:
+    return {name: (scale * tensor.detach()).requires_grad_() for name, tensor in net.named_parameters()}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_functional_call_with_the_backward_pass_outside(scale: float, leaf: bool) -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations, norm="BATCH")
+        given = values(net, scale)
+        passed = given if leaf else {name: 1.0 * tensor for name, tensor in given.items()}
+        value = loss(functional_call(net, passed, (image(),)))
+        found.append(torch.autograd.grad(value, list(given.values())))
+        assert all(parameter.grad is None for parameter in net.parameters())
+    assert max(relative_errors(*found)) < 1e-10
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], dict[str, Tensor]], Any]] = {
+    "grad": lambda function, given: torch.func.grad(function)(given),
+    "vjp": lambda function, given: torch.func.vjp(function, given)[1](torch.ones((), dtype=torch.double))[0],
+    "jvp": lambda function, given: {"": torch.func.jvp(function, (given,), (given,))[1]},
+    "hvp": lambda function, given: torch.func.jvp(torch.func.grad(function), (given,), (given,))[1],
+    "grad of grad": lambda function, given: torch.func.grad(
+        lambda inner: sum(part.square().sum() for part in torch.func.grad(function)(inner).values())
+    )(given),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", [{}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_functional_transforms(name: str, options: dict[str, Any]) -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations, norm=None, channel_mixing=1, **options)
+        given = {key: tensor.detach() for key, tensor in net.named_parameters()}
+        result = TRANSFORMS[name](lambda given, net=net: loss(functional_call(net, given, (image(),))), given)
+        found.append(list(result.values()))
+    assert max(relative_errors(*found)) < 1e-10
+    if name == "grad":
+        expected = network(norm=None, channel_mixing=1, activations="store")
+        plain(expected, image())
+        parameters = [parameter.grad for parameter in expected.parameters()]
+        assert max(relative_errors(found[0], parameters)) < (1e-3 if options else 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activations", MODES)
+def test_vmap_over_images_and_over_networks(activations: str, training: bool) -> None:
+    nets = [network(activations=activations, channel_mixing=1).train(training) for _ in range(2)]
+    randomize(nets[1])
+    parameters, buffers = torch.func.stack_module_state(nets)
+    x = image()
+    with torch.no_grad():
+        expected = torch.stack([net(x) for net in nets])
+        outputs = torch.vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)
+        torch.testing.assert_close(outputs, expected)
+        torch.testing.assert_close(torch.vmap(lambda one: nets[0](one[None])[0])(x), expected[0])
+
+
+@pytest.mark.parametrize("activations", MODES)
+def test_forward_mode_outside_of_functional_transforms(activations: str) -> None:
+    from torch.autograd import forward_ad
+
+    net, x = network(activations=activations), image()
+    expected = torch.func.jvp(lambda given: loss(net(given)), (x,), (x,))[1]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(net(forward_ad.make_dual(x, x)))).tangent
+    torch.testing.assert_close(tangent, expected)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(net(forward_ad.make_dual(x, x)))).tangent
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_saved_tensor_hooks_that_are_forbidden() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+            plain(net, x)
+
+    compare(run)
+
+
+# -- several at a time
+
+
+def test_replicas_of_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicate = import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[(tensor.detach() if detach else tensor).clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: 0)
+
+    def run(net: Any, x: Tensor) -> None:
+        outputs = [part(half) for part, half in zip(replicate.replicate(net, [0, 1]), x.chunk(2))]
+        loss(torch.cat(outputs)).backward()
+
+    compare(run)
+    compare(run, norm="BATCH", channel_mixing=1)
+
+
+def work_in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
+    results: list[Any] = [None] * len(jobs)
+
+    def work(index: int) -> None:
+        try:
+            results[index] = jobs[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("kinds", [("train", "train", "train"), ("train", "infer"), ("infer", "infer")])
+def test_threads(kinds: tuple[str, ...]) -> None:
+    net = network()
+    parameters = dict(net.named_parameters())
+    x = image()
+
+    def train(steps: int = 12) -> list[list[Tensor]]:
+        return [list(torch.autograd.grad(loss(net(x)), list(net.parameters()))) for _ in range(steps)]
+
+    def infer(steps: int = 12) -> list[list[Tensor]]:
+        with torch.no_grad():
+            return [[net(x)] for _ in range(steps)]
+
+    ways = {"train": train, "infer": infer}
+    expected = {kind: way(1)[0] for kind, way in ways.items()}
+    for kind, found in zip(kinds, work_in_threads([ways[kind] for kind in kinds])):
+        for each in found:
+            assert max(relative_errors(each, expected[kind])) < 1e-10
+    for name, parameter in net.named_parameters():
+        assert parameter is parameters[name]
+    assert all(not isinstance(module, nn.Dropout) or module.training for module in net.modules())
+
+
+def test_two_backward_passes_over_one_graph_in_two_threads() -> None:
+    net = network()
+    value = loss(net(image()))
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(value, parameters, retain_graph=True)
+
+    def differentiate() -> list[tuple[Tensor, ...]]:
+        return [torch.autograd.grad(value, parameters, retain_graph=True) for _ in range(8)]
+
+    for found in work_in_threads([differentiate] * 2):
+        for each in found:
+            assert max(relative_errors(each, expected)) < 1e-10
+
+
+def test_a_dropout_whose_generator_another_thread_used_is_noticed() -> None:
+    layer = AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Dropout(0.5)))
+    layer.branch.register_forward_hook(lambda *_: work_in_threads([lambda: torch.rand(3)]) and None)
+    outputs = layer(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    layer.branch._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match="another thread has drawn"):
+        outputs[1].sum().backward()
+
+
+# -- errors on the way
+
+
+class Failing(nn.Sequential):
+    """Fails in an evaluation of a number."""
+
+    fails_at = 0
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).count += 1
+        if type(self).count == type(self).fails_at:
+            raise ZeroDivisionError
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 8, 9, 11, 16])  # 8 couplings, each evaluated twice
+def test_an_error_in_the_middle_of_a_pass_leaves_the_network_as_it_was(fails_at: int) -> None:
+    branch = type("Branch", (Failing,), {})
+
+    def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+        return branch(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.Dropout(0.3))
+
+    def run(net: Any, x: Tensor) -> None:
+        branch.count, branch.fails_at = 0, fails_at if "invert" in net.chosen_activations else 0
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        if branch.fails_at:
+            with pytest.raises(ZeroDivisionError):
+                plain(net, x)
+            branch.fails_at = 0
+            for name, buffer in net.named_buffers():
+                assert buffer is dict(net.named_buffers())[name]
+                buffer.copy_(buffers[name])
+            net.zero_grad()
+            x.grad = None
+        torch.manual_seed(3)
+        plain(net, x)
+
+    compare(run, make_branch=make)
+
+
+# -- views, copies and changes of states
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda state: state,
+    "transposed": lambda state: state.transpose(-1, -2),
+    "view_as": lambda state: state.view_as(state),
+    "detached, without gradient": lambda state: state.detach(),
+    "sliced": lambda state: state[..., 1:],
+    "sliced to nothing less": lambda state: state[:],
+    "flipped": lambda state: state.flip(-1),
+    "expanded": lambda state: state[:1].expand(2, -1, -1, -1),
+    "other strides, same shape": lambda state: state.as_strided(state.shape, (50, 25, 1, 5)),
+    "contiguous": lambda state: state.contiguous(),
+    "cloned": lambda state: state.clone(),
+    "viewed as one axis and back": lambda state: state.flatten().view(state.shape),
+    "squeezed and back": lambda state: state.unsqueeze(0).squeeze(0),
+    "shifted": lambda state: state + 1,
+}
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_states(name: str, both: bool) -> None:
+    view = VIEWS[name]
+    both = both or name == "sliced"
+    layers = nn.ModuleList(AdditiveCoupling(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())) for _ in range(3))
+    randomize(layers).double()
+    inputs = [torch.randn(2, 2, 5, 5, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    found = []
+    for rebuilds in (True, False):
+        state: tuple[Tensor, ...] = tuple(inputs)
+        for layer in layers:
+            layer.rebuilds = rebuilds
+            first, second = layer(*state)
+            state = (view(first) if both else first), view(second)
+        value = sum(tensor.sin().sum() for tensor in state)
+        if value.requires_grad:
+            found.append(torch.autograd.grad(value, [*inputs, *layers.parameters()], allow_unused=True))
+    for rebuilt, stored in zip(*found, strict=True) if found else ():
+        assert (rebuilt is None) == (stored is None)
+    if found:
+        pairs = [(one, other) for one, other in zip(*found) if other is not None]
+        assert max(relative_errors(*zip(*pairs))) < 1e-12
+
+
+def test_a_conjugated_state_is_not_the_state() -> None:
+    layers = nn.ModuleList(AdditiveCoupling(nn.Linear(3, 3)) for _ in range(2)).to(torch.cdouble)
+    inputs = [torch.randn(2, 3, dtype=torch.cdouble, requires_grad=True) for _ in range(2)]
+    found = []
+    for rebuilds in (True, False):
+        for layer in layers:
+            layer.rebuilds = rebuilds
+        first, second = layers[0](*inputs)
+        value = sum(tensor.abs().square().sum() for tensor in layers[1](first.conj(), second.conj()))
+        found.append(torch.autograd.grad(value, [*inputs, *layers.parameters()]))
+    assert max(relative_errors(*([tensor.abs() for tensor in each] for each in found))) < 1e-10
+
+
+def test_a_state_that_several_layers_take() -> None:
+    layers = nn.ModuleList(AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())) for _ in range(4)).double()
+    inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    for uses_both in (True, False):
+        found = []
+        for rebuilds in (True, False):
+            for layer in layers:
+                layer.rebuilds = rebuilds
+            state = layers[0](*inputs)
+            one = layers[2](*layers[1](*state))
+            other = layers[3](*state)
+            value = sum(tensor.sin().sum() for tensor in (*one, *(other if uses_both else ())))
+            found.append(torch.autograd.grad(value, [*inputs, *layers[:3].parameters()]))
+        assert max(relative_errors(*found)) < 1e-12
+
+
+def test_a_branch_that_changes_its_input_in_place_is_refused() -> None:
+    coupling = AdditiveCoupling(nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(2, 2, 1)))
+    x = torch.randn(1, 2, 4)
+    for coupling.rebuilds in (True, False):
+        with pytest.raises(RuntimeError, match="must leave its input as it is"):
+            coupling(x, x - 1)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must leave its input as it is"):
+        coupling.inverse(x, x - 1)
+
+
+def test_a_wrong_inverse_is_noticed() -> None:
+    class Wrong(InvertibleLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+
+        def transform(self, inputs: Any, weights: Any) -> Any:
+            return (inputs[0] * self.factor,)
+
+        def restore(self, outputs: Any, weights: Any) -> Any:
+            return (outputs[0] / 3,)
+
+    (y,) = Wrong()(torch.randn(3))
+    with pytest.raises(RuntimeError, match="does not undo"):
+        y.sum().backward()
+
+
+def test_a_branch_that_does_not_repeat_is_noticed() -> None:
+    class Moody(nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return self.conv(x) if type(self).calls % 2 else self.conv(x).tanh()
+
+    outputs = AdditiveCoupling(Moody())(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    with pytest.raises(RuntimeError, match="cannot be evaluated again"):
+        outputs[1].sum().backward()
+
+
+# -- types
+
+
+@pytest.mark.parametrize("how", ["cast", "half", "default type"])
+def test_networks_of_16_bits(how: str) -> None:
+    found = []
+    for activations in MODES:
+        torch.manual_seed(0)
+        arguments = {"channels": (8, 16), "couplings": 2, "activations": activations, "act": "TANH"}
+        if how == "default type":
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                net = SegIUNet(2, 1, 3, **arguments)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        else:
+            net = SegIUNet(2, 1, 3, **arguments).to(torch.half if how == "half" else torch.bfloat16)
+        dtype = next(net.parameters()).dtype
+        y = net(image().to(dtype))
+        assert y.dtype == dtype
+        loss(y.float()).backward()
+        found.append([parameter.grad.float() for parameter in net.parameters()])
+    whole = [torch.cat([tensor.flatten() for tensor in each])[None] for each in found]
+    assert max(relative_errors(*whole)) < 0.02
+
+
+def test_channels_last() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        plain(net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+
+    found = []
+    for activations in MODES:
+        net = network(activations=activations)
+        run(net, image())
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_chains_share_modules() -> None:
+    branch = randomize(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())).double()
+    layer = AdditiveCoupling(branch)
+    inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    found = []
+    for layer.rebuilds in (True, False):
+        outputs = InvertibleChain([layer] * 5)(*inputs)
+        found.append(torch.autograd.grad(sum(map(loss, outputs)), [*inputs, *layer.parameters()]))
+    assert max(relative_errors(*found)) < 1e-12
+
+
+def test_copies_are_independent() -> None:
+    net = network()
+    other = copy.deepcopy(net)
+    value = loss(net(image()))
+    randomize(other)
+    plain(other, image())
+    value.backward()
+    expected = network(activations="store")
+    plain(expected, image())
+    assert max(relative_errors([p.grad for p in net.parameters()], [p.grad for p in expected.parameters()])) < 1e-10
+
+
+# -- branches that something else has compiled
+
+
+def as_script(branch: nn.Module, x: Tensor) -> nn.Module:
+    return torch.jit.script(branch)
+
+
+def as_trace(branch: nn.Module, x: Tensor) -> nn.Module:
+    return torch.jit.trace(branch, x, check_trace=False)
+
+
+def as_compiled(branch: nn.Module, x: Tensor) -> nn.Module:
+    return torch.compile(branch, backend="aot_eager")
+
+
+def compiled_in_place(branch: nn.Module, x: Tensor) -> nn.Module:
+    branch.compile(backend="aot_eager")
+    return branch
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("wrap", [as_script, as_trace, as_compiled, compiled_in_place])
+def test_compiled_and_scripted_branches(wrap: Callable[[nn.Module, Tensor], nn.Module]) -> None:
+    x = torch.randn(2, 2, 6)
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        branches = [
+            nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.BatchNorm1d(2, momentum=0.5), nn.Tanh()) for _ in range(3)
+        ]
+        chain = InvertibleChain([AdditiveCoupling(wrap(branch, x)) for branch in branches])
+        for layer in chain:
+            layer.rebuilds = rebuilds
+        found.append([])
+        for _ in range(4):  # in which TorchScript is optimized
+            value = sum(map(loss, chain(x, x + 1)))
+            found[-1] += torch.autograd.grad(value, list(chain.parameters()))
+        found[-1] += [buffer.float() for buffer in chain.buffers()]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_branch_whose_forward_was_replaced_is_not_evaluated_in_another_mode() -> None:
+    branch = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Dropout(0.5))
+    forward = branch.forward
+    branch.forward = lambda x: forward(x)
+    layer = AdditiveCoupling(branch)
+    value = sum(map(loss, layer(torch.ones(1, 2, 4), torch.ones(1, 2, 4))))
+    layer.eval()
+    with pytest.raises(RuntimeError, match="its `forward` was replaced"):
+        value.backward()
+
+
+def test_compiled_branches_with_other_parameters_than_the_network_s() -> None:
+    found = []
+    for activations in MODES:
+        torch._dynamo.reset()
+        net = network(activations=activations)
+        if activations == "invert":
+            for module in net.iunet.modules():
+                if isinstance(module, AdditiveCoupling):
+                    module.branch.compile(backend="aot_eager")
+        given = values(net, 0.7)
+        value = loss(functional_call(net, given, (image(),)))
+        found.append(torch.autograd.grad(value, list(given.values())))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_what_could_not_be_evaluated_again_leaves_nothing_wrong_behind() -> None:
+    """A first layer may be differentiated after the second one has failed."""
+
+    class Moody(nn.Conv1d):
+        twice = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.tanh().exp() if self.twice else 3 * y
+
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        first, second = (AdditiveCoupling(module) for module in (nn.Conv1d(2, 2, 1), Moody(2, 2, 1)))
+        first.rebuilds = second.rebuilds = rebuilds
+        x = torch.ones(1, 2, 4)
+        state = first(x, x)
+        outputs = second(*state)
+        second.branch.twice = False
+        if rebuilds:
+            with pytest.raises(RuntimeError, match="cannot be evaluated again"):
+                outputs[1].sum().backward(retain_graph=True)
+            second.branch.twice = True
+        first.zero_grad()
+        state[1].square().sum().backward()
+        found.append([parameter.grad for parameter in first.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_hooks_around_the_backward_pass_see_nothing_of_the_engine() -> None:
+    net = network()
+    value = loss(net(image()))
+    seen: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor), same):
+        value.backward()
+    assert not seen

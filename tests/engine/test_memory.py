@@ -1,0 +1,68 @@
+"""Peak bytes of live tensors, in units of the input's bytes: a figure that repeats exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from monai_iunet import IUNet
+from monai_iunet.benchmark.measure import forward_macs, peak_of_training
+from monai_iunet.benchmark.sections import EQUAL_COST
+from monai_iunet.planning.live_bytes import LiveBytes
+
+
+def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> tuple[float, float]:
+    """Peak of a training step and of a forward pass without gradients, above parameters and their gradients.
+
+    In the step these are subtracted, not ignored: what backward of the loss itself holds, while no gradient of a
+    parameter has been touched yet, is no matter of the network.
+    """
+    net = IUNet(3, (32, 64, 128), couplings=couplings, exact=exact)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    parameters = list(net.parameters())
+    x = torch.randn(1, 32, 32, 32, 32, requires_grad=input_gradient)
+    with LiveBytes(ignore=net.buffers()) as training:
+        z = x * 1
+        y = net(z)
+        y.square().mean().backward()
+    del y, z
+    with LiveBytes(ignore=[*net.buffers(), *parameters]) as inference, torch.no_grad():
+        z = x * 1
+        y = net(z)
+    assert y.shape == z.shape == x.shape
+    unit = x.numel() * x.element_size()
+    held = 2 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return (training.peak - held) / unit, inference.peak / unit
+
+
+def check(depths: list[int], input_gradient: bool = False) -> None:
+    found = [peaks(couplings, input_gradient) for couplings in depths]
+    training, inference = zip(*found)
+    assert max(training) < 6.8
+    assert max(training) < 1.01 * min(training)
+    # Input, copy and state make 3, two tensors inside a branch 1; statistics and small matrices come on top.
+    assert max(inference) < 4.001
+
+
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_peak_is_flat_in_depth(input_gradient: bool) -> None:
+    check([2, 5], input_gradient)
+
+
+def test_exactness_costs_a_seventh_of_it_and_stays_flat() -> None:
+    plain, exact, deeper = (peaks(couplings, exact=exact)[0] for couplings, exact in ((2, False), (2, True), (5, True)))
+    assert plain < exact < 1.15 * plain
+    assert deeper < 1.01 * exact
+
+
+def test_a_patch_takes_a_quarter_of_the_bytes_of_nnunet_s_network() -> None:
+    net = EQUAL_COST["SegIUNet"]()
+    x = torch.rand(1, 1, 64, 64, 64)
+    assert peak_of_training(net, lambda: net(x).square().mean().backward()) < 540 * 64**3
+    assert 220e3 < forward_macs(net, x) / 64**3 < 230e3
+
+
+@pytest.mark.slow
+def test_peak_is_flat_in_depth_to_30_couplings_per_level() -> None:
+    check([5, 10, 20, 30])

@@ -1,0 +1,119 @@
+"""What is used of PyTorch beyond its public interface does what it is used for, in the version at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from monai_iunet.engine import pytorch_private as private
+
+
+def test_can_pack_saved_tensors() -> None:
+    assert private.can_pack_saved_tensors()
+    seen: list[bool] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(private.can_pack_saved_tensors())
+        return x.sum()
+
+    x = torch.ones(2)
+    torch.func.grad(note)(x)
+    torch.func.jvp(note, (x,), (x,))
+    torch.vmap(note)(torch.ones(2, 2))
+    with disable_saved_tensors_hooks("none"):
+        note(x)
+    assert seen == [False] * 4
+    assert private.can_pack_saved_tensors()
+
+
+def test_a_backward_pass_has_a_number() -> None:
+    numbers = []
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(2):
+        y = 2 * x
+        y.register_hook(lambda gradient: numbers.append(private.current_backward_pass()))
+        y.backward()
+    assert private.current_backward_pass() == -1
+    assert -1 not in numbers
+    assert len(set(numbers)) == 2
+
+
+def test_version() -> None:
+    x = torch.zeros(2)
+    x.add_(1)
+    assert private.version(x) == 1
+    with torch.inference_mode():
+        assert private.version(torch.zeros(2).add_(1)) == 0
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_graph_is_retained(saved: int) -> None:
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(*[x] * saved)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(private.graph_is_retained(ctx))
+            return gradient
+
+    seen: list[bool] = []
+    y = Ask.apply(torch.ones(1, requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]
+
+
+def test_is_exporting() -> None:
+    class Note(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if private.is_exporting() else x
+
+    assert not private.is_exporting()
+    x = torch.zeros(2)
+    assert torch.export.export(Note(), (x,)).module()(x).sum() == 2
+    assert torch.compile(Note(), backend="eager")(x).sum() == 0
+
+
+def test_is_view() -> None:
+    x = torch.zeros(4)
+    assert private.is_view(x[1:])
+    assert not private.is_view(x)
+
+
+def test_keep_versions() -> None:
+    one, other = torch.zeros(2), torch.zeros(2)
+    with private.keep_versions([one, other]):
+        one.add_(1)
+        other.add_(1)
+    assert one._version == other._version == 0
+
+
+def test_without_modes() -> None:
+    with private.FakeTensorMode():
+        assert not isinstance(private.without_modes(lambda: torch.ones(2)), private.FakeTensor)
+        assert private.without_modes(lambda: torch.get_rng_state().numpy().tobytes())
+        assert isinstance(torch.ones(2), private.FakeTensor)
+
+
+def test_fake_tensors_say_that_they_have_no_values() -> None:
+    with private.FakeTensorMode(), pytest.raises(private.DataDependentOutputException):
+        torch.ones(()).item()
+
+
+def test_dispatch_modes_see_operators_and_trees_have_leaves() -> None:
+    seen = []
+
+    class Note(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Note():
+        torch.ones(2).sum()
+    assert len(seen) == 2
+    assert private.tree_leaves([1, {"a": 2}]) == [1, 2]

@@ -1,0 +1,238 @@
+"""Ways through the engine that networks seldom take: parts of a chain without a gradient, graphs kept, views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monai_iunet.engine.repetition import Conditions
+from monai_iunet.engine.reversible import InvertibleLayer
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.planning.live_bytes import LiveBytes
+from tests.helpers import randomize, relative_errors
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+class Cut(InvertibleLayer):
+    """Takes a channel off each of two inputs: two states become four."""
+
+    def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(part.contiguous() for tensor in inputs for part in (tensor[:, :1], tensor[:, 1:]))
+
+    def restore(self, outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.cat(outputs[:2], 1), torch.cat(outputs[2:], 1)
+
+
+class HandOn(InvertibleLayer):
+    """One state in, the same out, in the same memory."""
+
+    def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].view_as(inputs[0]),)
+
+    restore = transform
+
+
+class Scale(InvertibleLayer):
+    """One state in, one out."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.double))
+
+    def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0] * self.factor,)
+
+    def restore(self, outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (outputs[0] / self.factor,)
+
+
+def coupling(channels: int = 2) -> AdditiveCoupling:
+    branch = nn.Sequential(nn.Conv1d(channels, channels, 3, padding=1), nn.Tanh())
+    return randomize(AdditiveCoupling(branch)).double()
+
+
+def halves(channels: int = 2) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(2, channels, 5, dtype=torch.double, requires_grad=True) for _ in range(2))  # type: ignore[return-value]
+
+
+def compare(layers: Sequence[nn.Module], run: Run, backward_passes: int = 1) -> None:
+    """Gradients of the inputs and the parameters against plain autograd; and outputs keep their values."""
+    a, b = halves()
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    found = []
+    for rebuilds in (True, False):
+        for layer in layers:
+            layer.rebuilds = rebuilds
+        loss = run(a, b)
+        for _ in range(backward_passes - 1):
+            torch.autograd.grad(loss, [a, b, *parameters], retain_graph=True, allow_unused=True)
+        found.append(torch.autograd.grad(loss, [a, b, *parameters], allow_unused=True))
+    for mine, plain in zip(*found, strict=True):
+        assert (mine is None) == (plain is None)
+    pairs = [(mine, plain) for mine, plain in zip(*found) if plain is not None]
+    assert len(pairs) > 2
+    assert max(relative_errors([mine for mine, _ in pairs], [plain for _, plain in pairs])) < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("backward_passes", [1, 3])
+def test_a_branch_of_the_chain_without_a_gradient(length: int, backward_passes: int) -> None:
+    """Its states are rebuilt from its kept end, over one call or several."""
+    first, cut = coupling(), Cut()
+    scales = [Scale(0.5 + index) for index in range(length)]
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b))
+        for scale in scales:
+            (one,) = scale(one)
+        ends = [Scale(1.0)(tensor)[0] for tensor in (two, three, four)]
+        assert one.requires_grad  # and yet without a gradient
+        return sum(end.square().sum() for end in ends)
+
+    compare([first, cut, *scales], run, backward_passes)
+
+
+def test_a_branch_without_a_gradient_that_takes_two_states() -> None:
+    first, cut, last = coupling(), Cut(), [coupling(1), coupling(1), coupling(1)]
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b))
+        state = (one, three)
+        for layer in last:
+            state = layer(*state)
+        return two.square().sum() + four.square().sum()
+
+    compare([first, cut, *last], run)
+
+
+def test_a_branch_without_a_gradient_that_also_takes_what_no_layer_made() -> None:
+    first, cut, last = coupling(), Cut(), coupling(1)
+    foreign = torch.randn(2, 1, 5, dtype=torch.double)
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b))
+        last(foreign, one)
+        return two.square().sum() + three.square().sum() + four.square().sum()
+
+    compare([first, cut, last], run)
+
+
+def test_a_branch_without_a_gradient_that_a_storing_layer_ends() -> None:
+    """The storing layer keeps its input, which is as good as a kept end."""
+    first, cut, scales = coupling(), Cut(), [Scale(0.5), Scale(2.0)]
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        one, two, three, four = cut(*first(a, b))
+        scales[1].rebuilds = False
+        for scale in scales:
+            (one,) = scale(one)
+        return two.square().sum() + three.square().sum() + four.square().sum()
+
+    compare([first, cut, *scales], run)
+
+
+def test_a_branch_that_had_a_gradient_only_the_first_time() -> None:
+    """What a call keeps outlives its backward pass if the graph does."""
+    first, cut, scale = coupling(), Cut(), Scale(0.5)
+    a, b = halves()
+    found = []
+    for rebuilds in (True, False):
+        for layer in (first, cut, scale):
+            layer.rebuilds = rebuilds
+        one, two, three, four = cut(*first(a, b))
+        (end,) = scale(one)
+        rest = two.square().sum() + three.square().sum() + four.square().sum()
+        whole = torch.autograd.grad(rest + end.square().sum(), [a, b], retain_graph=True)
+        found.append([*whole, *torch.autograd.grad(rest, [a, b])])
+    assert max(relative_errors(*found)) < 1e-12
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_rebuilt_from_a_held_output_is_not_written_over(keep: bool) -> None:
+    """The end of the branch hands on its memory, so the rebuilt state is the output that the caller holds."""
+    first, hand_on = coupling(), HandOn()
+    one, two = first(*halves())
+    (end,) = hand_on(two, keep=keep)
+    before = end.detach().clone()
+    one.square().sum().backward()  # writes over the second state, where it may
+    assert torch.equal(end.detach(), before)
+
+
+def test_memory_of_rebuilding_a_branch_does_not_grow_with_its_length() -> None:
+    peaks = []
+    for length in (3, 30):
+        first, layers = coupling(), [coupling() for _ in range(length)]
+        parameters = [parameter for layer in (first, *layers) for parameter in layer.parameters()]
+        taken = state = first(*halves())
+        for layer in layers:
+            state = layer(*state)
+        with LiveBytes(ignore=parameters) as live:
+            taken[1].sum().backward()
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("backward_passes", [1, 2])
+@pytest.mark.parametrize("stored", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_layers_that_store_among_layers_that_rebuild(stored: tuple[int, ...], backward_passes: int) -> None:
+    layers = [coupling() for _ in range(3)]
+    a, b = halves()
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    found = []
+    for storing in ((0, 1, 2), stored):
+        for index, layer in enumerate(layers):
+            layer.rebuilds = index not in storing
+        states = [(a, b)]
+        for layer in layers:
+            states.append(layer(*states[-1]))
+        loss = sum(tensor.square().sum() for tensor in states[-1])
+        before = [tensor.detach().clone() for state in states for tensor in state]
+        for _ in range(backward_passes):
+            gradients = torch.autograd.grad(loss, [a, b, *parameters], retain_graph=True)
+        found.append(gradients)
+        for tensor, expected in zip([tensor for state in states for tensor in state], before):
+            assert torch.equal(tensor.detach(), expected)
+    assert max(relative_errors(*reversed(found))) < 1e-12
+
+
+def test_a_state_that_a_storing_layer_took_is_guarded() -> None:
+    first, second = coupling(), coupling()
+    second.rebuilds = False
+    state = first(*halves())
+    loss = sum(tensor.sum() for tensor in second(*state))
+    with torch.no_grad():
+        state[0].add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_weights_used_inside_and_outside_of_a_layer_under_autocast() -> None:
+    layer = AdditiveCoupling(nn.Conv1d(2, 2, 3, padding=1))
+    conv = next(layer.children())
+    x = torch.randn(2, 2, 5)
+    found = []
+    for layer.rebuilds in (True, False):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            first, second = layer(x, x)
+            loss = (conv(x) + second + first).float().square().sum()
+        loss.backward()
+        found.append([parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_random_numbers_are_remembered_only_where_they_are_drawn(dropout: float) -> None:
+    module = nn.Dropout(dropout)
+    conditions = Conditions(module, torch.device("cpu"))
+    with conditions.recorded():
+        first = module(torch.ones(9))
+    assert (conditions._random is not None) == (dropout > 0)
+    before = torch.get_rng_state()
+    with conditions.repeated():
+        assert torch.equal(module(torch.ones(9)), first)
+    assert torch.equal(torch.get_rng_state(), before)

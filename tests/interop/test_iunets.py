@@ -1,0 +1,232 @@
+"""The class of the released package on our engine: agreement with that package, where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from monai_iunet.interop.iunets import StandardBlock, iUNet, load_iunets_state_dict
+from tests.interop.iunets_reference import FILE, NETWORKS, images, original
+
+TUTORIAL = Path(__file__).parents[3] / "shared" / "notes" / "iunets_tutorial_1.rst"
+
+needs_original = pytest.mark.skipif(
+    importlib.util.find_spec("iunets") is None or importlib.util.find_spec("memcnn") is None,
+    reason="needs iunets and memcnn (pip install --no-deps iunets memcnn)",
+)
+
+CASES: dict[str, dict[str, Any]] = {
+    "1D": {"in_channels": 3, "architecture": (2, 3), "dim": 1},
+    "2D": {"in_channels": 3, "architecture": (2, 1, 2), "dim": 2},
+    "3D": {"in_channels": 4, "architecture": (1, 2), "dim": 3},
+    "2D, exp": {"in_channels": 4, "architecture": (2, 2), "dim": 2, "resampling_method": "exp"},
+    "3D, exp": {"in_channels": 3, "architecture": (1, 1), "dim": 3, "resampling_method": "exp"},
+    "mixing by exp": {"in_channels": 4, "architecture": (2, 2), "dim": 2, "channel_mixing_method": "exp"},
+    "mixing after each": {"in_channels": 5, "architecture": (2, 2), "dim": 2, "channel_mixing_freq": 1},
+    "mixing after two": {"in_channels": 5, "architecture": (4, 3), "dim": 2, "channel_mixing_freq": 2},
+    "constant": {"in_channels": 6, "architecture": (1, 1, 1), "dim": 2, "slice_mode": "constant"},
+    "pixel shuffle": {"in_channels": 6, "architecture": (1, 1), "dim": 2, "resampling_init": "pixel_shuffle"},
+    "anisotropic": {"in_channels": 8, "architecture": (1, 2), "dim": 3, "resampling_stride": (2, 1, 3)},
+    "a stride per level": {
+        "in_channels": 8,
+        "architecture": (1, 1, 1),
+        "dim": 2,
+        "resampling_stride": [(2, 1), 2],
+    },
+    "deep blocks": {"in_channels": 5, "architecture": (2, 2), "dim": 2, "module_kwargs": {"block_depth": 3}},
+    "not learnable": {"in_channels": 4, "architecture": (1, 1), "dim": 2, "learnable_resampling": False},
+    "stored": {"in_channels": 4, "architecture": (1, 1), "dim": 2, "disable_custom_gradient": True},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_agree_with_those_on_record(name: str) -> None:
+    recorded = torch.load(FILE, weights_only=True)["networks"][name]
+    ours = iUNet(**NETWORKS[name]).eval()
+    load_iunets_state_dict(ours, recorded["state_dict"])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(recorded["x"]), recorded["output"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.inverse(recorded["y"]), recorded["inverse"], rtol=1e-3, atol=1e-3)
+
+
+def tutorial_with_the_import_changed() -> list[str]:
+    """The blocks of code of the released package's tutorial, on the CPU, with two epochs where it has 50."""
+    if not TUTORIAL.is_file():
+        pytest.skip("the tutorial of iunets is not beside the checkout (in ../shared/notes)")
+    text = TUTORIAL.read_text(encoding="utf-8")
+    blocks = re.findall(r"\.\. code:: (?:python|text)\n\n((?:    .*\n|\n)+)", text)
+    changes = {
+        "from iunets import iUNet": "from monai_iunet.interop.iunets import iUNet",
+        "'cuda'": "'cpu'",
+        "(50)": "(2)",
+    }
+    for before, after in changes.items():
+        assert any(before in block for block in blocks)
+        blocks = [block.replace(before, after) for block in blocks]
+    return ["\n".join(line[4:] for line in block.splitlines()).strip() for block in blocks]
+
+
+def test_its_tutorial_runs_with_the_import_line_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loading, building, layout, training, segmenting = tutorial_with_the_import_changed()
+    monkeypatch.setattr("matplotlib.pyplot.plot", lambda curve: None)
+    torchvision = types.ModuleType("torchvision")
+    pictures = [(torch.rand(3, 32, 32), 0) for _ in range(8)]
+    torchvision.datasets = types.SimpleNamespace(CIFAR10=lambda **_: pictures)  # type: ignore[attr-defined]
+    torchvision.transforms = types.SimpleNamespace(Compose=list, ToTensor=object)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    names: dict[str, Any] = {}
+    for block in (loading, building):
+        exec(block, names)
+    assert capsys.readouterr().out.strip() == layout
+    exec(training, names)
+    assert len(names["loss_curve"]) == 2
+    assert names["loss_curve"][1] < names["loss_curve"][0]
+    exec(segmenting, names)
+    assert names["model"](torch.rand(1, 3, 8, 8, 8)).shape == (1, 10, 8, 8, 8)
+
+
+@needs_original
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_agree(name: str) -> None:
+    arguments = CASES[name]
+    theirs, ours = original(**arguments), iUNet(**arguments)
+    load_iunets_state_dict(ours, theirs.state_dict())
+    assert list(ours.channels) == theirs.channels
+    x = images(arguments["dim"], arguments["in_channels"])
+    with torch.no_grad():
+        y = theirs(x.clone())
+        torch.testing.assert_close(ours(x), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.eval()(x), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.inverse(y), theirs.inverse(y.clone()), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.inverse(y), x, rtol=1e-3, atol=1e-3)
+        for mine, other in zip(ours.encode(x), theirs.encode(x.clone()), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@needs_original
+@pytest.mark.parametrize("padding_mode", ["constant", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("revert", [True, False])
+def test_outputs_agree_where_the_size_does_not_divide(padding_mode: str, revert: bool) -> None:
+    arguments = {"in_channels": 4, "architecture": (1, 1, 1), "dim": 2, "padding_mode": padding_mode}
+    arguments["revert_input_padding"] = revert
+    theirs, ours = original(**arguments), iUNet(**arguments)
+    load_iunets_state_dict(ours, theirs.state_dict())
+    x = torch.randn(1, 4, 13, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+
+
+class Scaling(nn.Module):
+    """An invertible layer of one's own."""
+
+    def __init__(self, channels: int, level: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels, 1, 1), 1.0 + level))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.weight
+
+
+@needs_original
+def test_layers_of_ones_own() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def create(in_channels: int, **places: Any) -> nn.Module:
+        seen.append({"in_channels": in_channels, **places})
+        return Scaling(in_channels, places["level"])
+
+    arguments: dict[str, Any] = {"in_channels": 4, "architecture": (2, 1), "dim": 2, "create_module_fn": create}
+    arguments["module_kwargs"] = {"extra": 1}
+    theirs = original(**arguments)
+    expected, seen[:] = list(seen), []
+    ours = iUNet(**arguments)
+
+    def key(place: dict[str, Any]) -> tuple[Any, ...]:
+        return place["LR"], place["level"], place["module_index"]
+
+    assert sorted(seen, key=key) == sorted(expected, key=key)
+    load_iunets_state_dict(ours, theirs.state_dict())
+    x = images(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+
+
+@needs_original
+def test_a_state_of_another_network_changes_nothing() -> None:
+    ours = iUNet(4, (1, 1), 2)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    for state, message in (
+        (original(in_channels=4, architecture=(1, 2), dim=2).state_dict(), "no place for"),
+        (original(in_channels=6, architecture=(1, 1), dim=2).state_dict(), "has the shape"),
+        ({}, "is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_iunets_state_dict(ours, state)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_it_is_the_identity_at_first_and_learns() -> None:
+    net = iUNet(in_channels=3, architecture=(2, 2, 2), dim=2)
+    x = images(2, 3)
+    torch.testing.assert_close(net(x), x, rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), x.flip(-1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_its_other_methods() -> None:
+    net = iUNet((4, 8, 8), (1, 1), 2)
+    x = images(2, 4, 8)
+    codes = net.encode(x)
+    torch.testing.assert_close(net.decode(codes), net(x))
+    torch.testing.assert_close(net.decode(*codes), net(x))
+    torch.testing.assert_close(net.encoder_inverse(*codes), x, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(net.decoder_inverse(net(x)), codes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"slice_mode": "triple"}, "slice_mode must be"),
+        ({"resampling_method": "givens"}, "resampling_method must be one of exp, cayley, householder"),
+        ({"channel_mixing_freq": 0}, "channel_mixing_freq must be -1 or positive"),
+        ({"padding_value": 1}, "padding_value must be 0"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        iUNet(4, (1, 1), 2, **arguments)
+
+
+def test_householder_works_but_cannot_be_taken_over() -> None:
+    net = iUNet(4, (1, 1), 2, resampling_method="householder")
+    assert net(images(2, 4)).shape == (2, 4, 12, 12)
+    with pytest.raises(ValueError, match="Householder"):
+        load_iunets_state_dict(net, {})
+
+
+def test_the_block_has_its_depth() -> None:
+    block = StandardBlock(3, 2, 3, block_depth=2)
+    assert [tuple(layer.weight.shape[:2]) for layer in block if isinstance(layer, nn.Conv3d)] == [(3, 2), (3, 3)]

@@ -1,0 +1,93 @@
+"""The adapter for nnU-Net, and its plans."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from monai_iunet.errors import InputError
+from monai_iunet.interop.nnunet import DTYPE, PlannedIUNet, _own_network, add_configurations
+from monai_iunet.planning.plan import plan_training
+from tests.test_cli import call
+
+STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+FEATURES = [8, 16, 32]
+KERNELS = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+
+
+def plans() -> dict[str, Any]:
+    """As nnU-Net writes them, as far as they are read."""
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {"strides": STRIDES, "features_per_stage": FEATURES, "kernel_sizes": KERNELS, "n_stages": 3},
+        "_kw_requires_import": ["conv_op"],
+    }
+    own = {"patch_size": [16, 32, 32], "batch_size": 2, "architecture": architecture, "spacing": [3, 1, 1]}
+    own["median_image_size_in_voxels"] = [24.0, 100.0, 90.0]
+    return {
+        "dataset_name": "Dataset001_Made",
+        "configurations": {"3d_fullres": own, "3d_lowres": {"inherits_from": "3d_fullres"}},
+    }
+
+
+def planned(arguments: dict[str, Any], deep_supervision: bool = False) -> PlannedIUNet:
+    """As nnU-Net builds it."""
+    return PlannedIUNet(input_channels=1, num_classes=2, **arguments, deep_supervision=deep_supervision)
+
+
+def test_the_plans_gain_two_configurations(tmp_path: Path) -> None:
+    path = tmp_path / "nnUNetPlans.json"
+    path.write_text(json.dumps(plans()))
+    assert add_configurations(path, couplings=1) == ["3d_fullres_iunet", "3d_fullres_iunet_large"]
+    written = json.loads(path.read_text())
+    kept = copy.deepcopy(written)
+    small = kept["configurations"].pop("3d_fullres_iunet")
+    large = kept["configurations"].pop("3d_fullres_iunet_large")
+    assert kept == plans()
+    assert small["inherits_from"] == large["inherits_from"] == "3d_fullres"
+    assert "patch_size" not in small
+    assert large["architecture"] == small["architecture"]
+
+    net = planned(small["architecture"]["arch_kwargs"])
+    assert net.iunet.channels == (8, 16, 32)
+    budget = plan_training(
+        _own_network(STRIDES, FEATURES, KERNELS), (16, 32, 32), batch_size=2, dtype=DTYPE, optimizer=torch.optim.SGD
+    )
+    patch = large["patch_size"]
+    assert all(more >= less for more, less in zip(patch, (16, 32, 32)))
+    assert patch != [16, 32, 32]
+    assert all(size <= limit + 3 for size, limit in zip(patch, (24, 100, 90)))
+    peak = plan_training(net, patch, batch_size=2, dtype=DTYPE, optimizer=torch.optim.SGD).training_peak
+    assert peak <= budget.training_peak
+
+
+def test_deep_supervision_is_as_the_trainer_expects() -> None:
+    net = planned({"strides": STRIDES, "channels": [8, 16, 32], "couplings": 1})
+    image = torch.rand(1, 1, 8, 16, 16)
+    net.decoder.deep_supervision = False
+    for module in (net.train(), net.eval()):
+        assert module(image).shape == (1, 2, 8, 16, 16)
+    net.decoder.deep_supervision = True
+    for module in (net.train(), net.eval()):
+        assert [tuple(logits.shape[2:]) for logits in module(image)] == [(8, 16, 16), (8, 8, 8)]
+    state = planned({"strides": STRIDES, "channels": [8, 16, 32], "couplings": 1}, True).state_dict()
+    net.load_state_dict(state)
+
+
+def test_what_are_no_plans_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    for text in ("", "[]", "{}", json.dumps({"configurations": {"3d_fullres": {}}})):
+        path.write_text(text)
+        code, _, error = call("nnunet-plans", path)
+        assert code == 2
+        assert error.startswith(f"Error: {path}: no plans of nnU-Net v2 with a configuration 3d_fullres")
+        assert path.read_text() == text
+    with pytest.raises(InputError, match="no plans"):
+        add_configurations(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="begin with that of 1"):
+        PlannedIUNet(1, 2, strides=[[2, 2], [2, 2]], channels=[8, 16])

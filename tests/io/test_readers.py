@@ -1,0 +1,206 @@
+"""Images in every format that people have, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from monai.transforms import LoadImaged
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.dicom_series import list_series
+from monai_iunet.io.geometry import from_simpleitk, to_simpleitk
+from monai_iunet.io.read import read_image
+from monai_iunet.io.reader import SimpleITKReader
+from tests.io.dicom_files import UID, write_series
+
+EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "examples"
+
+
+@pytest.fixture
+def volume() -> np.ndarray:
+    return np.random.default_rng(0).integers(-900, 900, (7, 6, 5)).astype(np.float32)
+
+
+def oblique() -> np.ndarray:
+    """An affine that turns, scales and moves."""
+    a, b = 0.3, -0.2
+    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ np.array(
+        [[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]]
+    )
+    return nibabel.affines.from_matvec(turn * [-1.5, 1.25, 2.0], [3.0, -20.0, 7.0])
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"])
+def test_every_format_gives_the_same_volume(suffix: str, volume: np.ndarray, tmp_path: Path) -> None:
+    original = nibabel.Nifti1Image(volume, oblique())
+    SimpleITK.WriteImage(to_simpleitk(original), tmp_path / f"image{suffix}")
+    image = read_image(tmp_path / f"image{suffix}")
+    np.testing.assert_allclose(image.affine, oblique(), atol=1e-5)
+    np.testing.assert_array_equal(image.get_fdata(), volume)
+
+
+def test_to_simpleitk_and_back(volume: np.ndarray) -> None:
+    image = from_simpleitk(to_simpleitk(nibabel.Nifti1Image(volume, oblique())))
+    np.testing.assert_allclose(image.affine, oblique(), atol=1e-10)
+    np.testing.assert_array_equal(image.get_fdata(), volume)
+
+
+def test_a_point_is_where_simpleitk_says_it_is(volume: np.ndarray) -> None:
+    image = nibabel.Nifti1Image(volume, oblique())
+    left, posterior, superior = to_simpleitk(image).TransformIndexToPhysicalPoint((4, 2, 3))
+    np.testing.assert_allclose(nibabel.affines.apply_affine(image.affine, (4, 2, 3)), [-left, -posterior, superior])
+
+
+def test_a_dicom_series_is_sorted_by_position(volume: np.ndarray, tmp_path: Path) -> None:
+    image = read_image(write_series(tmp_path / "ct", volume))
+    np.testing.assert_array_equal(image.get_fdata(), volume)
+    np.testing.assert_allclose(image.affine, [[-1.5, 0, 0, 10], [0, -1.25, 0, -20], [0, 0, 2, 0], [0, 0, 0, 1]])
+    assert int(image.header["sform_code"]) == 1
+
+
+@pytest.mark.parametrize("way", ["class", "instance"])
+def test_monai_loads_with_the_reader(way: str, volume: np.ndarray, tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "ct", volume)
+    reader = SimpleITKReader if way == "class" else SimpleITKReader(series=f"{UID}.1")
+    item = LoadImaged(keys="image", reader=reader, ensure_channel_first=True)({"image": folder})
+    np.testing.assert_array_equal(item["image"][0].numpy(), volume)
+    np.testing.assert_allclose(item["image"].affine.numpy(), read_image(folder).affine)
+    assert item["image"].meta["filename_or_obj"] == str(folder)
+
+
+def test_several_files_become_channels(volume: np.ndarray, tmp_path: Path) -> None:
+    for number in (1, 2):
+        nibabel.save(nibabel.Nifti1Image(volume * number, oblique()), tmp_path / f"{number}.nii")
+    paths = [tmp_path / "1.nii", tmp_path / "2.nii"]
+    item = LoadImaged(keys="image", reader=SimpleITKReader, ensure_channel_first=True)({"image": paths})
+    assert item["image"].shape == (2, 7, 6, 5)
+    np.testing.assert_array_equal(item["image"][1].numpy(), 2 * volume)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "2.nii")
+    with pytest.raises(InputError, match="different grids"):
+        SimpleITKReader().get_data(SimpleITKReader().read(paths))
+
+
+def test_the_reader_knows_its_suffixes(tmp_path: Path) -> None:
+    reader = SimpleITKReader()
+    assert reader.verify_suffix(["a.nrrd", "b.mha"])
+    assert not reader.verify_suffix("a.png")
+    assert reader.verify_suffix(tmp_path)
+
+
+def test_of_several_series_one_is_chosen(volume: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path, volume)
+    write_series(tmp_path, volume[:, :, :4] / 2, number=2)
+    assert [len(series.files) for series in list_series(tmp_path)] == [5, 4]
+    with pytest.raises(
+        InputError, match=r"2 DICOM series, choose one with --series UID: .*made series 1.*made series 2"
+    ):
+        read_image(tmp_path)
+    assert read_image(tmp_path, series=f"{UID}.2").shape == (7, 6, 4)
+    assert read_image(tmp_path, series=".1").shape == (7, 6, 5)
+    with pytest.raises(InputError, match="no series 9"):
+        read_image(tmp_path, series="9")
+
+
+BAD_SERIES: dict[str, tuple[dict[str, Any], str]] = {
+    "missing slice": ({"heights": [0, 2, 4, 8, 10]}, r"2.00 mm apart, but 4.00 mm between 4.0 and 8.0 mm"),
+    "repeated slice": ({"heights": [0, 2, 4, 4, 6]}, "1 slices of series .* lie where another one lies"),
+    "two phases": ({"heights": [0, 2, 4, 0, 2]}, "2 slices of series .* lie where another one lies"),
+    "no positions": ({"heights": [0, 0, 0]}, "2 slices of series .* lie where another one lies"),
+    "gantry tilt": ({"shift": 0.5}, r"gantry tilt of 14.0 degrees"),
+    "orientations": (
+        {"orientations": ["1\\0\\0\\0\\1\\0"] * 4 + ["0\\1\\0\\0\\0\\-1"]},
+        "several orientations, as localizers do",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SERIES)
+def test_a_series_that_is_no_volume_is_refused(name: str, volume: np.ndarray, tmp_path: Path) -> None:
+    changed, message = BAD_SERIES[name]
+    with pytest.raises(InputError, match=message):
+        read_image(write_series(tmp_path / "ct", volume, **changed))
+
+
+def test_positions_may_be_rounded(volume: np.ndarray, tmp_path: Path) -> None:
+    image = read_image(write_series(tmp_path / "ct", volume, heights=[0, 2.05, 3.95, 6, 8.04]))
+    assert image.header.get_zooms()[2] == pytest.approx(2.01)
+
+
+def test_what_is_no_volume_is_refused(volume: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "one", volume[:, :, :1])
+    with pytest.raises(InputError, match="a single slice"):
+        read_image(tmp_path / "one")
+    with pytest.raises(InputError, match="3D volume"):
+        read_image(next((tmp_path / "one").iterdir()))
+    SimpleITK.WriteImage(SimpleITK.Image(5, 5, SimpleITK.sitkFloat32), tmp_path / "flat.mha")
+    with pytest.raises(InputError, match="3D volume"):
+        read_image(tmp_path / "flat.mha")
+    color = SimpleITK.Image([5, 5, 5], SimpleITK.sitkVectorFloat32, 3)
+    SimpleITK.WriteImage(color, tmp_path / "color.nrrd")
+    with pytest.raises(InputError, match="with 3 components"):
+        read_image(tmp_path / "color.nrrd")
+    (tmp_path / "text.nrrd").write_text("no image")
+    with pytest.raises(InputError, match="not readable"):
+        read_image(tmp_path / "text.nrrd")
+
+
+def test_a_header_that_lies_is_refused_before_memory_is_taken(volume: np.ndarray, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(volume, np.eye(4))
+    nibabel.save(image, tmp_path / "image.nii")
+    content = bytearray((tmp_path / "image.nii").read_bytes())
+    content[42:48] = np.array([30000, 30000, 30000], dtype="<i2").tobytes()  # dim[1:4]
+    (tmp_path / "image.nii").write_bytes(content)
+    with pytest.raises(InputError, match="promises 108000000000000 bytes"):
+        read_image(tmp_path / "image.nii")
+    SimpleITK.WriteImage(to_simpleitk(image), tmp_path / "image.nrrd")
+    content = (tmp_path / "image.nrrd").read_bytes().replace(b"sizes: 7 6 5", b"sizes: 70000 60000 50000")
+    (tmp_path / "image.nrrd").write_bytes(content)
+    with pytest.raises(InputError, match="promises"):
+        read_image(tmp_path / "image.nrrd")
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs ../shared/data/examples")
+@pytest.mark.parametrize(
+    ("folder", "shape", "zooms"),
+    [("ct_dicom", (512, 512, 20), (0.98, 0.98, 2.0)), ("mr_dicom_hippocampus_crop", (35, 51, 32), (1, 1, 1))],
+)
+def test_series_of_scanners(folder: str, shape: tuple[int, ...], zooms: tuple[float, ...]) -> None:
+    image = read_image(EXAMPLES / folder)
+    assert image.shape == shape
+    np.testing.assert_allclose(image.header.get_zooms(), zooms, atol=0.01)
+    if folder == "ct_dicom":
+        assert image.get_fdata().min() <= -1000  # Hounsfield units
+
+
+@pytest.fixture
+def metaimage(tmp_path: Path) -> Path:
+    data = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(data), tmp_path / "image.mha")
+    return tmp_path / "image.mha"
+
+
+def test_a_header_that_ends_the_process_of_its_reader(metaimage: Path) -> None:
+    metaimage.write_bytes(metaimage.read_bytes().replace(b"NDims = 3", b"NDims = -1"))
+    with pytest.raises(InputError, match=r"image.mha: .*damaged"):
+        read_image(metaimage)
+
+
+def test_a_probe_that_cannot_start_is_no_damaged_file(metaimage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(OSError, match="could not be read"):
+        read_image(metaimage)
+
+
+def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((6, 5, 4)), np.eye(4))
+    image.set_sform(np.diag([1.0, -1.0, 1.0, 1.0]), code=1)
+    image.set_qform(np.diag([-1.0, -1.0, 1.0, 1.0]), code=1)
+    nibabel.save(image, tmp_path / "image.nii.gz")
+    with pytest.raises(InputError, match="run to RPS by its sform, to LPS by its qform"):
+        read_image(tmp_path / "image.nii.gz")

@@ -1,0 +1,100 @@
+"""Organs that were not contoured in a case do not count as background."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+from monai.transforms import Compose
+from torch import nn
+
+from monai_iunet.losses.partial_labels import MarginalLoss, NoteContouredd, OneHotContouredd
+from monai_iunet.transforms.mirror import RandMirrord
+
+ENCODE = Compose([NoteContouredd("label", 4), OneHotContouredd("label")])
+
+
+def label_map(*classes: int) -> torch.Tensor:
+    return torch.tensor(classes).repeat(64)[:64].reshape(1, 4, 4, 4)
+
+
+def test_classes_without_voxels_are_unknown() -> None:
+    case = ENCODE({"label": label_map(0, 2, 3)})
+    assert case["label_contoured"].tolist() == [True, False, True, True]
+    expected = nn.functional.one_hot(label_map(0, 2, 3)[0], 4).movedim(-1, 0).float()
+    expected[1] = -1
+    assert torch.equal(case["label"], expected)
+
+
+def test_what_is_contoured_is_noted_before_a_crop() -> None:
+    note, encode = ENCODE.transforms
+    case = note({"label": label_map(0, 1)})
+    case["label"] = torch.zeros(1, 2, 2, 2)
+    encoded = encode(case)["label"]
+    assert encoded[1].eq(0).all()  # contoured, but not in this crop
+    assert encoded[2].eq(-1).all()
+
+
+def test_with_all_classes_known_it_is_the_loss_itself() -> None:
+    loss = DiceCELoss(softmax=True, include_background=False)
+    target = torch.stack([ENCODE({"label": label_map(0, 1, 2, 3)})["label"]] * 2)
+    logits = torch.randn(2, 4, 4, 4, 4)
+    torch.testing.assert_close(MarginalLoss(loss)(logits, target), loss(logits, target))
+
+
+def test_an_unknown_class_may_stand_for_the_background_but_not_for_another_class() -> None:
+    loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+    truth = label_map(0, 2, 3)
+    target = ENCODE({"label": truth})["label"][None]
+    right = 20 * nn.functional.one_hot(truth[0], 4).movedim(-1, 0).float()[None]
+    unknown_for_background, unknown_for_known = right.clone(), right.clone()
+    unknown_for_background[:, 1] = 40 * (truth == 0)
+    unknown_for_known[:, 1] = 40 * (truth == 2)
+    assert loss(unknown_for_background, target) == pytest.approx(loss(right, target).item(), abs=1e-5)
+    assert loss(unknown_for_known, target) > loss(right, target) + 1
+
+
+def test_logits_of_unknown_classes_get_the_gradient_of_the_background() -> None:
+    logits = torch.randn(1, 4, 4, 4, 4, dtype=torch.double, requires_grad=True)
+    target = ENCODE({"label": label_map(0, 2, 3)})["label"][None].double()
+    loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), logits)
+    (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+    # A merged class shares its gradient in proportion to the probabilities.
+    share = (logits[0, 1] - logits[0, 0]).exp()
+    torch.testing.assert_close(gradient[0, 1], gradient[0, 0] * share)
+
+
+def test_a_target_that_is_not_one_hot_is_refused() -> None:
+    with pytest.raises(ValueError, match="OneHotContouredd"):
+        MarginalLoss(DiceCELoss(softmax=True))(torch.zeros(1, 4, 2, 2), torch.zeros(1, 1, 2, 2))
+
+
+def test_mirroring_flips_both_and_swaps_paired_labels() -> None:
+    image, label = torch.rand(1, 4, 3, 2), torch.randint(0, 5, (1, 4, 3, 2))
+    mirror = RandMirrord(["image", "label"], "label", [[3, 4]], prob=1.0)
+    case = mirror({"image": image, "label": label})
+    assert torch.equal(torch.as_tensor(case["image"]), image.flip(1))
+    expected = label.flip(1)
+    assert torch.equal(torch.as_tensor(case["label"]) == 3, expected == 4)
+    assert torch.equal(torch.as_tensor(case["label"]) == 4, expected == 3)
+    assert torch.equal(torch.as_tensor(case["label"]) == 2, expected == 2)
+    again = mirror(case)
+    assert torch.equal(torch.as_tensor(again["label"]).long(), label)
+
+
+def test_mirroring_swaps_what_is_noted_as_contoured() -> None:
+    mirror = RandMirrord("label", "label", [[3, 4]], prob=1.0)
+    channels = Compose([NoteContouredd("label", 5), mirror, OneHotContouredd("label")])({"label": label_map(0, 1, 3)})[
+        "label"
+    ]
+    assert channels[4].sum() > 0  # the right one, contoured, has become the left one
+    assert channels[3].eq(-1).all()  # and whether there is a right one now, nobody knows
+
+
+def test_mirroring_happens_as_often_as_asked() -> None:
+    mirror = RandMirrord("image", (), [], prob=0.5)
+    mirror.set_random_state(0)
+    image = torch.arange(2.0).reshape(1, 2)
+    flipped = sum(bool(mirror({"image": image})["image"][0, 0] == 1) for _ in range(200))
+    assert 70 < flipped < 130

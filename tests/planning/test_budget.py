@@ -1,0 +1,100 @@
+"""What is said to fit a memory does, and a little more does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from monai_iunet import IUNet, SegIUNet
+from monai_iunet.planning.budget import best_activations, largest_patch, most_couplings, parse_bytes
+from monai_iunet.planning.plan import plan_training
+
+
+def seg(couplings: int = 2, **options: Any) -> SegIUNet:
+    return SegIUNet(3, 1, 3, channels=(8, 16, 32), couplings=couplings, **options)
+
+
+def test_the_largest_patch_fits_and_a_larger_one_does_not() -> None:
+    plan = largest_patch(seg(), "200 MiB", aspect=(1, 1, 0.5))
+    assert plan.training_peak <= 200 * 2**20
+    longest, _, short = plan.spatial_size
+    assert longest % 16 == 0
+    assert abs(short - longest / 2) <= 8
+    larger = tuple(extent + 16 for extent in plan.spatial_size)
+    assert plan_training(seg(), larger).training_peak > 200 * 2**20
+    with pytest.raises(ValueError, match="Even a patch of"):
+        largest_patch(seg(), "1 MiB")
+
+
+def test_the_budget_decides_which_levels_store() -> None:
+    network, shape = seg(), (1, 1, 32, 32, 32)
+    peaks = []
+    for levels in (("invert",) * 3, ("invert", "store", "store"), ("store",) * 3):
+        network.activations = levels
+        peak = plan_training(network, shape[2:], optimizer=None).training_peak
+        assert best_activations(network, peak, shape) == levels
+        peaks.append(peak)
+    assert peaks == sorted(peaks)
+    assert best_activations(network, peaks[0] // 2, shape) == ("invert",) * 3
+
+
+def test_auto_chooses_for_each_size() -> None:
+    network = seg(activations="auto", memory_budget="12 MiB")
+    assert network.activations == "auto"
+    chosen = []
+    for extent in (8, 24, 32):
+        network(torch.randn(1, 1, extent, extent, extent)).square().mean().backward()
+        chosen.append(network.chosen_activations.count("store"))
+    assert chosen[0] == 3
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[2] < 3
+    with torch.no_grad():  # without gradients nothing is chosen
+        network(torch.randn(1, 1, 8, 8, 8))
+    assert network.chosen_activations.count("store") == chosen[2]
+
+
+def test_auto_gives_the_gradients_of_plain_autograd() -> None:
+    network = IUNet(2, (4, 8, 16), activations="auto", memory_budget="100 KiB")
+    x = torch.randn(1, 4, 32, 32)
+    gradients = []
+    for activations in ("auto", "store"):
+        network.activations = activations
+        network.zero_grad()
+        network(x).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_auto_without_a_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a memory_budget"):
+        seg(activations="auto")
+    with pytest.raises(ValueError, match="of the 3 levels"):
+        seg(activations=("invert", "store"))
+
+
+def test_couplings_that_fit_are_counted() -> None:
+    def stored(couplings: int) -> SegIUNet:
+        return seg(couplings, activations="store")
+
+    size = (32, 32, 32)
+    couplings, plan = most_couplings(stored, "20 MiB", size, limit=8)
+    assert plan.training_peak <= 20 * 2**20 < plan_training(stored(couplings + 1), size).training_peak
+    assert most_couplings(seg, "20 MiB", size, limit=8)[0] == 8  # what is rebuilt does not grow with depth
+    with pytest.raises(ValueError, match="Even one coupling per level needs"):
+        most_couplings(stored, "1 MiB", size, limit=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(7, 7), ("24 GiB", 24 * 2**30), ("1.5GB", 1_500_000_000), ("500 mb", 500_000_000), ("9", 9)]
+)
+def test_sizes_are_read(text: int | str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1 GiB", "3 apples", "1.2.3 GB", 0, True, None])
+def test_what_is_no_size_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="24 GiB"):
+        parse_bytes(text)

@@ -1,0 +1,78 @@
+"""What is planned is what a step then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+from monai.networks.nets import DynUNet, SegResNet, UNet
+from torch import nn
+
+from monai_iunet import SegIUNet
+from monai_iunet.benchmark.measure import peak_with_optimizer
+from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
+from monai_iunet.planning.live_bytes import LiveBytes
+from monai_iunet.planning.plan import plan_training
+
+
+def seg(**options: Any) -> SegIUNet:
+    return SegIUNet(3, 1, 3, channels=(8, 16, 32), couplings=2, **options)
+
+
+def dynunet() -> nn.Module:
+    return DynUNet(3, 1, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[8, 16, 32])
+
+
+LOSS = DiceCELoss(to_onehot_y=True, softmax=True)
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "invert": (seg, {}),
+    "invert, loss": (seg, {"loss": LOSS}),
+    "store": (lambda: seg(activations="store"), {}),
+    "two levels stored": (lambda: seg(activations=("invert", "store", "store")), {"loss": LOSS}),
+    "exact": (lambda: seg(exact=True), {}),
+    "bfloat16": (seg, {"dtype": torch.bfloat16, "loss": LOSS}),
+    "chunked loss": (seg, {"loss": ChunkedDiceCELoss(to_onehot_y=True, softmax=True), "batch_size": 2}),
+    "DynUNet": (dynunet, {"loss": LOSS}),
+    "SegResNet": (lambda: SegResNet(3, 8, 1, 3), {"loss": LOSS}),
+    "UNet": (lambda: UNet(3, 1, 3, (8, 16, 32), (2, 2), num_res_units=2), {"batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_peak_is_the_measured_one(case: str) -> None:
+    make, options = CASES[case]
+    network, size = make(), (32, 16, 24)
+    plan = plan_training(network, size, **options)
+    batch, dtype = options.get("batch_size", 1), options.get("dtype", torch.float32)
+    images, target = torch.randn(batch, 1, *size), torch.randint(0, 3, (batch, 1, *size)).float()
+    loss = options.get("loss", lambda output, _: output.float().square().mean())
+    measured = peak_with_optimizer(network, images, target, dtype, loss)
+    assert plan.training_peak == pytest.approx(measured, rel=0.1)
+    assert plan.parameters == 4 * sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    assert plan.optimizer_state == pytest.approx(2 * plan.gradients, rel=0.01)
+    assert plan.activations < plan.training_peak
+    with LiveBytes() as live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        network.eval()(torch.randn(batch, 1, *size))
+    assert plan.inference_peak == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_network_is_left_as_it_was() -> None:
+    network = seg()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plan_training(network, (16, 16, 16))
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_volume_that_no_machine_holds_is_planned_all_the_same() -> None:
+    plan = plan_training(seg(activations="store"), (2048, 2048, 2048))
+    assert plan.training_peak > 2**40
+
+
+def test_what_a_network_cannot_take_is_said() -> None:
+    with pytest.raises(ValueError, match="SegIUNet cannot be planned for images of 1 x 2 x 16 x 16 x 16"):
+        plan_training(seg(), (16, 16, 16), in_channels=2)

@@ -1,0 +1,304 @@
+"""`monai_iunet.segment` and what the command adds to it: kinds of images, formats, tables, probabilities, bundles."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+
+import monai_iunet
+from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.dicom_series import series_files
+from monai_iunet.io.geometry import from_simpleitk, simpleitk_affine, to_simpleitk
+from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.dicom_seg import write_dicom_seg
+from monai_iunet.segmentation.segmenter import BundleSegmenter, Segmentation
+from monai_iunet.segmentation.whole_head import LEFT_BOX, load_template
+from monai_iunet.system import describe_system
+from tests.io.dicom_files import write_series
+from tests.test_cli import call
+
+EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "examples"
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> BundleSegmenter:
+    return BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def crop() -> nibabel.Nifti1Image:
+    """The left hippocampus of the template, with its axes to the left, to the back and up, as SimpleITK likes them."""
+    template = load_template()
+    low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
+    image = template.slicer[tuple(slice(int(a), int(b) + 1) for a, b in zip(low[:3], high[:3]))]
+    image = image.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+    return nibabel.Nifti1Image(image.get_fdata(dtype=np.float32) * 1000, image.affine)
+
+
+@pytest.fixture(scope="module")
+def expected(segmenter: BundleSegmenter, crop: nibabel.Nifti1Image) -> np.ndarray:
+    labels = segmenter.segment(crop).labels
+    assert (labels == 1).sum() > 800
+    assert (labels == 2).sum() > 800
+    return labels
+
+
+def test_every_kind_of_image_comes_back_as_its_kind(
+    segmenter: BundleSegmenter, crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path: Path
+) -> None:
+    data, affine = crop.get_fdata(dtype=np.float32), crop.affine
+    nibabel.save(crop, tmp_path / "crop.nii.gz")
+    for path in (tmp_path / "crop.nii.gz", str(tmp_path / "crop.nii.gz")):
+        found = monai_iunet.segment(path, segmenter)
+        np.testing.assert_array_equal(np.asarray(found.dataobj), expected)
+        np.testing.assert_allclose(found.affine, affine, atol=1e-5)
+    found = monai_iunet.segment(crop, segmenter)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), expected)
+    assert found.get_data_dtype() == np.uint8
+    found = monai_iunet.segment(nibabel.MGHImage(data, affine.astype(np.float32)), segmenter)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), expected)
+
+    image = to_simpleitk(crop)
+    found = monai_iunet.segment(image, segmenter)
+    assert found.GetSpacing() == image.GetSpacing()
+    assert found.GetOrigin() == image.GetOrigin()
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(found).T, expected)
+
+    found = monai_iunet.segment(data, segmenter, affine=affine)
+    np.testing.assert_array_equal(found, expected)
+    found = monai_iunet.segment(torch.from_numpy(data)[None], segmenter, affine=affine)
+    np.testing.assert_array_equal(found[0].numpy(), expected)
+    tensor = MetaTensor(torch.from_numpy(data)[None], affine=affine)
+    found = monai_iunet.segment(tensor, segmenter)
+    assert isinstance(found, MetaTensor)
+    np.testing.assert_array_equal(found.affine.numpy(), affine)
+    np.testing.assert_array_equal(found[0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (np.zeros((5, 5, 5)), {}, "has no valid affine"),
+        (np.zeros((5, 5)), {"affine": np.eye(4)}, r"shape \(5, 5\), a 3D volume"),
+        (np.full((5, 5, 5), np.nan), {"affine": np.eye(4)}, "125 voxels are NaN"),
+        (np.zeros((5, 5, 5)), {"affine": np.zeros((4, 4))}, "has no valid affine"),
+        (MetaTensor(torch.zeros(1, 5, 5, 5)), {"affine": np.eye(3)}, "has no valid affine"),
+        (SimpleITK.Image(5, 5, SimpleITK.sitkFloat32), {}, "3D volume of scalars"),
+        (nibabel.Nifti1Image(np.zeros((5, 5, 5)), np.eye(4)), {"affine": np.eye(4)}, "has an affine of its own"),
+        ([1, 2, 3], {}, "a path, a nibabel or SimpleITK image"),
+        (np.eye(100, 25).reshape(100, 5, 5), {"affine": np.eye(4)}, "registration failed"),
+        (np.zeros((5, 5, 5)), {"affine": np.eye(4)}, "all voxels have the same value"),
+        ("nowhere.nii", {}, "no such file"),
+    ],
+)
+def test_what_cannot_be_segmented_is_refused(
+    image: Any, options: dict[str, Any], message: str, segmenter: BundleSegmenter
+) -> None:
+    with pytest.raises(InputError, match=message):
+        monai_iunet.segment(image, segmenter, **options)
+
+
+@pytest.mark.parametrize("shape", [(35, 51, 1), (1, 51, 36), (1, 2, 1)])
+def test_thin_volumes_are_segmented(shape: tuple[int, ...], segmenter: BundleSegmenter) -> None:
+    image = np.random.default_rng(0).random(shape) > 0.5
+    image.flat[:2] = False, True
+    labels = monai_iunet.segment(image, segmenter, affine=np.eye(4))
+    assert labels.shape == shape
+    assert labels.dtype == np.uint8
+
+
+def test_the_scale_of_the_intensities_does_not_matter(segmenter: BundleSegmenter, crop: nibabel.Nifti1Image) -> None:
+    data = crop.get_fdata(dtype=np.float32)
+    expected = monai_iunet.segment(data, segmenter, affine=crop.affine)
+    for factor in (1e-6, 1e6):
+        found = monai_iunet.segment(data * np.float32(factor), segmenter, affine=crop.affine)
+        assert (found == expected).mean() > 0.9999
+
+
+def test_a_dicom_series_and_its_formats(crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "series", crop.get_fdata(), spacing=(1, 1, 1), modality="MR")
+    SimpleITK.WriteImage(to_simpleitk(crop), tmp_path / "one.nrrd")
+    SimpleITK.WriteImage(to_simpleitk(crop), tmp_path / "two.mhd")
+    images = [folder, tmp_path / "one.nrrd", tmp_path / "two.mhd"]
+    code, printed, error = call(
+        "segment", *images, "--output", tmp_path / "out", "--no-overlay", "--volumes", "csv", "--device", "cpu"
+    )
+    assert code == 0, error
+    names = ["one_seg.nii.gz", "series_seg.nii.gz", "two_seg.nii.gz", "volumes.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    labels = nibabel.load(tmp_path / "out" / "one_seg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(labels.dataobj), expected)
+    rows = list(csv.DictReader((tmp_path / "out" / "volumes.csv").open()))
+    assert [row["image"] for row in rows] == ["series", "series", "one", "one", "two", "two"]
+    assert float(rows[2]["volume_mm3"]) == (expected == 1).sum()
+    assert f"{(expected == 1).sum()} mm³" in printed
+
+
+def test_labels_in_the_format_of_the_input(crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path: Path) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    folder = write_series(tmp_path / "series", crop.get_fdata(), spacing=(1, 1, 1), modality="MR")
+    for name in ("one.nrrd", "two.mhd", "three.mha", "four.nii"):
+        SimpleITK.WriteImage(to_simpleitk(crop), tmp_path / name)
+    images = [folder, *(tmp_path / name for name in ("one.nrrd", "two.mhd", "three.mha", "four.nii"))]
+    code, _, error = call(
+        "segment", *images, "--format", "input", "--output", tmp_path / "out", "--no-overlay", "--volumes", "json"
+    )
+    assert code == 0, error
+    out = tmp_path / "out"
+    names = ["four_seg.nii", "one_seg.nrrd", "series_seg.dcm", "three_seg.mha", "two_seg.mha", "volumes.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    for name in ("one_seg.nrrd", "two_seg.mha", "three_seg.mha"):
+        image = SimpleITK.ReadImage(out / name)
+        np.testing.assert_allclose(simpleitk_affine(image), crop.affine, atol=1e-5)
+        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).T, expected)
+    volumes = json.loads((out / "volumes.json").read_text())
+    assert volumes["one"]["anterior hippocampus"] == (expected == 1).sum()
+
+    written = highdicom.seg.segread(out / "series_seg.dcm")
+    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
+    slices = sorted((SimpleITK.ReadImage(name) for name in series), key=lambda image: image.GetOrigin()[2])
+    uids = [image.GetMetaData("0008|0018") for image in slices]
+    pixels = written.get_pixels_by_source_instance(uids, combine_segments=True)
+    assert (pixels > 0).sum() > 1600
+    descriptions = [written.get_segment_description(number) for number in (1, 2)]
+    assert [each.SegmentLabel for each in descriptions] == ["anterior hippocampus", "posterior hippocampus"]
+    assert descriptions[0].segmented_property_type.meaning == "Hippocampus"
+    # The series is the crop, moved and with its gray values rounded.
+    assert (expected == pixels.T).mean() > 0.995
+
+
+def test_probabilities(crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path: Path) -> None:
+    nibabel.save(crop, tmp_path / "crop.nii.gz")
+    code, _, _ = call("segment", tmp_path / "crop.nii.gz", "--output", tmp_path / "out", "--probabilities")
+    assert code == 0
+    image = nibabel.load(tmp_path / "out" / "crop_prob.nii.gz")
+    probabilities = image.get_fdata()
+    assert probabilities.shape == (*crop.shape, 3)
+    np.testing.assert_allclose(image.affine, crop.affine, atol=1e-5)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-3)
+    assert (probabilities.argmax(-1) == expected).mean() > 0.999
+
+
+def test_probabilities_of_both_sides() -> None:
+    segmenter = BundleSegmenter(bundle_folder(), "cpu", probabilities=True)
+    found = segmenter.segment(load_template(), region=np.eye(4))
+    assert found.probabilities is not None
+    assert found.probabilities.shape == (5, *found.labels.shape)
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+    for value in found.names:
+        assert found.probabilities[value][found.labels == value].mean() > 0.7
+    mirrored = segmenter.segment_crop(found.image.slicer[:40, :40, :40], mirrored=True)[1]
+    assert mirrored is not None
+    assert mirrored.shape == (3, 40, 40, 40)
+
+
+def test_bundles_by_name() -> None:
+    assert bundle_folder().name == bundle_folder("hippocampus").name == "iunet_hippocampus_mri_segmentation"
+    assert bundle_folder(bundle_folder("iunet_headneck_ct_segmentation")).name == "iunet_headneck_ct_segmentation"
+    for name in ("iunet", "liver"):
+        with pytest.raises(InputError, match=f"{name}: neither a bundle folder nor the name of one bundle"):
+            bundle_folder(name)
+
+
+def test_the_list_of_bundles_says_what_the_metadata_say() -> None:
+    code, printed, _ = call("bundles")
+    assert code == 0
+    text = "".join(printed.split())
+    for folder in (bundle_folder("headneck"), bundle_folder("hippocampus")):
+        metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+        assert f"{metadata['eval_metrics']['mean_dice']:.3f}" in text
+        assert f"{metadata['resources']['training_step_mib_beside_parameters_and_gradients']}MiB" in text
+
+
+def test_info_names_versions() -> None:
+    code, printed, _ = call("info")
+    assert code == 0
+    assert f"torch            {torch.__version__}" in printed
+    assert describe_system()["processor"] in printed
+
+
+def test_the_series_of_a_folder_can_be_chosen(crop: nibabel.Nifti1Image, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_series(tmp_path / "ct", crop.get_fdata(), spacing=(1, 1, 1), number=number)
+    code, _, error = call("segment", tmp_path / "ct", "--output", tmp_path / "out")
+    assert code == 2
+    assert "choose one with --series UID" in error
+    code, _, _ = call("segment", tmp_path / "ct", "--series", ".2", "--output", tmp_path / "out", "--no-overlay")
+    assert code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs ../shared/data/examples")
+@pytest.mark.parametrize(
+    ("name", "bundle", "format", "written"),
+    [
+        ("ct_dicom", "headneck", "nifti", "ct_dicom_seg.nii.gz"),
+        ("ct_torso.nii.gz", "headneck", "input", "ct_torso_seg.nii.gz"),
+        ("mr_dicom_hippocampus_crop", "hippocampus", "input", "mr_dicom_hippocampus_crop_seg.dcm"),
+    ],
+)
+def test_images_of_scanners(name: str, bundle: str, format: str, written: str, tmp_path: Path) -> None:
+    code, printed, error = call(
+        "segment", EXAMPLES / name, "--bundle", bundle, "--output", tmp_path, "--format", format
+    )
+    assert code == 0, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([written, written.split("_seg")[0] + "_seg.png"])
+    if bundle == "hippocampus":
+        volumes = [float(line.split()[-2]) for line in printed.splitlines() if "mm³" in line]
+        assert all(500 < volume < 3500 for volume in volumes)
+    else:
+        assert nibabel.load(tmp_path / written).shape == read_image(EXAMPLES / name).shape
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs ../shared/data/examples")
+def test_a_series_without_identity_gives_no_dicom_seg(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    folder = EXAMPLES / "ct_dicom"  # an anonymizer has emptied its UIDs
+    image = read_image(folder)
+    found = Segmentation(image, np.zeros(image.shape, np.uint8), {1: "mandible"})
+    with pytest.raises(InputError, match="lacks what a DICOM SEG has to refer to"):
+        write_dicom_seg(series_files(folder), found, tmp_path / "labels.dcm")
+
+
+def test_simpleitk_geometry_survives(crop: nibabel.Nifti1Image) -> None:
+    np.testing.assert_allclose(from_simpleitk(to_simpleitk(crop)).affine, crop.affine)
+
+
+def test_the_example_is_no_ct() -> None:
+    code, _, error = call("segment", "--example", "--bundle", "headneck")
+    assert code == 2
+    assert "the example is a head" in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_a_disk_that_is_full_leaves_no_part_of_a_file(crop: nibabel.Nifti1Image, tmp_path: Path) -> None:
+    import resource
+
+    nibabel.save(crop, tmp_path / "crop.nii.gz")
+    words = ["segment", "crop.nii.gz", "--output", "out", "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, "-c", "from monai_iunet.cli import main; main()", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},  # it writes, too
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),  # bytes that a file may have
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,119 @@
+"""Hippocampi of a whole head, however it lies, agree with those of the template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from monai_iunet.cli import app
+from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.segmentation.whole_head import load_template, register_template
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> BundleSegmenter:
+    return BundleSegmenter(bundle_folder(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(segmenter: BundleSegmenter) -> np.ndarray:
+    return segmenter.segment(load_template(), region=np.eye(4)).labels
+
+
+def with_skull(brain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A dark skull, a bright scalp and a neck of blobs around a brain, whose values are up to 1."""
+    inside = ndimage.binary_closing(brain > 0.05, iterations=3)
+    distance = ndimage.distance_transform_edt(~inside)
+    head = brain.copy()
+    head[(distance > 0) & (distance <= 4)] = 0.1
+    head[(distance > 4) & (distance <= 11)] = 0.9
+    neck = np.zeros_like(inside)
+    center = np.array(brain.shape[:2]) / 2
+    x, y = np.meshgrid(*map(np.arange, brain.shape[:2]), indexing="ij")
+    neck[((x - center[0]) ** 2 + (y - center[1]) ** 2) < 45**2, :30] = True
+    texture = ndimage.gaussian_filter(rng.normal(size=brain.shape), 4)
+    return np.where(neck & (head == 0), 0.5 + texture / texture.std() * 0.15, head).astype(np.float32)
+
+
+def moved(data: np.ndarray, affine: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The head rotated, shifted and scaled in a larger, anisotropic grid, with a bias field and noise.
+
+    Returns:
+        The data, their affine, and the matrix from the template's millimeters to those of the image.
+    """
+    angles = np.deg2rad(rng.uniform(-30, 30, 3))
+    rotation = nibabel.eulerangles.euler2mat(*angles) @ np.diag(rng.uniform(0.88, 1.12, 3))
+    to_image = nibabel.affines.from_matvec(rotation, rng.uniform(-20, 20, 3))
+    spacing = rng.uniform(0.9, 1.6, 3)
+    size = np.ceil(260 / spacing).astype(int)
+    grid = nibabel.affines.from_matvec(np.diag(spacing), -spacing * size / 2 + [0, -15, 5])
+    to_template = np.linalg.inv(affine) @ np.linalg.inv(to_image) @ grid
+    image = ndimage.affine_transform(data, to_template, output_shape=tuple(size), order=1)
+    ramp = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")
+    bias = 1 + sum(weight * axis for weight, axis in zip(rng.uniform(-0.2, 0.2, 3), ramp))
+    return 1000 * (image * bias + rng.normal(0, 0.03, image.shape)), grid, to_image
+
+
+def agreement(labels: np.ndarray, grid: np.ndarray, to_image: np.ndarray, expected: np.ndarray) -> list[float]:
+    """Dice of each label with the template's, on the grid of the template."""
+    template = load_template()
+    to_grid = np.linalg.inv(grid) @ to_image @ template.affine
+    back = ndimage.affine_transform(labels, to_grid, output_shape=template.shape, order=0)
+    return [
+        2 * ((back == value) & (expected == value)).sum() / ((back == value).sum() + (expected == value).sum())
+        for value in range(1, 5)
+    ]
+
+
+def check(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
+    rng = np.random.default_rng(seed)
+    template = load_template()
+    data = template.get_fdata(dtype=np.float32) / template.get_fdata().max()
+    data, grid, to_image = moved(with_skull(data, rng) if skull else data, template.affine, rng)
+    image = nibabel.Nifti1Image(data.astype(np.float32), grid)
+    if seed % 2:  # stored with axes in another order and direction
+        turned = image.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+        labels = segmenter.segment(turned).labels
+        labels = np.asarray(nibabel.as_closest_canonical(nibabel.Nifti1Image(labels, turned.affine)).dataobj)
+    else:
+        labels = segmenter.segment(image).labels
+    assert min(agreement(labels, grid, to_image, expected)) > 0.85
+
+
+@pytest.mark.parametrize(("seed", "skull"), [(1, False), (2, True)])
+def test_a_head_that_was_moved(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
+    check(seed, skull, segmenter, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 11))
+def test_more_heads_that_were_moved(seed: int, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
+    check(seed, seed % 4 > 1, segmenter, expected)
+
+
+def test_what_is_not_a_head_is_recognized() -> None:
+    rng = np.random.default_rng(0)
+    blobs = ndimage.gaussian_filter(rng.normal(size=(60, 70, 60)), 4).astype(np.float32)
+    with pytest.raises(InputError, match="registration failed"):
+        register_template(nibabel.Nifti1Image(blobs, np.diag([3.0, 3, 3, 1])))
+
+
+def test_the_command_tells_the_sides_apart(tmp_path: Path) -> None:
+    nibabel.save(load_template(resolution=2), tmp_path / "head.nii.gz")
+    words = ["segment", str(tmp_path / "head.nii.gz"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "left anterior hippocampus" in result.output
+    assert "right, whole" in result.output
+    found = nibabel.load(tmp_path / "out" / "head_seg.nii.gz")
+    labels = np.asarray(found.dataobj)
+    for value, sign in ((1, -1), (2, -1), (3, 1), (4, 1)):
+        center = nibabel.affines.apply_affine(found.affine, np.argwhere(labels == value).mean(0))
+        assert 15 < sign * center[0] < 40

@@ -1,0 +1,168 @@
+"""A training that was killed and goes on ends as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
+from monai.transforms import AsDiscreted, Compose, RandGaussianNoised, RandSpatialCropd
+from torch import nn
+
+from monai_iunet.errors import InputError
+from monai_iunet.training.checkpoints import Checkpoints, start_from
+
+EPOCHS = 4
+
+
+class Killed(Exception):
+    pass
+
+
+def training(
+    folder: Path, resume: bool = False, max_epochs: int = EPOCHS, network: nn.Module | None = None
+) -> tuple[SupervisedTrainer, nn.Module]:
+    """A small training with all that is random: initialization, order, crops, noise and dropout."""
+    torch.manual_seed(3)
+    network = network or nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
+    rng = np.random.default_rng(0)
+    images = [torch.as_tensor(rng.normal(size=(1, 12, 12)), dtype=torch.float32) for _ in range(5)]
+    cases = [{"image": image, "label": (image > 0).float()} for image in images]
+    crop = RandSpatialCropd(["image", "label"], [8, 8], random_size=False)
+    train = Dataset(cases, Compose([crop, RandGaussianNoised("image", prob=0.5)]))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, EPOCHS, 0.9)
+    validator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(cases), batch_size=1),
+        network=network,
+        postprocessing=Compose([AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2)]),
+        key_val_metric={"dice": MeanDice(output_transform=from_engine(["pred", "label"]))},
+    )
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=max_epochs,
+        train_data_loader=DataLoader(train, batch_size=2, shuffle=True),
+        network=network,
+        optimizer=optimizer,
+        loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
+        train_handlers=[ValidationHandler(1, validator), LrScheduleHandler(scheduler)],
+    )
+    state = {"optimizer": optimizer, "scheduler": scheduler}
+    checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
+    checkpoints.attach(trainer, validator)
+    return trainer, network
+
+
+def weights(network: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def stop_in(trainer: SupervisedTrainer, epoch: int) -> None:
+    """As if it was killed: in the middle of an epoch, without a chance to clean up."""
+
+    def stop() -> None:
+        if trainer.state.epoch == epoch and trainer.state.iteration % 3 == 2:
+            raise Killed
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_killed_and_resumed_equals_never_killed(epoch: int, tmp_path: Path) -> None:
+    whole, expected = training(tmp_path / "whole")
+    whole.run()
+    first, _ = training(tmp_path / "killed")
+    stop_in(first, epoch)
+    with pytest.raises(Killed):
+        first.run()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    second, resumed = training(tmp_path / "killed", resume=True)
+    second.run()
+    assert second.state.epoch == EPOCHS
+    assert torch.equal(weights(resumed), weights(expected))
+    best = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path) -> None:
+    trainer, network = training(tmp_path)
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def ruin() -> None:
+        if trainer.state.epoch == 2:
+            with torch.no_grad():
+                next(network.parameters()).fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"Epoch 2, iteration 4: the loss is nan.*last.pt"):
+        trainer.run()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_what_a_kill_has_left_half_written_goes_when_it_goes_on(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path, max_epochs=1)
+    trainer.run()
+    half = tmp_path / ".last.pt.abc123.pt"
+    half.write_bytes(b"half")
+    training(tmp_path, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
+
+
+def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path, max_epochs=1)
+    trainer.run()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["best"] = [2.0, 1]  # better than anything
+    torch.save(saved, tmp_path / "last.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    again, _ = training(tmp_path, resume=True)
+    again.run()
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_resuming_without_a_state_begins_at_the_beginning(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path / "new", resume=True)
+    trainer.run()
+    assert trainer.state.iteration == 3 * EPOCHS
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"last.pt", "model.pt"}
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path)
+    trainer.run()
+    with pytest.raises(InputError, match="finished its 4 epochs"):
+        training(tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"last\.pt: not a state of this training"):
+        training(tmp_path, resume=True, network=nn.Conv2d(1, 2, 1))
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"last\.pt: not a state of this training"):
+        training(tmp_path, resume=True)
+
+
+def test_starting_from_weights_takes_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    one, other, average = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, classes)) for classes in (4, 5, 5))
+    torch.save(one.state_dict(), tmp_path / "model.pt")
+    before = other[1].weight.clone()
+    start_from(tmp_path / "model.pt", other, average)
+    for network in (other, average):
+        assert torch.equal(network[0].weight, one[0].weight)
+    assert torch.equal(other[1].weight, before)
+    assert "new are: 1.bias, 1.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"), [({"a": torch.zeros(1)}, "nothing in it fits. It holds a"), ([1], "not the weights")]
+)
+def test_weights_of_something_else_are_refused(saved: object, message: str, tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=message):
+        start_from(tmp_path / "model.pt", nn.Linear(2, 3))

@@ -1,0 +1,72 @@
+"""Measures of a segmentation, where they are known."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+
+from monai_iunet.training.evaluation import CaseReport, compare
+
+
+def boxes(start: int) -> torch.Tensor:
+    labels = torch.zeros(20, 10, 10, dtype=torch.uint8)
+    labels[start : start + 8, 2:8, 2:8] = 1
+    return labels
+
+
+def test_a_box_that_is_shifted_by_two_voxels() -> None:
+    (row,) = compare(boxes(6), boxes(4), (1.5, 1.0, 2.0), ["box"])
+    assert row["dice"] == pytest.approx(6 / 8)
+    assert row["hausdorff95_mm"] == pytest.approx(3.0)  # two voxels of 1.5 mm
+    assert 0 < row["surface_distance_mm"] < 3.0
+    assert row["volume_mm3"] == row["reference_mm3"] == 8 * 36 * 3.0
+
+
+def test_identical_and_missing_structures() -> None:
+    truth = boxes(4)
+    truth[0, 0, 0] = 3
+    found = boxes(4)
+    found[15:17] = 2
+    rows = compare(found, truth, (1, 1, 1), ["same", "not contoured", "not found"])
+    assert [rows[0][key] for key in ("dice", "hausdorff95_mm", "surface_distance_mm")] == [1, 0, 0]
+    assert all(np.isnan(rows[1][key]) for key in ("dice", "hausdorff95_mm", "surface_distance_mm"))
+    assert rows[1]["volume_mm3"] == 200
+    assert [rows[2][key] for key in ("dice", "hausdorff95_mm", "surface_distance_mm")] == [0, np.inf, np.inf]
+
+
+def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    second = boxes(4)
+    second[16:18, :4] = 2
+    cases = [(boxes(6), boxes(4)), (second, second)]
+
+    def case(found: torch.Tensor, truth: torch.Tensor, name: str) -> dict[str, MetaTensor]:
+        meta = {"filename_or_obj": f"/somewhere/{name}.nii.gz"}
+        affine = torch.diag(torch.tensor([2.0, 1, 1, 1]))
+        return {"pred": MetaTensor(found[None]), "label": MetaTensor(truth[None], affine=affine, meta=meta)}
+
+    engine = Engine(lambda engine, pair: [case(*pair, name=f"case{engine.state.iteration}")])
+    CaseReport(tmp_path / "eval", ["box", "slab"]).attach(engine)
+    with caplog.at_level("INFO"):
+        engine.run(cases)
+    assert engine.state.metrics["val_mean_dice"] == pytest.approx(((0.75 + 1) / 2 + 1) / 2)
+    with (tmp_path / "eval" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["structure"]) for row in rows] == [
+        ("case1.nii.gz", "box"),
+        ("case1.nii.gz", "slab"),
+        ("case2.nii.gz", "box"),
+        ("case2.nii.gz", "slab"),
+    ]
+    assert float(rows[0]["hausdorff95_mm"]) == 4.0
+    assert rows[1]["dice"] == "nan"
+    with (tmp_path / "eval" / "summary.csv").open() as file:
+        summary = list(csv.DictReader(file))
+    assert [row["cases"] for row in summary] == ["2", "1"]
+    assert float(summary[0]["dice_mean"]) == pytest.approx(0.875)
+    assert "slab      1  1.000" in caplog.text

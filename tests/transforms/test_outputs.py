@@ -1,0 +1,69 @@
+"""Labels come back to the grid of the image, however it lies."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose, CropForegroundd, LoadImaged, Orientationd, Spacingd
+
+from monai_iunet.planning.live_bytes import LiveBytes
+from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
+
+PREPROCESSING = Compose(
+    [
+        LoadImaged("image", ensure_channel_first=True),
+        Orientationd("image", "RAS", labels=None),
+        CropForegroundd("image", "image", allow_smaller=True),
+        Spacingd("image", (2.0, 2.0, 2.0)),
+    ]
+)
+
+
+def ball() -> tuple[np.ndarray, np.ndarray]:
+    """An image in which the right half of a ball is 2 and the left 1, and its affine, oblique and anisotropic."""
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (30, 26, 22)), indexing="ij"))
+    inside = ((grid - np.array([15, 13, 11]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 81
+    image = np.where(inside, 1 + (grid[0] > 15), 0).astype(np.float32)
+    affine = np.diag([1.0, 1.2, 1.5, 1.0])
+    affine[:3, 3] = [-20, 30, 5]
+    return image, affine
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)))
+def test_every_axis_flip_and_permutation(order: tuple[int, ...], flips: tuple[int, ...], tmp_path: Path) -> None:
+    data, affine = ball()
+    turned = nibabel.Nifti1Image(data, affine).as_reoriented(np.array(list(zip(order, flips))))
+    nibabel.save(turned, tmp_path / "image.nii.gz")
+    case = PREPROCESSING({"image": str(tmp_path / "image.nii.gz")})
+    # A network that says what it sees.
+    seen = torch.as_tensor(case["image"])[0]
+    case["pred"] = torch.stack([1 - (seen - number).abs().clamp(max=1) for number in range(3)])
+    case = LabelsOnImageGridd("pred", PREPROCESSING)(case)
+    SaveImageLabelsd("pred", tmp_path / "out")(case)
+    result = nibabel.load(tmp_path / "out" / "image_seg.nii.gz")
+    assert result.shape == turned.shape
+    assert result.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(result.affine, turned.affine)
+    truth, found = np.asarray(turned.dataobj), np.asarray(result.dataobj)
+    for value in (1, 2):
+        dice = 2 * ((truth == value) & (found == value)).sum() / ((truth == value).sum() + (found == value).sum())
+        assert dice > 0.85
+
+
+def test_memory_does_not_grow_with_the_number_of_classes(tmp_path: Path) -> None:
+    data, affine = ball()
+    nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / "image.nii.gz")
+    case = PREPROCESSING({"image": str(tmp_path / "image.nii.gz")})
+    peaks = []
+    for classes in (3, 12):
+        case["pred"] = torch.rand(classes, *case["image"].shape[1:])
+        with LiveBytes(ignore=[case["pred"]]) as live:
+            LabelsOnImageGridd("pred", PREPROCESSING)(case)
+        peaks.append(live.peak)
+    assert peaks[1] <= 1.05 * peaks[0]
