@@ -23,7 +23,7 @@ from torch import nn
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_atomically
-from monai_iunet.networks.nets.channels import reachable_channels
+from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import largest_patch
 from monai_iunet.planning.plan import plan_training
@@ -78,7 +78,7 @@ class PlannedIUNet(SegIUNet):
         """Logits; with deep supervision a list, finest first, in evaluation too, as nnU-Net validates with it."""
         if self.training or not self.deep_supervision:
             return super().forward(x)
-        self.iunet._check(x, "x", self.stem.in_channels)
+        self.iunet.design.check_images(x, "x", self.stem.in_channels)
         levels = self.iunet.forward_levels(self.stem(x))
         return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]
 

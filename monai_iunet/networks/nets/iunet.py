@@ -6,10 +6,9 @@ Source: Etmann, Ke, Schönlieb, iUNets: Learnable Invertible Up- and Downsamplin
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,13 +23,14 @@ from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.nets.activations import ChosenActivations
-from monai_iunet.networks.nets.channels import reachable_channels
-from monai_iunet.networks.nets.padding import PADDING_MODES, crop, crop_like, pad
+from monai_iunet.networks.nets.architecture import Architecture, is_positive_int
+from monai_iunet.networks.nets.padding import crop, crop_like, pad
 from monai_iunet.networks.nets.scripting import Traced
 
 __all__ = ["IUNet"]
 
 MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
+MakePartition = Callable[[tuple[int, ...], tuple[int, ...]], InvertibleLayer]
 
 
 class IUNet(ChosenActivations):
@@ -110,37 +110,13 @@ class IUNet(ChosenActivations):
         make_branch: MakeBranch | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (1, 2, 3):
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}.")
-        if padding_mode is not None and padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be None or one of {PADDING_MODES}, got {padding_mode!r}.")
-        if channel_mixing not in ("split", None) and not _is_positive_int(channel_mixing):
+        if channel_mixing not in ("split", None) and not is_positive_int(channel_mixing):
             raise ValueError(f'channel_mixing must be "split", a positive int or None, got {channel_mixing!r}.')
-        if not _is_positive_int(convs_per_coupling):
-            raise ValueError(f"convs_per_coupling must be a positive int, got {convs_per_coupling!r}.")
-        if len(channels) == 0 or not all(map(_is_positive_int, channels)) or channels[0] < 2:
-            raise ValueError(
-                "channels must be positive ints, one per level, and the first at least 2 to be halved, "
-                f"got {channels!r}."
-            )
-        self.spatial_dims = spatial_dims
-        self.strides = _strides(strides, spatial_dims, channels)
-        self.channels = _reachable_channels(channels, self.strides)
-        self.couplings = _couplings(couplings, len(self.channels))
-        self.factors = tuple(math.prod(stride[axis] for stride in self.strides) for axis in range(spatial_dims))
-        self.padding_mode = padding_mode
-
-        kernel = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != spatial_dims or not all(_is_positive_int(extent) and extent % 2 for extent in kernel):
-            raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")
-
-        def default_branch(dims: int, in_channels: int, out_channels: int, *_: Any) -> nn.Module:
-            return convolutional_branch(dims, in_channels, out_channels, convs_per_coupling, kernel, act, norm, dropout)
-
-        self._skips = [
-            total - following // math.prod(stride)
-            for total, following, stride in zip(self.channels, self.channels[1:], self.strides)
-        ]
+        self.design = Architecture.of(spatial_dims, channels, strides, couplings, padding_mode)
+        self.spatial_dims, self.channels, self.strides = spatial_dims, self.design.channels, self.design.strides
+        self.couplings, self.factors, self.padding_mode = self.design.couplings, self.design.factors, padding_mode
+        own_branch = _branches(spatial_dims, convs_per_coupling, kernel_size, act, norm, dropout)
+        mix = partial(ChannelMixing, orthogonal_map=orthogonal_map)
         # Any, because iterating over an nn.ModuleList gives plain modules; these hold InvertibleLayers.
         self.encoder: Any = nn.ModuleList()
         self.decoder: Any = nn.ModuleList()
@@ -148,49 +124,54 @@ class IUNet(ChosenActivations):
         self.merges: Any = nn.ModuleList()  # the same in the decoder, used backwards
         self.downsamplings: Any = nn.ModuleList()
         self.upsamplings: Any = nn.ModuleList()  # downsamplings used backwards
-        for level, total in enumerate(self.channels):
-            first = _halves(total, 0)
-            last = _halves(total, self.couplings[level])
+        resampling = (resampling_init, orthogonal_map, learnable_resampling)
+        for level in range(self.levels):
+            every = channel_mixing if isinstance(channel_mixing, int) else None
             for stage, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
-                layers = nn.ModuleList()
-                for index in range(self.couplings[level]):
-                    before, after = _halves(total, index), _halves(total, index + 1)
-                    branch = (make_branch or default_branch)(spatial_dims, before[1], before[0], stage, level, index)
-                    whole = callable(getattr(branch, "inverse", None))
-                    layers.append(WholeCoupling(branch, before, after) if whole else AdditiveCoupling(branch))
-                    if isinstance(channel_mixing, int) and (index + 1) % channel_mixing == 0:
-                        layers.append(ChannelMixing(after, after, orthogonal_map))
-                levels.append(layers)
+                levels.append(self._make_couplings(stage, level, make_branch or own_branch, every, mix))
             if level < len(self.strides):
-                stride = self.strides[level]
-                skip = self._skips[level]
-                parts = (skip, total - skip)
-                following = _halves(self.channels[level + 1], 0)
-                following_end = _halves(self.channels[level + 1], self.couplings[level + 1])
-                for halves, changes in ((last, self.splits), (first, self.merges)):
-                    changes.append(
-                        ChannelMixing(halves, parts, orthogonal_map)
-                        if channel_mixing == "split"
-                        else ChannelPartition(halves, parts)
-                    )
-                for halves, changes in ((following, self.downsamplings), (following_end, self.upsamplings)):
-                    changes.append(
-                        OrthogonalDownsampling(
-                            parts[1], stride, halves, resampling_init, orthogonal_map, learnable_resampling
-                        )
-                    )
-        deepest = self.channels[-1]
-        self._open = ChannelPartition(self.channels[:1], _halves(self.channels[0], 0))
-        self._bottom = ChannelPartition(_halves(deepest, self.couplings[-1]), (deepest,))
-        self._bottom_up = ChannelPartition((deepest,), _halves(deepest, 0))
-        self._turn = ChannelPartition(_halves(deepest, self.couplings[-1]), _halves(deepest, 0))
-        # From the halves at the end of each level of the decoder to the whole.
-        self._joins: Any = nn.ModuleList(
-            ChannelPartition(_halves(total, count), (total,)) for total, count in zip(self.channels, self.couplings)
-        )
+                self._make_resampling(level, mix if channel_mixing == "split" else ChannelPartition, resampling)
+        self._make_partitions()
         self.memory_budget = memory_budget
         self.activations = activations
         self.exact = exact
+
+    def _make_couplings(
+        self, stage: str, level: int, make_branch: MakeBranch, mix_every: int | None, mix: MakePartition
+    ) -> nn.ModuleList:
+        """Return the couplings of a level of the encoder or decoder, and the channel mixing between them."""
+        layers = nn.ModuleList()
+        for index in range(self.couplings[level]):
+            before, after = self.design.halves(level, index), self.design.halves(level, index + 1)
+            branch = make_branch(self.spatial_dims, before[1], before[0], stage, level, index)
+            whole = callable(getattr(branch, "inverse", None))
+            layers.append(WholeCoupling(branch, before, after) if whole else AdditiveCoupling(branch))
+            if mix_every is not None and (index + 1) % mix_every == 0:
+                layers.append(mix(after, after))
+        return layers
+
+    def _make_resampling(self, level: int, change: MakePartition, options: tuple[Any, str, bool]) -> None:
+        """Add what lies between a level and the next: splits and merges, downsampling and upsampling."""
+        skip = self.design.skips[level]
+        parts = (skip, self.channels[level] - skip)
+        self.splits.append(change(self.design.last_halves(level), parts))
+        self.merges.append(change(self.design.halves(level), parts))
+        stride = self.strides[level]
+        self.downsamplings.append(OrthogonalDownsampling(parts[1], stride, self.design.halves(level + 1), *options))
+        self.upsamplings.append(OrthogonalDownsampling(parts[1], stride, self.design.last_halves(level + 1), *options))
+
+    def _make_partitions(self) -> None:
+        """Add the layers that divide whole states into halves, and join halves to whole states."""
+        first, last = self.design.halves(self.levels - 1), self.design.last_halves(self.levels - 1)
+        deepest = self.channels[-1]
+        self._open = ChannelPartition(self.channels[:1], self.design.halves(0))
+        self._bottom = ChannelPartition(last, (deepest,))
+        self._bottom_up = ChannelPartition((deepest,), first)
+        self._turn = ChannelPartition(last, first)
+        # From the halves at the end of each level of the decoder to the whole.
+        self._joins: Any = nn.ModuleList(
+            ChannelPartition(self.design.last_halves(level), (total,)) for level, total in enumerate(self.channels)
+        )
 
     @property
     def exact(self) -> bool:
@@ -242,7 +223,7 @@ class IUNet(ChosenActivations):
         Returns:
             A tensor like `x`, or of the padded size.
         """
-        self._check(x, "x", self.channels[0])
+        self.design.check_images(x, "x", self.channels[0])
         self._fit(x)
         return self._forward_in_one(x, crop)[0]
 
@@ -257,7 +238,7 @@ class IUNet(ChosenActivations):
             the decoder, without the coarsest of all, `(batch, channels[level], *spatial)` at its resolution. If the
             size of `x` does not divide, these belong to the padded image.
         """
-        self._check(x, "x", self.channels[0])
+        self.design.check_images(x, "x", self.channels[0])
         self._fit(x)
         return self._forward_in_one(x, True, True)
 
@@ -268,8 +249,8 @@ class IUNet(ChosenActivations):
             y: `(batch, channels[0], *spatial)`, of a size that divides by `factors`.
             spatial_size: size of the image before it was padded, if it was; the result is cropped to it.
         """
-        self._check(y, "y", self.channels[0])
-        self._check_divides(y.shape[2:], "inverse: ", "Pass the output of forward(x, crop=False).")
+        self.design.check_images(y, "y", self.channels[0])
+        self.design.check_divides(y.shape[2:], "inverse", "Pass the output of forward(x, crop=False).")
         with self._grid():
             codes = self._decode_inverse(self._enter(y))
             codes.append(self._turn.inverse(*codes.pop()))
@@ -281,7 +262,7 @@ class IUNet(ChosenActivations):
 
         Sizes that do not divide are padded.
         """
-        self._check(x, "x", self.channels[0])
+        self.design.check_images(x, "x", self.channels[0])
         with self._grid():
             *skips, state = self._encode(self._enter(self._pad(x)))
             codes = *skips, *self._bottom(*state, keep=True)
@@ -289,22 +270,22 @@ class IUNet(ChosenActivations):
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """The image of codes as `encode` returns them, through the decoder."""
-        self._check_codes(codes)
+        self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
             return _leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """The image whose codes these are: inverse of `encode`."""
-        self._check_codes(codes)
+        self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
             return _leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
 
     def decode_inverse(self, y: Tensor) -> Tensors:
         """The codes that the decoder takes to this image: inverse of `decode`."""
-        self._check(y, "y", self.channels[0])
-        self._check_divides(y.shape[2:], "decode_inverse: ", "Pass what `decode` returned.")
+        self.design.check_images(y, "y", self.channels[0])
+        self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
         with self._grid():
             *skips, state = self._decode_inverse(self._enter(y))
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
@@ -397,25 +378,14 @@ class IUNet(ChosenActivations):
         return Traced(self, self.channels[0], self.factors)
 
     def layout(self) -> str:
-        """Picture of the network: a row per level, a number of channels per coupling, and each split as (skip/down).
+        """Return a picture in text: a row per level, a number of channels per coupling, each split as (skip/down).
 
         Example:
             >>> IUNet(spatial_dims=1, channels=(4, 4), couplings=2).print_layout()
             4-4-(2/2)----(2/2)-4-4
             -------4-4--4-4-------
         """
-        rows: list[str] = []
-        for level in reversed(range(len(self.channels))):
-            total = self.channels[level]
-            couplings = "-".join([str(total)] * self.couplings[level])
-            if not rows:
-                rows.append(f"{couplings}--{couplings}")
-                continue
-            split = f"({self._skips[level]}/{total - self._skips[level]})"
-            rows.append(f"{couplings}-{split}{'-' * max(len(rows[-1]) - len(split), 4)}{split}-{couplings}")
-        width = len(rows[-1])
-        # An odd rest goes to the right.
-        return "\n".join(f"{'-' * ((width - len(row)) // 2)}{row}".ljust(width, "-") for row in reversed(rows))
+        return self.design.layout()
 
     def print_layout(self) -> None:
         """Print `layout()`."""
@@ -424,87 +394,23 @@ class IUNet(ChosenActivations):
     def _pad(self, x: Tensor) -> Tensor:
         return pad(x, list(self.factors), self.padding_mode)
 
-    def _check(self, x: Tensor, name: str, channels: int) -> None:
-        if torch.jit.is_tracing():  # would be of the example alone
-            return
-        expected = f"(batch, {channels}, {', '.join(['size'] * self.spatial_dims)})"
-        if not isinstance(x, Tensor) or x.ndim != self.spatial_dims + 2 or x.shape[1] != channels:
-            came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor of shape {expected}, got {came}.")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with `.float()`.")
-        if x.shape[0] == 0 or any(extent < factor for extent, factor in zip(x.shape[2:], self.factors)):
-            raise ValueError(
-                f"{name} must hold at least one image of at least {self.factors} voxels, the factors that the network "
-                f"downsamples by, got {tuple(x.shape)}. Use larger images or fewer levels."
-            )
-
-    def _check_divides(self, spatial_size: Sequence[int], where: str, remedy: str) -> None:
-        if any(extent % factor for extent, factor in zip(spatial_size, self.factors)):
-            raise ValueError(
-                f"{where}the spatial size must be divisible by {self.factors}, got {tuple(spatial_size)}. {remedy}"
-            )
-
-    def _check_codes(self, codes: Sequence[Tensor]) -> None:
-        widths = [*self._skips, self.channels[-1]]
-        came = [tuple(code.shape) for code in codes]
-        if len(codes) != len(widths) or any(
-            len(shape) != self.spatial_dims + 2 or shape[1] != width for shape, width in zip(came, widths)
-        ):
-            raise ValueError(f"codes must be {len(widths)} tensors with {widths} channels, got shapes {came}.")
-        size = tuple(codes[-1].shape[2:])
-        for level in reversed(range(len(self.strides))):
-            size = tuple(extent * factor for extent, factor in zip(size, self.strides[level]))
-            if tuple(codes[level].shape[2:]) != size:
-                raise ValueError(f"The code of level {level} must have the spatial size {size}, got shapes {came}.")
-
 
 def _leave(y: Tensor, x: Tensor) -> Tensor:
     """What comes out for what went in: of the same type, but float32 under autocast to 16 bits."""
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
-def _halves(channels: int, index: int) -> tuple[int, int]:
-    """Channels of the halves in front of a coupling; the halves change places with each."""
-    small, large = channels // 2, channels - channels // 2
-    return (large, small) if index % 2 else (small, large)
+def _branches(
+    spatial_dims: int, convs_per_coupling: int, kernel_size: int | Sequence[int], act: Any, norm: Any, dropout: Any
+) -> MakeBranch:
+    """Return what makes the convolutional branches that the arguments describe."""
+    if not is_positive_int(convs_per_coupling):
+        raise ValueError(f"convs_per_coupling must be a positive int, got {convs_per_coupling!r}.")
+    kernel = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
+    if len(kernel) != spatial_dims or not all(is_positive_int(extent) and extent % 2 for extent in kernel):
+        raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")
 
+    def make_branch(dims: int, in_channels: int, out_channels: int, stage: str, level: int, index: int) -> nn.Module:
+        return convolutional_branch(dims, in_channels, out_channels, convs_per_coupling, kernel, act, norm, dropout)
 
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _strides(
-    strides: int | Sequence[int | Sequence[int]], spatial_dims: int, channels: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """One tuple per downsampling, one factor per axis."""
-    count = len(channels) - 1
-    entries = [strides] * count if isinstance(strides, int) else list(strides)
-    result = tuple((entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries)
-    if len(result) != count or any(
-        len(stride) != spatial_dims or not all(map(_is_positive_int, stride)) for stride in result
-    ):
-        raise ValueError(
-            f"strides must be an int or {count} entries (one less than channels), each an int or {spatial_dims} "
-            f"positive ints, got {strides!r}."
-        )
-    return result
-
-
-def _couplings(couplings: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    result = (couplings,) * levels if isinstance(couplings, int) else tuple(couplings)
-    if len(result) != levels or not all(map(_is_positive_int, result)):
-        raise ValueError(f"couplings must be a positive int or {levels} of them (one per level), got {couplings!r}.")
-    return result
-
-
-def _reachable_channels(channels: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    built = reachable_channels(channels, strides)
-    if built != tuple(channels):
-        warnings.warn(
-            f"channels={tuple(channels)} cannot be reached: with strides {tuple(map(tuple, strides))} each level has "
-            "prod(stride) * k channels, where k, the channels that are downsampled, is at least 1 and less than the "
-            f"channels of the level above. Built instead, the nearest: {built}.",
-            stacklevel=3,
-        )
-    return built
+    return make_branch

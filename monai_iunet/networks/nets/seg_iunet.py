@@ -132,7 +132,7 @@ class SegIUNet(ChosenActivations):
 
         With `deep_supervision`, in training, a list of them, finest first.
         """
-        self.iunet._check(x, "x", self.stem.in_channels)
+        self.iunet.design.check_images(x, "x", self.stem.in_channels)
         self._fit(x)
         if not (self.deep_supervision and self.training):
             return self.head(self.iunet(self.stem(x)))

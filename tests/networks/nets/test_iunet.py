@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 
@@ -377,3 +378,11 @@ def test_gradients_on_a_gpu() -> None:
     inverted = gradients(net, x)
     net.activations = "store"
     assert max(relative_errors(inverted, gradients(net, x))) < 1e-10
+
+
+def test_the_segmentation_network_takes_the_arguments_of_the_invertible_one() -> None:
+    ours = inspect.signature(IUNet).parameters
+    theirs = inspect.signature(SegIUNet).parameters
+    # `deep_supervision` is its own.
+    assert [theirs[name] for name in ours] == list(ours.values())
+    assert set(theirs) - set(ours) == {"in_channels", "out_channels", "deep_supervision"}
