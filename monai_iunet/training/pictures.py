@@ -1,21 +1,23 @@
-"""Pictures of a training for TensorBoard: what the network finds, over the image, beside what is true."""
+"""Pictures of a training for TensorBoard: contours of the labels that the network finds, and of the true ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.visualize import blend_images
 from torch import Tensor
+
+from monai_iunet.visualization.overlay import draw_overlay
 
 __all__ = ["PictureHandler", "picture"]
 
 
 class PictureHandler:
-    """Handler of a validator: after each validation, writes a picture of its first case to TensorBoard.
+    """Writes a picture of the first case to TensorBoard after each validation.
 
     Args:
         log_dir: folder of the TensorBoard log.
@@ -28,7 +30,7 @@ class PictureHandler:
 
     def __init__(self, log_dir: str | Path) -> None:
         self.log_dir = str(log_dir)
-        self._first: dict[str, Tensor] | None = None
+        self._first: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator whose output has "image", "pred" and "label", the latter two one channel per class."""
@@ -45,37 +47,32 @@ class PictureHandler:
 
         if self._first is None:
             return
-        shown, self._first = self._first, None
+        case, self._first = self._first, None
         with SummaryWriter(self.log_dir) as writer:
-            array = picture(shown["image"], shown["pred"], shown["label"])
-            writer.add_image("found and true", array, engine.state.epoch)
+            pixels = picture(case["image"], case["pred"], case["label"])
+            writer.add_image("found and true", pixels, engine.state.epoch, dataformats="HWC")
 
 
-def picture(image: Tensor, found: Tensor, truth: Tensor) -> np.ndarray:
-    """Three planes of an image with labels over them: found above, true below.
+def picture(image: Tensor, prediction: Tensor, truth: Tensor) -> np.ndarray:
+    """Draw the contours of predicted and of true labels over three planes of an image.
 
     Args:
-        image: `(1, *spatial)`, 3D.
-        found: one channel per class `(classes, *spatial)`.
-        truth: the same; the planes are those with the most of it.
+        image: `(1, *spatial)`, 3D; a `MetaTensor` with the size of its voxels, or a tensor.
+        prediction: one channel per class `(classes, *spatial)`.
+        truth: the same.
 
     Returns:
-        RGB values in [0, 1], `(3, height, width)`.
+        RGB, uint8, `(height, width, 3)`.
     """
-    labels = [tensor.argmax(0, keepdim=True) for tensor in (found, truth)]
-    # blend_images spreads the colors over the labels that are there; a voxel of the last class makes them the same.
-    for label in labels:
-        label[(0,) * label.ndim] = len(truth) - 1
-    blended = [np.asarray(blend_images(image, label, alpha=0.4)) for label in labels]
-    rows = []
-    for volume in blended:
-        planes = []
-        for axis in range(3):
-            amount = (labels[1][0] > 0).sum(dim=[other for other in range(3) if other != axis])
-            plane = np.take(volume, int(amount.argmax()), axis=axis + 1)
-            planes.append(np.flip(plane.transpose(0, 2, 1), 1))
-        height = max(plane.shape[1] for plane in planes)
-        rows.append(
-            np.concatenate([np.pad(plane, ((0, 0), (0, height - plane.shape[1]), (0, 2))) for plane in planes], 2)
-        )
-    return np.concatenate(rows, 1).clip(0, 1)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    affine = np.asarray(getattr(image, "affine", np.eye(4)), dtype=float)
+    volume = nibabel.Nifti1Image(np.asarray(image[0].float()), affine)
+    names = {label: f"class {label}" for label in range(1, len(truth))}
+    labels, reference = (np.asarray(tensor.argmax(0)).astype(np.uint8) for tensor in (prediction, truth))
+    figure = Figure(figsize=(9, 3.6), dpi=80, facecolor="black")
+    canvas: Any = FigureCanvasAgg(figure)
+    draw_overlay(figure, volume, labels, names, reference=reference)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
 from monai_iunet.io.files import write_atomically
+from monai_iunet.visualization.palette import label_colors
+from monai_iunet.visualization.plane import PLANES, canonical, draw_plane, intensity_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,14 +46,11 @@ def save_overlay(
         >>> picture.exists()
         True
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure = plt.figure(figsize=(12, 4.6), facecolor="black")
-    try:
-        draw_overlay(figure, image, labels, names, title, window=window)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=(12, 4.6), facecolor="black")
+    draw_overlay(figure, image, labels, names, title, window=window)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
 
 
 def draw_overlay(
@@ -66,19 +65,22 @@ def draw_overlay(
     height: float = 1.0,
     margin: float = 20.0,
 ) -> None:
-    """Draw contours of each label over a coronal, a sagittal and an axial plane, zoomed to what was found.
+    """Draw contours of each label over a coronal, a sagittal and an axial plane, zoomed to the labels.
 
     Args:
-        figure: where to draw.
+        figure: figure to draw into.
         image: the image.
         labels: label volume of the same shape.
         names: name of each label.
         title: text above.
         reference: true labels, of the same shape; drawn dashed.
         window: intensities that become black and white; by default the 0.5 and 99.5 percentiles of what is shown.
-        bottom: lower edge of what is used of the figure, as a part of its height.
-        height: height of what is used of the figure, as a part of its height.
+        bottom: lower edge of the part of the figure to use, as a fraction of its height.
+        height: height of the part of the figure to use, as a fraction of its height.
         margin: mm shown around the labels.
+
+    See Also:
+        `draw_slice` for one plane, `draw_surfaces` for structures in 3D.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -87,49 +89,72 @@ def draw_overlay(
         >>> labels[5:15, 5:15, 5:15] = 1
         >>> draw_overlay(Figure(), image, labels, {1: "liver"})
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from nilearn import plotting
+    image, volumes = canonical(image, labels, *([] if reference is None else [reference]))
+    box, center = _region(np.maximum.reduce(volumes), margin / voxel_sizes(image.affine))
+    image = image.slicer[box]
+    labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
+    intensities = intensity_range(np.asarray(image.dataobj), window)
+    places = _places(figure, voxel_sizes(image.affine) * image.shape, bottom + 0.1 * height, 0.8 * height)
+    for plane, place in places.items():
+        index = center[PLANES[plane]]
+        draw_plane(figure.add_axes(place), image, labels, names, plane, index, intensities, reference)
+    _draw_legend(figure, names, reference is not None, bottom)
+    if title:
+        # A name may have dollar signs in it, which are no formula.
+        options = {"color": "white", "size": "large", "ha": "center", "va": "top", "parse_math": False}
+        figure.text(0.5, bottom + 0.97 * height, title, None, **options)
+
+
+def _region(labels: np.ndarray, margin: np.ndarray) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+    """Return a box around the labels, and the voxel in it that the planes go through.
+
+    That is the middle of the largest connected structure, so that planes do not lie between the two of a pair.
+    """
     from scipy import ndimage
 
-    shown_labels = labels if reference is None else np.where(labels > 0, labels, reference)
-    found = np.argwhere(shown_labels > 0)
-    box = tuple(slice(0, extent) for extent in labels.shape)
-    if len(found):
-        pad = np.ceil(margin / voxel_sizes(image.affine)).astype(int)
-        box = tuple(slice(max(low, 0), high) for low, high in zip(found.min(0) - pad, found.max(0) + pad + 1))
-    shown = image.slicer[box]
-    # The planes go through the middle of the largest connected structure, not between the two of a pair.
-    center = np.array(shown.shape) / 2
-    if len(found):
-        parts, _ = ndimage.label(shown_labels[box] > 0)
-        center = np.median(np.argwhere(parts == np.bincount(parts[parts > 0]).argmax()), axis=0)
-    low, high = window or np.percentile(np.asarray(shown.dataobj), (0.5, 99.5))
-    display = plotting.plot_anat(
-        shown,
-        cut_coords=tuple(nibabel.affines.apply_affine(shown.affine, center)),
-        figure=figure,
-        axes=(0, bottom + 0.1 * height, 1, 0.8 * height),
-        dim=0,
-        vmin=float(low),
-        vmax=float(high),
-        draw_cross=False,
-        colorbar=False,
-        black_bg=True,
-    )
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    handles = []
-    for index, (value, name) in enumerate(names.items()):
-        color = colors[index % len(colors)]
-        handles.append(Line2D([], [], color=color, linewidth=2, label=name))
-        for volume, style in ((labels, "solid"), (reference, "dashed")):
-            if volume is not None and (volume[box] == value).any():
-                structure = nibabel.Nifti1Image((volume[box] == value).astype(np.uint8), shown.affine)
-                display.add_contours(structure, levels=[0.5], colors=[color], linewidths=1.5, linestyles=style)
-    if reference is not None:
+    voxels = np.argwhere(labels > 0)
+    if not len(voxels):
+        return tuple(slice(0, extent) for extent in labels.shape), tuple(extent // 2 for extent in labels.shape)
+    pad = np.ceil(margin).astype(int)
+    box = tuple(slice(max(low, 0), high) for low, high in zip(voxels.min(0) - pad, voxels.max(0) + pad + 1))
+    structures, _ = ndimage.label(labels[box] > 0)
+    largest = np.argwhere(structures == np.bincount(structures[structures > 0]).argmax())
+    return box, tuple(int(value) for value in np.median(largest, axis=0))
+
+
+def _places(
+    figure: Figure, size: np.ndarray, bottom: float, height: float
+) -> dict[str, tuple[float, float, float, float]]:
+    """Return where the planes of a box lie beside each other in a figure, all at one scale.
+
+    Args:
+        figure: the figure.
+        size: of the box, in mm.
+        bottom: lower edge, as a fraction of the figure's height.
+        height: height, as a fraction of the figure's height.
+    """
+    extents = {"coronal": (size[0], size[2]), "sagittal": (size[1], size[2]), "axial": (size[0], size[1])}
+    figure_width, figure_height = figure.get_size_inches()
+    total = sum(across for across, _ in extents.values())
+    scale = min(0.98 * figure_width / total, height * figure_height / max(up for _, up in extents.values()))
+    left = (1 - scale * total / figure_width) / 2
+    places = {}
+    for plane, (across, up) in extents.items():
+        width, plane_height = scale * across / figure_width, scale * up / figure_height
+        places[plane] = (left, bottom + (height - plane_height) / 2, width, plane_height)
+        left += width
+    return places
+
+
+def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float) -> None:
+    from matplotlib.lines import Line2D
+
+    colors = label_colors(names)
+    handles: list[Any] = [Line2D([], [], color=colors[label], linewidth=2, label=name) for label, name in names.items()]
+    if with_reference:
         handles.append(Line2D([], [], color="white", linestyle="solid", label="found"))
         handles.append(Line2D([], [], color="white", linestyle="dashed", label="true"))
-    figure.legend(
+    legend = figure.legend(
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, bottom),
@@ -139,5 +164,5 @@ def draw_overlay(
         facecolor="black",
         frameon=False,
     )
-    if title:
-        figure.text(0.5, bottom + 0.97 * height, title, color="white", size="large", ha="center", va="top")
+    for text in legend.get_texts():
+        text.set_parse_math(False)

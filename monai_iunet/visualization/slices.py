@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import nibabel
 import numpy as np
 
+from monai_iunet.visualization.plane import PLANES, canonical, draw_plane, intensity_range
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["SliceSlider", "draw_slice"]
-
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 
 def draw_slice(
@@ -29,10 +29,8 @@ def draw_slice(
 ) -> None:
     """Draw a slice with the contours of each label, cropped to what is not black; seen as the patient sees it.
 
-    The patient's left is on the left of axial and coronal slices, as in nilearn's pictures; letters say so.
-
     Args:
-        figure: where to draw; what is in it is removed.
+        figure: figure to draw into; what is in it is removed.
         image: the image.
         labels: label volume of the same shape.
         names: name of each label.
@@ -51,40 +49,26 @@ def draw_slice(
         >>> figure.axes[0].get_title()
         'coronal slice 2'
     """
-    import matplotlib.pyplot as plt
-
     if plane not in PLANES:
         raise ValueError(f"plane must be one of {', '.join(PLANES)}, got {plane!r}.")
     axis = PLANES[plane]
-    image, labels = _canonical(image, labels)
+    image, (labels,) = canonical(image, labels)
     index = _fullest(labels, axis) if index is None else index
     data = image.get_fdata(dtype=np.float32)
-    low, high = window or np.percentile(data, (0.5, 99.5))
-    across, up = np.delete(nibabel.affines.voxel_sizes(image.affine), axis)
+    low, high = intensity_range(data, window)
     figure.clear()
     axes = figure.add_axes((0, 0, 1, 0.92))
-    options: dict[str, Any] = {"origin": "lower", "aspect": up / across}
-    axes.imshow(np.take(data, index, axis).T, cmap="gray", vmin=float(low), vmax=float(high), **options)
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    shown = np.take(labels, index, axis).T
-    horizontal, vertical = (_extent(data > low, other) for other in range(3) if other != axis)
+    draw_plane(axes, image, labels, names, plane, index, (low, high))
+    horizontal, vertical = (_extent(data > low, across) for across in range(3) if across != axis)
     axes.set_xlim(*horizontal)
     axes.set_ylim(*vertical)
-    for number, value in enumerate(names):
-        if (shown == value).any():
-            axes.contour(shown == value, levels=[0.5], colors=[colors[number % len(colors)]], linewidths=1.5)
-    if axis > 0:
-        for place, letter in ((0.03, "L"), (0.97, "R")):
-            axes.text(place, 0.97, letter, color="white", ha="center", va="top", transform=axes.transAxes)
-    axes.set_title(title or f"{plane} slice {index}", fontsize="medium")
-    axes.set_axis_off()
+    axes.set_title(title or f"{plane} slice {index}", fontsize="medium", parse_math=False)
 
 
 class SliceSlider:
-    """In a live notebook, a slider through the slices of a plane; where there is none, a picture of the fullest one.
+    """Shows a slider through the slices of a plane in a live notebook, and a picture of the fullest slice elsewhere.
 
-    The slider needs ipywidgets. As what a cell shows it offers the widget and the picture, and the front end takes
-    what it can: a page on the web or an export shows the picture.
+    The slider needs ipywidgets. A cell offers both, and a page on the web or an export shows the picture.
 
     Args:
         image: the image.
@@ -109,11 +93,11 @@ class SliceSlider:
         window: tuple[float, float] | None = None,
         size: tuple[float, float] = (5.0, 5.0),
     ) -> None:
-        self.image, self.labels = _canonical(image, labels)
+        self.image, (self.labels,) = canonical(image, labels)
         self.names, self.plane, self.window, self.size = names, plane, window, size
 
     def png(self, index: int | None = None) -> bytes:
-        """The picture of a slice."""
+        """Return the picture of a slice, as PNG."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=self.size, dpi=80)
@@ -140,19 +124,14 @@ class SliceSlider:
         return ipywidgets.VBox([slider, picture])._repr_mimebundle_() | bundle
 
 
-def _canonical(image: nibabel.Nifti1Image, labels: np.ndarray) -> tuple[nibabel.Nifti1Image, np.ndarray]:
-    """Both with their axes to the right, to the front and up."""
-    turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(labels.astype(np.uint8), image.affine))
-    return nibabel.as_closest_canonical(image), np.asarray(turned.dataobj)
-
-
 def _extent(mask: np.ndarray, axis: int) -> tuple[float, float]:
-    """Where a mask begins and ends along an axis; the whole axis if it is empty."""
-    found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-    first, last = (found[0], found[-1]) if len(found) else (0, mask.shape[axis] - 1)
+    """Return where a mask begins and ends along an axis; the whole axis if it is empty."""
+    slices = np.flatnonzero(mask.any(axis=tuple(across for across in range(3) if across != axis)))
+    first, last = (slices[0], slices[-1]) if len(slices) else (0, mask.shape[axis] - 1)
     return first - 0.5, last + 0.5
 
 
 def _fullest(labels: np.ndarray, axis: int) -> int:
-    amounts = (labels > 0).sum(axis=tuple(other for other in range(3) if other != axis))
+    """Return the slice with the most voxels of labels; the middle one if there are none."""
+    amounts = (labels > 0).sum(axis=tuple(across for across in range(3) if across != axis))
     return int(amounts.argmax()) if amounts.any() else labels.shape[axis] // 2

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import nibabel
 import numpy as np
 
+from monai_iunet.visualization.palette import label_colors
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -27,7 +29,7 @@ def draw_surfaces(
     Surfaces are those of marching cubes (Lorensen and Cline, 1987) at one half of the slightly smoothed labels.
 
     Args:
-        figure: where to draw.
+        figure: figure to draw into.
         labels: label volume.
         affine: 4 x 4, from voxels to millimeters in RAS.
         names: name of each label; those that are not there are left out.
@@ -40,19 +42,18 @@ def draw_surfaces(
         >>> labels[3:6, 3:6, 3:6] = 1
         >>> draw_surfaces(figure, labels, np.eye(4), {1: "liver"})
     """
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LightSource
     from scipy import ndimage
     from skimage import measure
 
     axes: Any = figure.add_subplot(projection="3d")
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colors = label_colors(names)
     shown = []
-    for number, (value, name) in enumerate(names.items()):
-        found = np.argwhere(labels == value)
-        if not len(found):
+    for value, name in names.items():
+        voxels = np.argwhere(labels == value)
+        if not len(voxels):
             continue
-        low, high = found.min(0), found.max(0) + 1
+        low, high = voxels.min(0), voxels.max(0) + 1
         box = tuple(slice(start, stop) for start, stop in zip(low, high))
         smooth = ndimage.gaussian_filter(np.pad((labels[box] == value).astype(np.float32), 3), 0.7)
         if smooth.max() <= 0.5:
@@ -62,7 +63,7 @@ def draw_surfaces(
         axes.plot_trisurf(
             *points.T,
             triangles=faces,
-            color=colors[number % len(colors)],
+            color=colors[value],
             lightsource=LightSource(azdeg=azimuth, altdeg=45),
             label=name,
         )

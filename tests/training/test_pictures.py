@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from monai_iunet.training.pictures import PictureHandler, picture
+from monai_iunet.visualization.palette import label_colors
 
 
 def case() -> dict[str, torch.Tensor]:
@@ -20,16 +21,24 @@ def case() -> dict[str, torch.Tensor]:
     return {"image": torch.rand(1, 10, 12, 14), "pred": one_hot.roll(2, 3), "label": one_hot}
 
 
-def test_found_is_above_true_and_in_color_where_labels_are() -> None:
-    shown = picture(**{name: case()[key] for name, key in (("image", "image"), ("found", "pred"), ("truth", "label"))})
-    height = 14
-    assert shown.shape == (3, 2 * height, (12 + 2) + (10 + 2) + (10 + 2))
-    assert 0 <= shown.min() < shown.max() <= 1
-    colored = np.ptp(shown, axis=0) > 1e-3
-    above, below = colored[:height, :12], colored[height:, :12]
-    assert above.sum() == below.sum() == 36
-    # Shifted by two voxels along the axis that is drawn upwards.
-    assert np.argwhere(above)[:, 0].min() == np.argwhere(below)[:, 0].min() - 2
+def colored(pixels: np.ndarray, color: str) -> int:
+    """Number of pixels of a color of the palette, as drawn with antialiasing."""
+    rgb = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+    return int((np.abs(pixels.astype(int) - rgb).max(-1) < 40).sum())
+
+
+def test_contours_of_predicted_and_true_labels_are_drawn_in_their_color() -> None:
+    item = case()
+    blue, orange = label_colors([1, 2]).values()
+    both = picture(item["image"], item["pred"], item["label"])
+    assert both.dtype == np.uint8
+    assert both.ndim == 3
+    nothing = torch.zeros_like(item["pred"])
+    nothing[0] = 1
+    without = picture(item["image"], nothing, item["label"])
+    # The legend has both colors; contours only that of the structure.
+    assert colored(both, blue) > colored(without, blue) > colored(picture(item["image"], nothing, nothing), blue)
+    assert colored(both, orange) == colored(without, orange)
 
 
 def test_each_validation_adds_a_picture(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Contours over images: every picture shows the same labels in the same place and color."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from monai_iunet import SliceSlider, draw_overlay, draw_slice, draw_surfaces, save_overlay
+from monai_iunet.visualization.palette import label_colors
+
+NAMES = {1: "liver", 2: "tumor"}
+
+
+def case(axcodes: str = "RAS") -> tuple[nibabel.Nifti1Image, np.ndarray]:
+    """An image with two structures: label 1 on the left of the patient and low, label 2 on the right and high."""
+    labels = np.zeros((30, 24, 20), np.uint8)
+    labels[4:10, 8:16, 3:8] = 1
+    labels[20:26, 8:16, 12:17] = 2
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random(labels.shape).astype(np.float32), np.diag([1, 2, 3, 1]))
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(axcodes)
+    )
+    turned = nibabel.Nifti1Image(labels, image.affine).as_reoriented(turn)
+    return image.as_reoriented(turn), np.asarray(turned.dataobj)
+
+
+def contours(axes: object) -> dict[str, np.ndarray]:
+    """Corners of the contours in axes, by their color."""
+    found: dict[str, np.ndarray] = {}
+    for collection in axes.collections:  # type: ignore[attr-defined]
+        points = np.concatenate([path.vertices for path in collection.get_paths()])
+        found[to_hex(collection.get_edgecolor()[0])] = np.stack([points.min(0), points.max(0)])
+    return found
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR", "PIL"])
+def test_contours_lie_around_their_structure_whatever_the_orientation(axcodes: str) -> None:
+    image, labels = case(axcodes)
+    figure = Figure()
+    draw_slice(figure, image, labels, NAMES, "coronal", index=10)
+    blue, orange = label_colors(NAMES).values()
+    lines = contours(figure.axes[0])
+    np.testing.assert_allclose(lines[blue], [[3.5, 2.5], [9.5, 7.5]])
+    np.testing.assert_allclose(lines[orange], [[19.5, 11.5], [25.5, 16.5]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["L", "R"]
+
+
+def test_the_planes_of_an_overlay_have_one_scale_and_stay_in_the_figure() -> None:
+    image, labels = case()
+    figure = Figure(figsize=(12, 4.6))
+    draw_overlay(figure, image, labels, NAMES, margin=100)
+    FigureCanvasAgg(figure).draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert all(box.x0 >= 0 and box.x1 <= 1200 and box.y0 >= 0 and box.y1 <= 460 for box in boxes)
+    sizes = [(30.0, 60.0), (48.0, 60.0), (30.0, 48.0)]  # mm: coronal, sagittal, axial
+    scales = [box.width / across for box, (across, _) in zip(boxes, sizes)]
+    scales += [box.height / up for box, (_, up) in zip(boxes, sizes)]
+    np.testing.assert_allclose(scales, scales[0], rtol=0.02)
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS"])
+def test_an_overlay_goes_through_the_largest_structure(axcodes: str) -> None:
+    image, labels = case(axcodes)
+    labels[labels == 2] = 0
+    figure = Figure()
+    draw_overlay(figure, image, labels, NAMES, reference=labels)
+    for axes in figure.axes:
+        styles = [collection.get_linestyle()[0][1] for collection in axes.collections]
+        assert [style is None for style in styles] == [True, False]  # solid, dashed
+
+
+@pytest.mark.parametrize("shape", [(35, 51, 1), (1, 51, 36), (35, 1, 1), (1, 1, 1)])
+def test_thin_volumes_are_drawn(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    labels = np.zeros(shape, np.uint8)
+    labels[tuple(slice(0, max(1, extent // 2)) for extent in shape)] = 1
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random(shape).astype(np.float32), np.eye(4))
+    save_overlay(image, labels, NAMES, tmp_path / "picture.png", title="thin")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    for plane in ("axial", "coronal", "sagittal"):
+        assert SliceSlider(image, labels, NAMES, plane).png()[1:4] == b"PNG"
+
+
+def test_dollar_signs_are_no_formula(tmp_path: Path) -> None:
+    image, labels = case()
+    save_overlay(image, labels, {1: "part $_$", 2: "$x^$"}, tmp_path / "picture.png", title="scan$_$1")
+    figure = Figure()
+    draw_slice(figure, image, labels, {1: "part $_$"}, title="scan$_$1")
+    FigureCanvasAgg(figure).draw()
+
+
+def test_a_figure_without_labels_and_one_of_a_constant_image(tmp_path: Path) -> None:
+    image, labels = case()
+    save_overlay(image, np.zeros_like(labels), NAMES, tmp_path / "without.png")
+    flat = nibabel.Nifti1Image(np.ones(labels.shape, np.float32), image.affine)
+    save_overlay(flat, labels, NAMES, tmp_path / "flat.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"without.png", "flat.png"}
+
+
+def test_surfaces_have_the_colors_of_the_contours() -> None:
+    image, labels = case()
+    figure = Figure()
+    draw_surfaces(figure, labels, image.affine, NAMES)
+    # Shaded: the brightest face has the color, up to its brightness.
+    for surface, color in zip(figure.axes[0].collections, label_colors(NAMES).values()):
+        faces = np.asarray(surface.get_facecolor())[:, :3]
+        wanted = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+        assert np.argsort(faces.mean(0)).tolist() == np.argsort(wanted).tolist()
+
+
+def test_more_labels_than_colors_begin_again() -> None:
+    colors = label_colors(range(1, 50))
+    assert len(set(colors.values())) == 20
+    assert colors[1] == colors[21] != colors[2]
+
+
+def test_an_unknown_plane_is_refused() -> None:
+    image, labels = case()
+    with pytest.raises(ValueError, match="plane must be one of sagittal, coronal, axial, got 'oblique'"):
+        draw_slice(Figure(), image, labels, NAMES, "oblique")
