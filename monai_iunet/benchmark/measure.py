@@ -58,7 +58,6 @@ def time_alternately(
     does meets all of them alike. One round to warm up is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    gc.freeze()  # what is there already need not be looked at before every run
     for number in range(rounds + 1):
         for name in list(actions)[:: 1 if number % 2 else -1]:
             gc.collect()
@@ -68,7 +67,6 @@ def time_alternately(
             _synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    gc.unfreeze()
     return seconds
 
 

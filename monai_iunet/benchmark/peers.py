@@ -88,7 +88,7 @@ class _Chain(nn.Module):
         return self.chain(x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        raise TypeError("The chains of other packages are only trained here.")
+        raise NotImplementedError("The chains of other packages are only trained here.")
 
 
 def _ours(**options: Any) -> MakeNetwork:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from monai_iunet.benchmark.measure import Spread
 from monai_iunet.benchmark.sections import Row
-from monai_iunet.io.files import write_atomically
+from monai_iunet.io.files import write_atomically, write_text
 from monai_iunet.system import processor_name
 
 __all__ = ["COLUMNS", "draw", "header", "show", "write_json"]
@@ -132,9 +133,19 @@ def show(section: str, rows: Sequence[Row], console: Console) -> None:
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
-    """Everything that was measured so far."""
-    text = json.dumps(results, indent=2, default=lambda value: value.as_dict()) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text.replace("NaN", "null"), encoding="utf-8"))
+    """Write all results so far."""
+    write_text(path, json.dumps(_for_json(results), indent=2, allow_nan=False) + "\n")
+
+
+def _for_json(value: Any) -> Any:
+    """Return results as JSON knows them: spreads as dictionaries, and None for what is not a number."""
+    if isinstance(value, Spread):
+        return _for_json(value.as_dict())
+    if isinstance(value, dict):
+        return {key: _for_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def draw(results: dict[str, Any], caption: str, path: Path) -> None:

@@ -48,7 +48,12 @@ def run_benchmark(device: torch.device, peers: bool, sizes: Sizes, output: Path,
     Returns:
         What `benchmark.json` holds.
     """
-    warnings.filterwarnings("ignore", module="memcnn")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="memcnn")
+        return _run_sections(device, peers, sizes, output, console)
+
+
+def _run_sections(device: torch.device, peers: bool, sizes: Sizes, output: Path, console: Console) -> dict[str, Any]:
     found = available_peers() if peers else {}
     missing = [name for name in PEERS if name not in found]
     if peers and missing:

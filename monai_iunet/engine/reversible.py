@@ -97,11 +97,11 @@ class InvertibleLayer(nn.Module):
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         """The bijection itself: outputs from inputs."""
-        raise TypeError(f"{type(self).__name__} does not define `transform(inputs, weights)`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `transform(inputs, weights)`.")
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         """The inverse bijection: inputs from outputs."""
-        raise TypeError(f"{type(self).__name__} does not define `restore(outputs, weights)`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `restore(outputs, weights)`.")
 
     def weights(self) -> Tensors:
         """The tensors, beside its inputs, that `transform` and `restore` are given, computed once per call.

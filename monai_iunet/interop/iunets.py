@@ -100,7 +100,7 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
             if create_module_fn is None:
                 return StandardBlock(dims, inputs, outputs, **arguments)
-            place = {"LR": stage[0].translate({ord("e"): "L", ord("d"): "R"}), "level": level, "module_index": index}
+            place = {"LR": {"encoder": "L", "decoder": "R"}[stage], "level": level, "module_index": index}
             return create_module_fn(inputs + outputs, dim=dims, architecture=architecture, **place, **arguments)
 
         super().__init__(

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -205,16 +206,24 @@ def _choice(levels: int, stored: Iterable[int]) -> tuple[str, ...]:
     return tuple("store" if level in stored else "invert" for level in range(levels))
 
 
-def _operations_of_levels(network: nn.Module, image_shape: Sequence[int], levels: int) -> list[float]:
-    """Floating-point operations of a forward pass through the couplings of each level."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+def _operations_of_levels(network: Any, image_shape: Sequence[int], levels: int) -> list[float]:
+    """Count the floating-point operations of a forward pass through the couplings of each level."""
+    operations = [0.0] * levels
+    handles = []
+    counter = FlopCounterMode(display=False)
+
+    def add(level: int, sign: int, *_: Any) -> None:
+        operations[level] += sign * counter.get_total_flops()
+
+    for level in range(levels):
+        for coupling in network.couplings_of(level):
+            handles.append(coupling.register_forward_pre_hook(partial(add, level, -1)))
+            handles.append(coupling.register_forward_hook(partial(add, level, 1)))
+    with torch.no_grad(), counter:
         network(torch.empty(*image_shape, device=next(network.parameters()).device))
-    found = [0.0] * levels
-    for name, counts in counter.get_flop_counts().items():
-        part = re.search(r"\.(?:encoder|decoder)\.(\d+)\.\d+$", name)  # a coupling, without what is inside
-        if part:
-            found[int(part[1])] += sum(counts.values())
-    return found
+    for handle in handles:
+        handle.remove()
+    return operations
 
 
 def parse_bytes(size: int | str) -> int:

@@ -58,10 +58,13 @@ class ChoosesActivations(Protocol):
 
     @property
     def levels(self) -> int:
-        """Their number."""
+        """Number of levels."""
 
     def activations_for(self, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-        """The choice per level for images of a shape."""
+        """Return the choice per level for images of a shape."""
+
+    def couplings_of(self, level: int) -> Iterable[nn.Module]:
+        """Return the modules of a level that are evaluated again if it rebuilds its activations."""
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ class OrthogonalLayer(InvertibleLayer):
 
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         """Q x, or Q^T y where `transposed`."""
-        raise TypeError(f"{type(self).__name__} does not define `multiply(pieces, matrix, transposed)`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `multiply(pieces, matrix, transposed)`.")
 
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
         """The gradient of Q of a call, from its inputs or, if `uses_outputs` and not `inverse`, from its outputs."""
-        raise TypeError(f"{type(self).__name__} does not define `matrix_gradient`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `matrix_gradient`.")
 
     def weights(self) -> Tensors:
         return (self.matrix(),)

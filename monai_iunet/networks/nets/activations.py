@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ __all__ = ["ChosenActivations"]
 class ChosenActivations(nn.Module):
     """Base of networks whose levels rebuild or store their activations.
 
-    A subclass defines `levels`, their number, and `set_levels`.
+    A subclass defines `levels`, their number, `set_levels` and `couplings_of`.
     """
 
     _memory_budget: int | str | None = None
@@ -66,11 +66,15 @@ class ChosenActivations(nn.Module):
     @property
     def levels(self) -> int:
         """Number of levels."""
-        raise TypeError(f"{type(self).__name__} does not define `levels`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `levels`.")
 
     def set_levels(self, choice: Sequence[str]) -> None:
         """Let each level "invert" or "store"."""
-        raise TypeError(f"{type(self).__name__} does not define `set_levels`.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `set_levels`.")
+
+    def couplings_of(self, level: int) -> Iterable[nn.Module]:
+        """Return the couplings of a level, which are evaluated again if it rebuilds its activations."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `couplings_of`.")
 
     def _choose(self, choice: tuple[str, ...]) -> None:
         self._chosen = choice

@@ -202,6 +202,10 @@ class IUNet(ChosenActivations):
             for layer in self._layers_of(level):
                 layer.rebuilds = activations == "invert"
 
+    def couplings_of(self, level: int) -> list[nn.Module]:
+        """Return the couplings of a level, and the channel mixing between them."""
+        return [*self.encoder[level], *self.decoder[level]]
+
     def _layers_of(self, level: int) -> Iterator[InvertibleLayer]:
         """The layers of a level, and those between it and the next."""
         between = (self.splits, self.merges, self.downsamplings, self.upsamplings)

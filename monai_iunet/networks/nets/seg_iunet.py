@@ -115,6 +115,10 @@ class SegIUNet(ChosenActivations):
         """Let each level "invert" or "store"."""
         self.iunet.activations = choice
 
+    def couplings_of(self, level: int) -> list[nn.Module]:
+        """Return the couplings of a level of the `IUNet`."""
+        return self.iunet.couplings_of(level)
+
     @property
     def exact(self) -> bool:
         """See `IUNet.exact`."""
