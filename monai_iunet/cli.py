@@ -303,7 +303,7 @@ def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Num
 
 
 def _device(name: str) -> torch.device:
-    """A device by its name, of which it is known that tensors can be made on it."""
+    """Return a device by its name, after checking that tensors can be made on it."""
     import torch
 
     from monai_iunet.errors import InputError

@@ -15,28 +15,28 @@ PACKAGES = ("monai-iunet", "torch", "monai", "numpy", "nibabel", "SimpleITK", "p
 
 
 def describe_system() -> dict[str, str]:
-    """Name and value of what to tell with a bug.
+    """Return name and value of what to state in a bug report.
 
     Example:
         >>> describe_system()["highdicom"] != ""
         True
     """
-    found = {"Python": platform.python_version(), "system": platform.platform(), "processor": processor_name()}
+    facts = {"Python": platform.python_version(), "system": platform.platform(), "processor": processor_name()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch"] = torch.__version__  # with the build
-    found["CUDA of PyTorch"] = torch.version.cuda or "none"
+            facts[name] = "not installed"
+    facts["torch"] = torch.__version__  # with the build
+    facts["CUDA of PyTorch"] = torch.version.cuda or "none"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        found[f"cuda:{number}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return found
+        facts[f"cuda:{number}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return facts
 
 
 def processor_name() -> str:
-    """Model and number of cores of the CPU."""
+    """Return model and number of cores of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -105,7 +105,7 @@ def compare_networks(
     state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
     result = {
         "max_epochs": max_epochs,
-        "steps": max(int(each["step"]) for each in state["optimizer"]["state"].values()),
+        "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
         "cases": len(dice[OURS]),
         "networks": figures,
         "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in networks},
@@ -116,20 +116,20 @@ def compare_networks(
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """The tables of a README: Dice and 95 % Hausdorff distance per structure, costs, and the differences."""
+    """Return the tables of a README: Dice and 95 % Hausdorff distance per structure, costs, and the differences."""
     networks = result["networks"]
     lines = [_row("", *networks), _row("---", *["---"] * len(networks))]
     for structure in networks[OURS]["dice"]:
-        scores = ((each["dice"][structure], each["hausdorff95_mm"][structure]) for each in networks.values())
+        scores = ((network["dice"][structure], network["hausdorff95_mm"][structure]) for network in networks.values())
         lines.append(
             _row(f"{structure}, Dice / HD95", *(f"{dice:.3f} / {_millimeters(hd95)}" for dice, hd95 in scores))
         )
     figures = {
-        "mean Dice": lambda each: f"**{each['mean_dice']:.3f}**",
-        "parameters": lambda each: f"{each['parameters'] / 1e6:.1f} M",
-        "memory of a training step": lambda each: f"{each['training_bytes'] / 2**20:.0f} MiB",
-        "training step": lambda each: f"{each['training_step_seconds']:.2f} s",
-        "inference of a case": lambda each: f"{each['inference_seconds']:.2f} s",
+        "mean Dice": lambda network: f"**{network['mean_dice']:.3f}**",
+        "parameters": lambda network: f"{network['parameters'] / 1e6:.1f} M",
+        "memory of a training step": lambda network: f"{network['training_bytes'] / 2**20:.0f} MiB",
+        "training step": lambda network: f"{network['training_step_seconds']:.2f} s",
+        "inference of a case": lambda network: f"{network['inference_seconds']:.2f} s",
     }
     lines += [_row(name, *map(write, networks.values())) for name, write in figures.items()]
     lines += ["", _row(f"{OURS} minus", "mean Dice", "95 % interval"), _row("---", "---", "---")]
@@ -139,7 +139,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def _millimeters(distance: float | None) -> str:
-    """A distance; there is none to what was not found at all."""
+    """Return a distance as text; there is none to a structure that was not found at all."""
     return "none" if distance is None else f"{distance:.1f} mm"
 
 
@@ -162,7 +162,7 @@ def _evaluate(bundle: Path, folder: Path, settings: Config) -> None:
 
 
 def _run(bundle: Path, config: str, settings: Config) -> None:
-    """`python -m monai.bundle run`, with its output where ours goes."""
+    """Run `python -m monai.bundle run`, with its output where ours goes."""
     configs = bundle.resolve() / "configs"
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs / config)]
     words += ["--logging_file", str(configs / "logging.conf")]
@@ -183,7 +183,7 @@ def _scores(rows: list[dict[str, str]]) -> Config:
 
     def means(measure: str) -> dict[str, float]:
         values = {name: [float(row[measure]) for row in rows if row["structure"] == name] for name in structures}
-        return {name: float(np.nanmean(found)) for name, found in values.items()}
+        return {name: float(np.nanmean(numbers)) for name, numbers in values.items()}
 
     dice = means("dice")
     distances = {name: value if np.isfinite(value) else None for name, value in means("hausdorff95_mm").items()}
@@ -191,7 +191,7 @@ def _scores(rows: list[dict[str, str]]) -> Config:
 
 
 def _mean_dice_of_cases(rows: list[dict[str, str]]) -> np.ndarray:
-    """Per case, the mean over the structures that were contoured in it."""
+    """Return, per case, the mean over the structures that were contoured in it."""
     cases = sorted({row["case"] for row in rows})
     return np.array([np.nanmean([float(row["dice"]) for row in rows if row["case"] == case]) for case in cases])
 
@@ -212,7 +212,7 @@ def _parser(bundle: Path, config: str, settings: Mapping[str, Any]) -> ConfigPar
 
 
 def _costs(bundle: Path, common: Config, definitions: Mapping[str, Config], rounds: int) -> dict[str, Config]:
-    """Parameters, memory of a training step, and times, which are taken in turn, so that all meet the same machine."""
+    """Measure parameters, memory of a training step, and times, taken in turn so that all meet the same machine."""
     settings = {**common, "check_data": False, "cache_rate": 0.0}
     steps: dict[str, Callable[[], object]] = {}
     inferences: dict[str, Callable[[], object]] = {}

@@ -41,18 +41,18 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, scale: float = 1.0, digits: int = 2) -> str:
-        """Such as `1.31 (1.28-1.40)`."""
+        """Return text such as `1.31 (1.28-1.40)`."""
         return f"{self.median * scale:.{digits}f} ({self.low * scale:.{digits}f}-{self.high * scale:.{digits}f})"
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         return asdict(self)
 
 
 def time_alternately(
     actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round.
+    """Measure the seconds of each action in each round.
 
     In every round each action runs once, in turn, forwards and backwards alternating, so that whatever else the machine
     does meets all of them alike. One round to warm up is not counted.
@@ -71,7 +71,7 @@ def time_alternately(
 
 
 def ratio(above: list[float], below: list[float]) -> Spread:
-    """Spread of the quotients, round by round."""
+    """Return the spread of the quotients, round by round."""
     return Spread.of(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -124,7 +124,7 @@ def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: t
 
 
 def forward_macs(net: nn.Module, x: Tensor) -> float:
-    """Multiply-accumulate operations of a forward pass."""
+    """Count the multiply-accumulate operations of a forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
     return counter.get_total_flops() / 2

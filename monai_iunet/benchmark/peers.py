@@ -30,7 +30,7 @@ MakeNetwork = Callable[[Sequence[int], int], nn.Module]
 
 
 def available_peers() -> dict[str, str]:
-    """Versions of the peers that can be imported."""
+    """Return the versions of the peers that can be imported."""
     return {name: version(name) for name in PEERS if _import(name) is not None}
 
 
@@ -45,7 +45,7 @@ def _import(name: str) -> ModuleType | None:
 
 
 def _branch(in_channels: int, out_channels: int) -> nn.Module:
-    """The default branch of `IUNet`."""
+    """Return the default branch of `IUNet`."""
     instance_norm = ("INSTANCE", {"affine": True})
     return convolutional_branch(3, in_channels, out_channels, 1, (3, 3, 3), "LEAKYRELU", instance_norm, None)
 

@@ -54,11 +54,11 @@ def run_benchmark(device: torch.device, peers: bool, sizes: Sizes, output: Path,
 
 
 def _run_sections(device: torch.device, peers: bool, sizes: Sizes, output: Path, console: Console) -> dict[str, Any]:
-    found = available_peers() if peers else {}
-    missing = [name for name in PEERS if name not in found]
+    versions = available_peers() if peers else {}
+    missing = [name for name in PEERS if name not in versions]
     if peers and missing:
         console.print(f"Not importable, so left out: {', '.join(missing)}. Install with: {INSTALL}")
-    results: dict[str, Any] = report.header(device, found)
+    results: dict[str, Any] = report.header(device, versions)
     console.print(f"{results['device']}, {results['threads']} threads, {results['system']}, {results['date']}")
     console.print(f"Python {results['python']}, " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()))
     console.print(f"Times: median (range) of {sizes.rounds} rounds, in which all take turns.\n")
@@ -68,7 +68,7 @@ def _run_sections(device: torch.device, peers: bool, sizes: Sizes, output: Path,
         report.show(section, rows, console)
         report.write_json(results, output / "benchmark.json")
 
-    names = [name for name in CONTESTANTS if name not in PEERS or name in found]
+    names = [name for name in CONTESTANTS if name not in PEERS or name in versions]
     rows: list[sections.Row] = []
     for couplings in sizes.depths:
         with console.status(f"{couplings} couplings per level"):

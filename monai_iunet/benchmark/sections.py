@@ -188,7 +188,7 @@ def _with_activations(net: Any, activations: str | Sequence[str]) -> Any:
 
 
 def _short(chosen: Sequence[str]) -> str:
-    """Such as `store levels 2, 3`, the finest level being 1."""
+    """Return text such as `store levels 2, 3`, the finest level being 1."""
     stored = [str(level) for level, activations in enumerate(chosen, 1) if activations == "store"]
     return f"store levels {', '.join(stored)}" if stored else "invert"
 
@@ -260,13 +260,13 @@ def resampling(rounds: int, device: torch.device, channels: int, size: int) -> l
     The copy is that of the tensor: it moves as many bytes as one resampling has to.
     """
     x = torch.randn(1, channels, *[size] * 3, device=device, requires_grad=True)
-    ours = OrthogonalDownsampling(channels, (2, 2, 2), (8 * channels,)).to(device)
-    kernel = ours.matrix().detach().reshape(8 * channels, 1, 2, 2, 2).requires_grad_()
+    downsampling = OrthogonalDownsampling(channels, (2, 2, 2), (8 * channels,)).to(device)
+    kernel = downsampling.matrix().detach().reshape(8 * channels, 1, 2, 2, 2).requires_grad_()
     gradient = torch.randn(1, 8 * channels, *[size // 2] * 3, device=device)
 
     def down(rebuilds: bool) -> Tensor:
-        ours.rebuilds = rebuilds
-        return ours(x)[0]
+        downsampling.rebuilds = rebuilds
+        return downsampling(x)[0]
 
     def convolve() -> Tensor:
         return functional.conv3d(x, kernel, stride=2, groups=channels)
@@ -278,7 +278,7 @@ def resampling(rounds: int, device: torch.device, channels: int, size: int) -> l
         "copy": lambda: x.detach().clone(),
     }
     outputs = {name: action() for name, action in forward.items() if name != "copy"}
-    weights = {name: kernel if name.startswith("strided") else ours.matrix.weight for name in outputs}
+    weights = {name: kernel if name.startswith("strided") else downsampling.matrix.weight for name in outputs}
     backward = {name: _bind(_gradient, output, [x, weights[name]], gradient) for name, output in outputs.items()}
     forward_seconds = time_alternately(forward, rounds, device)
     backward_seconds = time_alternately(backward, rounds, device)
@@ -336,7 +336,7 @@ def _fits(net: nn.Module, size: Sequence[int], device: torch.device) -> tuple[bo
 
 
 def _largest(fits: Callable[[int], bool], limit: int, step: int = 32) -> int:
-    """The largest multiple of `step` up to `limit` that fits, by bisection; 0 if none does."""
+    """Return the largest multiple of `step` up to `limit` that fits, by bisection; 0 if none does."""
     low, high = 0, limit // step + 1  # fits, does not fit
     while high - low > 1:
         middle = (low + high) // 2

@@ -34,7 +34,7 @@ PARTS = {
 
 
 def read_dtype(name: str) -> torch.dtype:
-    """The type of a name."""
+    """Return the type of a name."""
     if name not in DTYPES:
         raise InputError(f"--dtype {name}: must be one of {', '.join(DTYPES)}.")
     return DTYPES[name]
@@ -79,12 +79,12 @@ class BundleTraining:
         return parser.get_parsed_content(name)
 
     def network(self, **changes: Any) -> SegIUNet:
-        """The network, with some of its arguments changed."""
+        """Return the network of the bundle, with some of its arguments changed."""
         network: SegIUNet = self._read("network_def", **changes)
         return network
 
     def parts(self) -> Table:
-        """What a step holds, part by part, with rebuilt and with stored activations."""
+        """Return a table of what a step holds, part by part, with rebuilt and with stored activations."""
         with _as_input_error():
             plans = {
                 activations: plan_training(self.network(activations=activations), self.spatial_size, **self._options)

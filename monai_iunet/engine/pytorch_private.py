@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 def can_pack_saved_tensors() -> bool:
-    """Whether saved-tensor hooks may be set: not in `torch.func`, nor where a user has forbidden them.
+    """Return whether saved-tensor hooks may be set: not in `torch.func`, nor where a user has forbidden them.
 
     `torch.func` refuses or ignores them; there is no public question for either.
     """
@@ -45,12 +45,12 @@ def can_pack_saved_tensors() -> bool:
 
 
 def current_backward_pass() -> int:
-    """Number of the backward pass that is running in this thread, which may run in others too; -1 if none is."""
+    """Return the number of the backward pass that runs in this thread, -1 without one; others may share the pass."""
     return torch._C._current_graph_task_id()
 
 
 def graph_is_retained(ctx: Any) -> bool:
-    """Whether the graph survives the backward pass that is running; if not, frees what the node `ctx` saved."""
+    """Return whether the graph survives the backward pass that is running; if not, free what the node `ctx` saved."""
     ctx.maybe_clear_saved_tensors()
     try:
         ctx.saved_tensors  # noqa: B018 - raises once the saved tensors are freed
@@ -60,7 +60,7 @@ def graph_is_retained(ctx: Any) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is tracing.
+    """Return whether `torch.export` is tracing.
 
     `torch.compiler.is_exporting()`, which is public, says so of every compiled graph, too, up to PyTorch 2.11.
     """
@@ -68,7 +68,7 @@ def is_exporting() -> bool:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether a tensor shares the memory of another one that it was cut from."""
+    """Return whether a tensor shares the memory of another tensor that it is a view of."""
     return tensor._is_view()
 
 
@@ -78,7 +78,7 @@ def keep_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as far as autograd knows and tells: not in inference, nor compiled."""
+    """Return how often a tensor was changed in place, as far as autograd counts: not in inference, nor compiled."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 

@@ -27,7 +27,7 @@ DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 
 
 class Conditions:
-    """What the evaluation of a module depends on beside its inputs.
+    """Holds what the evaluation of a module depends on beside its inputs, so that it can be repeated.
 
     Args:
         module: is evaluated within `recorded()`, and what `module_then()` returns within `repeated()`.
@@ -48,7 +48,7 @@ class Conditions:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Context of the first evaluation."""
+        """Note, around the first evaluation, what the second one needs."""
         versions = [(tensor, version(tensor)) for part in self._parts for tensor in part.tensors()]
         buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
         before = _generator_states(self._device)
@@ -63,7 +63,7 @@ class Conditions:
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Context of the second evaluation."""
+        """Restore, around the second evaluation, what the first one met."""
         for tensor, before in self._versions:
             if version(tensor) != before:
                 raise RuntimeError(
@@ -86,7 +86,7 @@ class Conditions:
             self._check_random_numbers()
 
     def module_then(self) -> nn.Module:
-        """The module, or a replica of it as it was in the first evaluation where it is another one by now.
+        """Return the module, or a replica of it as it was in the first evaluation if it has changed since.
 
         Raises:
             RuntimeError: when a part is another one by now and cannot be replicated.
@@ -101,7 +101,7 @@ class Conditions:
         return replicas[self._parts[0].module]
 
     def _check_random_numbers(self) -> None:
-        """Notice another thread that drew from the generator while a dropout did."""
+        """Raise an error if another thread drew from the generator while a dropout did."""
         if self._random is None or not any(part.training and isinstance(part.module, DROPOUT) for part in self._parts):
             return
         if _bytes(_generator_states(self._device)) != _bytes(self._random[1]):
@@ -120,7 +120,7 @@ class Conditions:
 
 
 class _Part:
-    """What one module of a tree of modules consists of at some moment."""
+    """Holds the state of a module in a tree of modules at some moment."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -146,7 +146,7 @@ class _Part:
         )
 
     def replica(self) -> Any:
-        """A module that shares everything with this one but what is another one by now."""
+        """Return a module that shares everything with this one except for what has changed since."""
         if "forward" in self.module.__dict__:  # as of `torch.compile(module)`, which runs the module itself
             raise RuntimeError(
                 f"{type(self.module).__name__} has another mode, or other parameters, in the backward pass than it had "
@@ -164,7 +164,7 @@ class _Part:
 
 
 def _same(now: Any, then: dict[str, Any]) -> bool:
-    """Whether tensors are the same objects; fully sharded training puts others in their place, of the same values."""
+    """Return whether tensors are the same objects, or, in fully sharded training, have the same values."""
     return now.keys() == then.keys() and all(
         tensor is then[name] or hasattr(tensor, "full_tensor") or hasattr(then[name], "full_tensor")
         for name, tensor in now.items()
@@ -178,7 +178,7 @@ def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
-    """States of the random number generators that a module on the device may draw from."""
+    """Return the states of the random number generators that a module on the device may draw from."""
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))

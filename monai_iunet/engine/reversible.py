@@ -96,26 +96,26 @@ class InvertibleLayer(nn.Module):
     is_function_of_weights: bool = False
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        """The bijection itself: outputs from inputs."""
+        """Compute the outputs from the inputs: the bijection itself."""
         raise NotImplementedError(f"{type(self).__name__} does not define `transform(inputs, weights)`.")
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        """The inverse bijection: inputs from outputs."""
+        """Compute the inputs from the outputs: the inverse bijection."""
         raise NotImplementedError(f"{type(self).__name__} does not define `restore(outputs, weights)`.")
 
     def weights(self) -> Tensors:
-        """The tensors, beside its inputs, that `transform` and `restore` are given, computed once per call.
+        """Return the tensors beside the inputs that `transform` and `restore` are given, computed once per call.
 
         By default the layer's parameters, which `transform` may as well read from the module.
         """
         return tuple(self.parameters())
 
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
-        """What `rebuild` needs beside the outputs of a call, kept until its backward pass. By default nothing."""
+        """Return what `rebuild` needs beside the outputs of a call; kept until its backward pass; by default nothing."""
         return ()
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
-        """The inputs of a call from its outputs. By default what `restore`, or `transform`, makes of them."""
+        """Compute the inputs of a call from its outputs; by default by `restore`, or by `transform` for an inverse."""
         return (self.transform if inverse else self.restore)(outputs, weights)
 
     def forward(self, *inputs: Tensor, keep: bool = False) -> Tensors:
@@ -134,7 +134,7 @@ class InvertibleLayer(nn.Module):
         return _run(self, outputs, keep, inverse=True)
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
-        """From the outputs of a call to its inputs and to what autograd was to save, in the order of the call.
+        """Compute, from the outputs of a call, its inputs and the tensors that autograd was to save, in their order.
 
         Args:
             outputs: what the call returned; empty the list to free them early.
@@ -161,7 +161,7 @@ class InvertibleLayer(nn.Module):
 
 
 class Call:
-    """One call of a layer: what it takes to rebuild its inputs and what autograd was to save.
+    """Holds what it takes to rebuild the inputs of one call of a layer, and the tensors that autograd was to save.
 
     Calls refer to each other downstream only, through `outputs` and the state's taker; the way up is weak. A cycle
     would keep tensors alive until the garbage collector runs.
@@ -206,7 +206,7 @@ class Call:
 
     @contextmanager
     def repeat(self) -> Iterator[list[Tensor]]:
-        """Context of the second evaluation, recorded by autograd; its value fills with what that saves."""
+        """Record the second evaluation by autograd; the value of the context collects the tensors that it saves."""
         saved = _Caught()
         with (
             self._conditions.repeated() if self._conditions else nullcontext(),
@@ -216,7 +216,7 @@ class Call:
             yield saved
 
     def leaves(self, inputs: Sequence[Tensor], first: int = 0) -> Tensors:
-        """Inputs for the second evaluation: the order of axes, and whether they ask for gradients, are as in the first.
+        """Return inputs for the second evaluation, with the order of axes and the need for gradients of the first.
 
         Kernels depend on the order of axes in memory, and so do results to the last bit.
 
@@ -242,7 +242,7 @@ class Call:
         self._hand_on(inputs, _others(outputs, overwrite), let_go=False)
 
     def needs(self, storage: UntypedStorage) -> bool:
-        """Whether something that was rebuilt, and that autograd has not asked for yet, lies in this memory."""
+        """Return whether a rebuilt tensor that autograd has not asked for yet lies in this memory."""
         return any(tensor is not None and tensor.untyped_storage() is storage for tensor in self._saved[1])
 
     # A branch that was compiled would have its hooks compiled, too.
@@ -290,7 +290,7 @@ class Call:
         return [tensor for tensor, _ in taken], [ours for _, ours in taken]
 
     def _hand_on(self, inputs: Sequence[Tensor], others: Sequence[UntypedStorage], let_go: bool) -> None:
-        """Leave the inputs with the calls that made them; what lies in others' memory is not ours."""
+        """Leave the inputs with the calls that made them; memory that belongs to other tensors is not to be reused."""
         for tensor, source in zip(inputs, self._sources):
             state = source() if source is not None else None
             if state is not None:
@@ -298,7 +298,7 @@ class Call:
 
 
 class _Caught(list[Tensor]):
-    """Tensors that autograd was about to save."""
+    """Collects the tensors that autograd is about to save."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def catch(self, tensor: Tensor) -> None:
@@ -306,7 +306,7 @@ class _Caught(list[Tensor]):
 
 
 class _State:
-    """A tensor that a layer made: at hand, or to be had from the call that took it."""
+    """Holds a tensor that a layer made, or knows the call that can give it back."""
 
     __slots__ = ("__weakref__", "_guard", "_held", "_rebuilt", "_saver", "_taker", "_version")
 
@@ -322,7 +322,7 @@ class _State:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _State | None:
-        """The state that a tensor is: the same memory, unchanged, not a copy or another view."""
+        """Return the state that a tensor is: the same memory, unchanged, not a copy or another view; else None."""
         if tensor.layout is not torch.strided or tensor.is_inference():
             return None
         reference = _STATES.get(tensor.untyped_storage(), {}).get(_place(tensor))
@@ -330,7 +330,7 @@ class _State:
         return state if state is not None and state._version == version(tensor) else None
 
     def be_taken(self, call: Call) -> None:
-        """Let go of the tensor: from now on the call can give it back."""
+        """Let go of the tensor, which the call can give back from now on."""
         self._taker, self._guard, self._held = weakref.ref(call), call, None
 
     @property
@@ -345,7 +345,7 @@ class _State:
         return call
 
     def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
-        """Take the tensor back, and let go of the call that gave it, and so of all that follows, if asked to."""
+        """Take the tensor back; if asked to, let go of the call that gave it, and so of all calls behind it."""
         self._rebuilt = _here(), tensor, ours
         if let_go:
             self._guard = None
@@ -357,7 +357,7 @@ class _State:
         return mine or self._held is not None or self._saver is not None
 
     def take(self) -> tuple[Tensor, bool] | None:
-        """The tensor and whether its memory may be reused, if it is known; what was rebuilt is forgotten."""
+        """Return the tensor, if it is known, and whether its memory may be reused; forget what was rebuilt."""
         rebuilt = self._rebuilt
         if rebuilt is not None and _is_here(rebuilt[0]):
             _, tensor, ours = rebuilt
@@ -379,7 +379,7 @@ _STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]
 
 
 def _saved(*tensors: Tensor) -> Any:
-    """A tensor whose node, while it lives, has saved others with autograd, where saved-tensor hooks see them."""
+    """Return a tensor whose node keeps others saved with autograd, where saved-tensor hooks see them."""
     with torch.enable_grad():
         return _Saver.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
 
@@ -392,12 +392,12 @@ class _Saver(torch.autograd.Function):
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether `torch.func` or forward-mode differentiation works on tensors."""
-    return not can_pack_saved_tensors() or any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+    """Return whether `torch.func` or forward-mode differentiation works on tensors."""
+    return not can_pack_saved_tensors() or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
-    """Whether something works on tensors that knows PyTorch's own operators only.
+    """Return whether tensors are watched by something that knows PyTorch's own operators only.
 
     That is `torch.func`, forward-mode differentiation, a tracer, a compiler or an exporter.
     """
@@ -413,7 +413,7 @@ def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool) -> 
 
 
 def _make_known(state: _State) -> None:
-    """Have a state at hand, by inverting the calls downstream as far as need be.
+    """Rebuild a state, by inverting the calls downstream as far as necessary.
 
     Happens where no gradient came from the call that took it, because a loss depends on a part of a chain only. States
     found on the way are dropped again, so that the memory does not grow with the length of the way.
@@ -431,12 +431,12 @@ def _make_known(state: _State) -> None:
 
 
 def _others(outputs: Sequence[Tensor], overwrite: Sequence[bool]) -> list[UntypedStorage]:
-    """The memory of outputs that is not the engine's, but that of tensors that somebody holds."""
+    """Return the memory of those outputs that belong to somebody else than the engine."""
     return [output.untyped_storage() for output, ours in zip(outputs, overwrite) if not ours]
 
 
 def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    """The tensor, or a copy of it whose axes lie in memory in the order that strides tell, without gaps."""
+    """Return the tensor, or a copy whose axes lie in memory in the order of the strides, without gaps."""
     if tensor.stride() == stride:
         return tensor
     layout = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta"))
@@ -467,7 +467,7 @@ def _kind(tensor: Tensor) -> _Kind:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where in its storage a tensor lies, and how it is to be read."""
+    """Return where in its storage a tensor lies, and how it is to be read."""
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj()
 
 

@@ -124,19 +124,19 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         self.activations = "store" if disable_custom_gradient else "invert"
 
     def forward(self, x: Tensor, crop: bool | None = None) -> Tensor:
-        """As `IUNet.forward`; without `crop` as `revert_input_padding` says."""
+        """Apply the network as `IUNet.forward` does; without `crop` as `revert_input_padding` says."""
         return super().forward(x, self.revert_input_padding if crop is None else crop)
 
     def decode(self, *codes: Any) -> Tensor:
-        """The image of codes, given one by one, or together as a tuple."""
+        """Return the image of codes, given separately or together as a tuple."""
         return super().decode(codes[0] if len(codes) == 1 and not isinstance(codes[0], Tensor) else codes)
 
     def encoder_inverse(self, *codes: Tensor) -> Tensor:
-        """`encode_inverse`, with the codes given one by one."""
+        """Apply `encode_inverse` to codes that are given separately."""
         return self.encode_inverse(codes)
 
     def decoder_inverse(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`decode_inverse`."""
+        """Apply `decode_inverse`."""
         return self.decode_inverse(x)
 
 
@@ -190,7 +190,7 @@ def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> 
     matrices = [module for module in network.modules() if isinstance(module, OrthogonalMatrix)]
     if any(matrix.orthogonal_map == "householder" for matrix in matrices):
         raise ValueError("Householder matrices of iunets cannot be taken over: they were one reflection each.")
-    theirs = dict(state_dict)
+    weights = dict(state_dict)
     moves: list[tuple[Tensor, str]] = []
     for stage, levels in (("encoder_modules", network.encoder), ("decoder_modules", network.decoder)):
         for level, layers in enumerate(levels):
@@ -206,18 +206,18 @@ def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> 
         for level, layer in enumerate(layers):
             moves.append((layer.matrix.weight, f"{name}.{level}._fn.weight"))
     for tensor, name in moves:
-        if name not in theirs or theirs[name].shape != tensor.shape:
-            came = f"has the shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
+        if name not in weights or weights[name].shape != tensor.shape:
+            problem = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
             raise ValueError(
-                f"{name} {came}, but {tuple(tensor.shape)} is needed. Build the network with the other's arguments."
+                f"{name} {problem}, but {tuple(tensor.shape)} is needed. Build the network with the other's arguments."
             )
     # Blocks are listed there twice, as `seq` and as `F`.
-    unused = {name for name in theirs if ".F.seq." not in name} - {name for _, name in moves}
+    unused = {name for name in weights if ".F.seq." not in name} - {name for _, name in moves}
     if unused:
         raise ValueError(f"The network has no place for {sorted(unused)[0]} and {len(unused) - 1} others.")
     with torch.no_grad():
         for tensor, name in moves:
-            tensor.copy_(theirs[name])
+            tensor.copy_(weights[name])
         for matrix in matrices:
             if matrix.base is not None:
                 matrix.base.copy_(torch.eye(matrix.base.shape[-1]).expand_as(matrix.base))

@@ -114,22 +114,22 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
             settings["batch_size"],
         )
         strides, features = arguments["strides"], arguments["features_per_stage"]
-        ours = _architecture(strides, features, couplings)
-        network = PlannedIUNet(1, 2, **ours["arch_kwargs"])
+        architecture = _architecture(strides, features, couplings)
+        network = PlannedIUNet(1, 2, **architecture["arch_kwargs"])
         own = _own_network(strides, features, arguments["kernel_sizes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
         ) from error
     names = [f"{configuration}_iunet", f"{configuration}_iunet_large"]
-    plain: dict[str, Any] = {"inherits_from": configuration, "architecture": ours}
+    plain: dict[str, Any] = {"inherits_from": configuration, "architecture": architecture}
     options: dict[str, Any] = {"batch_size": batch, "dtype": DTYPE, "optimizer": torch.optim.SGD}
     budget = plan_training(own, patch, **options).training_peak
     factor = max(network.iunet.factors)
-    found = largest_patch(network.train(), budget, patch, factor, **options).spatial_size
-    median = settings.get("median_image_size_in_voxels", found)
+    largest = largest_patch(network.train(), budget, patch, factor, **options).spatial_size
+    median = settings.get("median_image_size_in_voxels", largest)
     large = [
-        max(small, min(size, factor * math.ceil(limit / factor))) for small, size, limit in zip(patch, found, median)
+        max(small, min(size, factor * math.ceil(limit / factor))) for small, size, limit in zip(patch, largest, median)
     ]
     plans["configurations"][names[0]] = plain
     plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": large}
@@ -139,7 +139,7 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
 
 
 def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with what it inherits."""
+    """Return a configuration with what it inherits."""
     own = configurations[name]
     parent = own.get("inherits_from")
     return {**_resolved(configurations, parent), **own} if parent else own
@@ -153,5 +153,5 @@ def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], cou
 
 
 def _own_network(strides: Any, features: Any, kernels: Any) -> nn.Module:
-    """nnU-Net's plain network, built of MONAI's."""
+    """Return nnU-Net's plain network, built of MONAI's."""
     return DynUNet(len(strides[0]), 1, 2, kernels, strides, strides[1:], filters=features, deep_supervision=False)

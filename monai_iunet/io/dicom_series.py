@@ -35,7 +35,7 @@ TAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A series of a folder.
+    """Describes a DICOM series of a folder.
 
     Attributes:
         uid: Series Instance UID.
@@ -54,7 +54,7 @@ class Series:
 
 
 def list_series(folder: Path) -> list[Series]:
-    """The DICOM series of a folder, those with the most files first; folders in it are not searched.
+    """Return the DICOM series of a folder, those with the most files first; folders in it are not searched.
 
     Example:
         >>> import tempfile
@@ -62,17 +62,17 @@ def list_series(folder: Path) -> list[Series]:
         >>> list_series(folder)
         []
     """
-    found = []
+    all_series = []
     for uid in SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
         files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
         if files:
             header = _header(files[0])
-            found.append(Series(uid, tuple(files), _tag(header, "modality"), _tag(header, "description")))
-    return sorted(found, key=lambda series: (-len(series.files), series.uid))
+            all_series.append(Series(uid, tuple(files), _tag(header, "modality"), _tag(header, "description")))
+    return sorted(all_series, key=lambda series: (-len(series.files), series.uid))
 
 
 def find_series(folder: Path, series: str | None = None) -> Series:
-    """The series to read.
+    """Return the series to read.
 
     Args:
         folder: with files of one or several series.
@@ -81,11 +81,15 @@ def find_series(folder: Path, series: str | None = None) -> Series:
     Raises:
         InputError: when there is none, or several to choose from, which are then listed.
     """
-    found = list_series(folder)
-    if not found:
+    all_series = list_series(folder)
+    if not all_series:
         raise InputError(f"{folder}: no DICOM series in this folder. Name the folder that holds the files.")
-    listed = "; ".join(map(str, found))
-    chosen = [one for one in found if series is None or one.uid.startswith(series) or one.uid.endswith(series)]
+    listed = "; ".join(map(str, all_series))
+    chosen = [
+        candidate
+        for candidate in all_series
+        if series is None or candidate.uid.startswith(series) or candidate.uid.endswith(series)
+    ]
     if not chosen:
         raise InputError(f"{folder}: no series {series}. There are: {listed}.")
     if len(chosen) > 1:
@@ -118,7 +122,7 @@ def read_series(folder: Path, series: str | None = None) -> Any:
 
 
 def series_files(folder: Path, series: str | None = None) -> list[str]:
-    """The files of a series in the order of their positions, which is that of the slices of `read_series`.
+    """Return the files of a series in the order of their positions, which is that of the slices of `read_series`.
 
     Raises:
         InputError: as `read_series`.

@@ -19,7 +19,7 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def simpleitk_affine(image: Any) -> np.ndarray:
-    """The 4 x 4 affine of a 3D SimpleITK image, from voxels to millimeters in RAS.
+    """Return the 4 x 4 affine of a 3D SimpleITK image, from voxels to millimeters in RAS.
 
     Example:
         >>> image = SimpleITK.Image(4, 5, 6, SimpleITK.sitkFloat32)
@@ -32,7 +32,7 @@ def simpleitk_affine(image: Any) -> np.ndarray:
 
 
 def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
-    """A 3D SimpleITK image of scalars as a nibabel image, with the type of its voxels.
+    """Convert a 3D SimpleITK image of scalars to a nibabel image, with the type of its voxels.
 
     Example:
         >>> import SimpleITK
@@ -53,7 +53,7 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
 
 
 def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> Any:
-    """A 3D nibabel image as a SimpleITK image; shear, which SimpleITK cannot express, is left out.
+    """Convert a 3D nibabel image to a SimpleITK image; shear, which SimpleITK cannot express, is left out.
 
     Args:
         image: gives the geometry.

@@ -48,8 +48,8 @@ class SimpleITKReader(ImageReader):
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[Any, Any]]:
         images = ensure_tuple(img)
         first = images[0]
-        for other in images[1:]:
-            if other.shape != first.shape or not np.allclose(other.affine, first.affine):
+        for image in images[1:]:
+            if image.shape != first.shape or not np.allclose(image.affine, first.affine):
                 raise InputError("The channels of an image have different grids. Resample them to one.")
         arrays = [image.get_fdata(dtype=np.float32) for image in images]
         stacked = len(arrays) > 1

@@ -13,7 +13,7 @@ __all__ = ["read_weights", "weights_file"]
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """The state of a network from a `.safetensors` file, or from one that `torch.save` wrote, without unpickling code.
+    """Read the state of a network from a `.safetensors` file or one that `torch.save` wrote, without unpickling code.
 
     With torch before 2.10 even this way of reading a `.pt` file can be abused (advisory GHSA-63cw-57p8-fm3p); take
     weights of strangers as safetensors there.
@@ -37,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 
 def weights_file(bundle: str | Path) -> Path:
-    """The file with the weights of a bundle: `models/model.pt`, or `models/model.safetensors` where there is none."""
+    """Return the file with a bundle's weights: `models/model.pt`, or `models/model.safetensors` if that is missing."""
     models = Path(bundle) / "models"
-    other = models / "model.safetensors"
-    return other if other.is_file() and not (models / "model.pt").is_file() else models / "model.pt"
+    safetensors = models / "model.safetensors"
+    return safetensors if safetensors.is_file() and not (models / "model.pt").is_file() else models / "model.pt"

@@ -104,39 +104,39 @@ class ChunkedDiceCELoss(DiceCELoss):
         logits = logits.float()
         logarithm = logits.log_softmax(1)
         softmax = logarithm.exp()
-        found = softmax if self.dice.softmax else logits.sigmoid() if self.dice.sigmoid else logits
+        prediction = softmax if self.dice.softmax else logits.sigmoid() if self.dice.sigmoid else logits
         count = logits.shape[1]
         if self.dice.to_onehot_y:
-            true = (labels == torch.arange(count, device=labels.device)[:, None]).float()
+            truth = (labels == torch.arange(count, device=labels.device)[:, None]).float()
         else:
-            true = labels.float()
-        ce, wanted = self.cross_entropy, true
+            truth = labels.float()
+        ce, wanted = self.cross_entropy, truth
         if ce.label_smoothing:
-            wanted = (1 - ce.label_smoothing) * true + ce.label_smoothing / count
+            wanted = (1 - ce.label_smoothing) * truth + ce.label_smoothing / count
         if ce.weight is not None:
             wanted = wanted * ce.weight[:, None]
-        return logarithm, softmax, found, true, wanted
+        return logarithm, softmax, prediction, truth, wanted
 
     def _sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Overlap, size of the prediction and of the target, `(batch, classes)`, and the total of the cross-entropy."""
-        logarithm, _, found, true, wanted = self._evaluate(logits, labels)
-        overlap = torch.linalg.vecdot(found, true, dim=2)
+        logarithm, _, prediction, truth, wanted = self._evaluate(logits, labels)
+        overlap = torch.linalg.vecdot(prediction, truth, dim=2)
         squared = self.dice.squared_pred
-        sizes = [torch.linalg.vecdot(part, part, dim=2) if squared else part.sum(2) for part in (found, true)]
+        sizes = [torch.linalg.vecdot(part, part, dim=2) if squared else part.sum(2) for part in (prediction, truth)]
         return overlap, *sizes, -torch.dot(logarithm.flatten(), wanted.flatten())
 
     def _gradient(
         self, logits: Tensor, labels: Tensor, grad_overlap: Tensor, grad_size: Tensor, grad_entropy: Tensor
     ) -> Tensor:
         """What the gradients of the sums are for the logits of a chunk."""
-        _, softmax, found, true, wanted = self._evaluate(logits, labels)
+        _, softmax, prediction, truth, wanted = self._evaluate(logits, labels)
         # Of the prediction: overlap = <found, true>, size = <found, 1> or <found, found>.
-        gradient = true * grad_overlap[..., None]
-        gradient += 2 * found * grad_size[..., None] if self.dice.squared_pred else grad_size[..., None]
+        gradient = truth * grad_overlap[..., None]
+        gradient += 2 * prediction * grad_size[..., None] if self.dice.squared_pred else grad_size[..., None]
         if self.dice.softmax:
             gradient = softmax * (gradient - (softmax * gradient).sum(1, keepdim=True))
         elif self.dice.sigmoid:
-            gradient *= found * (1 - found)
+            gradient *= prediction * (1 - prediction)
         # Of the entropy -<wanted, log softmax>.
         return gradient.add_((softmax * wanted.sum(1, keepdim=True) - wanted).mul_(grad_entropy))
 

@@ -46,12 +46,12 @@ class NoteContouredd(MapTransform):
         self.num_classes = num_classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        found = dict(data)
-        for key in self.key_iterator(found):
-            contoured = torch.bincount(found[key].long().flatten(), minlength=self.num_classes) > 0
+        item = dict(data)
+        for key in self.key_iterator(item):
+            contoured = torch.bincount(item[key].long().flatten(), minlength=self.num_classes) > 0
             contoured[0] = True
-            found[f"{key}_contoured"] = contoured
-        return found
+            item[f"{key}_contoured"] = contoured
+        return item
 
 
 class OneHotContouredd(MapTransform):
@@ -67,13 +67,13 @@ class OneHotContouredd(MapTransform):
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        found = dict(data)
-        for key in self.key_iterator(found):
-            contoured = found[f"{key}_contoured"]
-            channels = one_hot(found[key], num_classes=len(contoured), dim=0)
+        item = dict(data)
+        for key in self.key_iterator(item):
+            contoured = item[f"{key}_contoured"]
+            channels = one_hot(item[key], num_classes=len(contoured), dim=0)
             channels[~contoured] = UNKNOWN
-            found[key] = channels
-        return found
+            item[key] = channels
+        return item
 
 
 class MarginalLoss(nn.Module):

@@ -44,7 +44,8 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         output = network(input.detach())
         outputs = [output] if isinstance(output, Tensor) else output
         loss = torch.stack([part.float().square().mean() for part in outputs]).sum()
-        torch.autograd.grad(loss, [each for each in network.parameters() if each.requires_grad], allow_unused=True)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        torch.autograd.grad(loss, trained, allow_unused=True)
     return errors
 
 

@@ -34,7 +34,7 @@ def largest_patch(
     multiple_of: int = 16,
     **options: Any,
 ) -> TrainingPlan:
-    """The plan of the largest patch whose training step fits.
+    """Return the plan of the largest patch whose training step fits.
 
     Args:
         network: see `plan_training`.
@@ -88,7 +88,7 @@ def largest_patch(
 def _smallest_plan(
     network: nn.Module, size_of: Callable[[int], tuple[int, ...]], options: dict[str, Any]
 ) -> tuple[TrainingPlan, int]:
-    """The first of the smallest sizes that a network takes: a normalization may need more than one voxel."""
+    """Return the plan of the smallest size that a network takes: a normalization may need more than one voxel."""
     for steps in range(1, 4):
         try:
             return plan_training(network, size_of(steps), **options), steps
@@ -104,7 +104,7 @@ def most_couplings(
     limit: int = 64,
     **options: Any,
 ) -> tuple[int, TrainingPlan]:
-    """The greatest depth whose training step fits, and its plan.
+    """Return the greatest depth whose training step fits, and its plan.
 
     Args:
         make_network: the network of a number of couplings, such as
@@ -145,11 +145,11 @@ def most_couplings(
     while fails - fits > 1:
         share = (budget - best.training_peak) / (too_much.training_peak - best.training_peak)
         middle = min(max(fits + int(share * (fails - fits)), fits + 1), fails - 1)
-        found = plan(middle)
-        if found.training_peak <= budget:
-            best, fits = found, middle
+        middle_plan = plan(middle)
+        if middle_plan.training_peak <= budget:
+            best, fits = middle_plan, middle
         else:
-            too_much, fails = found, middle
+            too_much, fails = middle_plan, middle
     return fits, best
 
 
@@ -159,7 +159,7 @@ def best_activations(
     image_shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
-    """Which levels of an `IUNet` or `SegIUNet` had better store their activations, so that a step is fast and fits.
+    """Choose which levels of an `IUNet` or `SegIUNet` store their activations, so that a step is fast and fits.
 
     A level that stores saves one evaluation of its couplings. What that saves in operations and costs in bytes is
     counted for each level, and of all sets of levels that fit the one is taken that saves the most operations.
@@ -227,7 +227,7 @@ def _operations_of_levels(network: Any, image_shape: Sequence[int], levels: int)
 
 
 def parse_bytes(size: int | str) -> int:
-    """A number of bytes, from one or from such as "24 GiB" or "500 MB".
+    """Return a number of bytes, from a number or from text such as "24 GiB" or "500 MB".
 
     Raises:
         ValueError: for anything else.

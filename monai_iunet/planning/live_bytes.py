@@ -14,7 +14,7 @@ __all__ = ["LiveBytes"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensor storages that are alive: repeats exactly, unlike resident memory.
+    """Counts the bytes of the tensor storages that are alive; repeats exactly, unlike resident memory.
 
     Scratch memory inside an operator and the allocator's rounding are not in it. Tensors that no operator has touched
     inside the context do not count.

@@ -147,7 +147,7 @@ def step_without_optimizer(
 def rehearse(
     network: nn.Module, shape: Sequence[int], dtype: torch.dtype, activations: Sequence[str] | None = None
 ) -> Iterator[Any]:
-    """A copy of a network, in training mode, that has no values, and a context in which no tensor has.
+    """Copy a network, in training mode, without values, and enter a context in which no tensor has any.
 
     Args:
         network: stays as it is.
@@ -191,7 +191,7 @@ class _WithValues(TorchDispatchMode):
 
 
 def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of a network whose parameters and buffers have no values; the network's own are not copied."""
+    """Copy a network so that its parameters and buffers have no values; the network's own are not touched."""
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         fake = mode.from_tensor(tensor.detach())
@@ -262,10 +262,10 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _device(network: nn.Module) -> torch.device:
-    """Where the network is; where it would be by default, if it has no parameters."""
+    """Return where the network is; where it would be by default, if it has no parameters."""
     return next((parameter.device for parameter in network.parameters()), torch.get_default_device())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages of tensors, each counted once."""
+    """Count the bytes of the storages of tensors, each storage once."""
     return sum(storage.nbytes() for storage in {tensor.untyped_storage() for tensor in tensors})

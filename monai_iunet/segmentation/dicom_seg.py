@@ -31,12 +31,12 @@ MAY_BE_EMPTY = (
 )
 
 
-def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> None:
-    """Write labels as a DICOM Segmentation object, one segment per structure, also of those that were not found.
+def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path) -> None:
+    """Write labels as a DICOM Segmentation object, one segment per structure, empty ones too.
 
     Args:
         files: of the series, in the order of the slices of the image, which is that of its last axis.
-        found: labels on the grid of the series.
+        segmentation: labels on the grid of the series.
         path: file to write.
 
     Raises:
@@ -66,18 +66,18 @@ def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> No
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for value, name in found.names.items()
+        for value, name in segmentation.names.items()
     ]
     datasets = [pydicom.dcmread(name) for name in files]
     for dataset in datasets:  # highdicom asks for what scanners and anonymizers may leave out
-        dataset.SliceThickness = dataset.get("SliceThickness") or float(found.image.header.get_zooms()[2])
+        dataset.SliceThickness = dataset.get("SliceThickness") or float(segmentation.image.header.get_zooms()[2])
         for name in MAY_BE_EMPTY:
             if name not in dataset:
                 setattr(dataset, name, None)
     try:
-        segmentation = highdicom.seg.Segmentation(
+        seg_object = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=np.ascontiguousarray(found.labels.T),
+            pixel_array=np.ascontiguousarray(segmentation.labels.T),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
             series_instance_uid=highdicom.UID(),
@@ -94,11 +94,11 @@ def write_dicom_seg(files: Sequence[str], found: Segmentation, path: Path) -> No
         raise InputError(
             f"{Path(files[0]).parent}: lacks what a DICOM SEG has to refer to ({error!r}). Leave --format out."
         ) from error
-    segmentation.save_as(path)
+    seg_object.save_as(path)
 
 
 def _code(name: str, codes: Any) -> Any:
-    """The SNOMED code of a structure by its name, trying fewer and fewer of the words before it; else of any organ."""
+    """Return the SNOMED code of a structure by its name, leaving out more and more first words; else that of an organ."""
     keywords = {keyword.lower(): keyword for keyword in dir(codes)}
     words = name.lower().split()
     for start in range(len(words)):

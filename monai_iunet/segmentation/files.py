@@ -37,7 +37,7 @@ Write = Callable[[Segmentation, Path], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are segmented and what is written.
+    """Describes how images are segmented and what is written.
 
     Attributes:
         mirror: segment the mirror image, for crops of the other side.

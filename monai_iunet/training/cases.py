@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def check_cases(
     cases: Sequence[dict[str, Any]], num_classes: int, check: bool = True, skip_bad: bool = False
 ) -> list[dict[str, Any]]:
-    """Make sure that the cases of a data set can be learned from; all that is wrong is listed together.
+    """Check that the cases of a data set can be learned from; all problems are listed together.
 
     Args:
         cases: dictionaries with paths "image" and "label".
@@ -60,7 +60,7 @@ def check_cases(
 def check_images(
     cases: Sequence[dict[str, Any]], check: bool = True, skip_bad: bool = False, max_extent: float | None = None
 ) -> list[dict[str, Any]]:
-    """Make sure that images can be segmented; all that is wrong is listed together.
+    """Check that images can be segmented; all problems are listed together.
 
     Args:
         cases: dictionaries with a path "image".
@@ -101,7 +101,7 @@ def _without_bad(
 
 
 def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None:
-    """What is wrong with an image, in one line; None if nothing is."""
+    """Return what is wrong with an image, in one line; None if nothing is."""
     try:
         image = read_image(case["image"])
         check_not_constant(image, case["image"])
@@ -113,7 +113,7 @@ def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None
 
 
 def _problem(case: dict[str, Any], num_classes: int) -> str | None:
-    """What is wrong with a case, in one line; None if nothing is."""
+    """Return what is wrong with a case, in one line; None if nothing is."""
     if not case.get("label"):
         return f"{case['image']}: has no label."
     try:
@@ -140,7 +140,7 @@ def _problem(case: dict[str, Any], num_classes: int) -> str | None:
 def images_to_segment(
     source: str | Path | Sequence[str | Path], output_dir: str | Path, suffix: str = "_seg", skip_done: bool = True
 ) -> list[dict[str, str]]:
-    """The images that are asked for and have no result yet.
+    """Find the images that are asked for and have no result yet.
 
     Args:
         source: an image, a folder of images (its subfolder `imagesTs`, if there is one), a list of either, or a JSON
@@ -163,16 +163,16 @@ def images_to_segment(
         >>> [case["image"] == str(path) for case in images_to_segment(path.parent, path.parent / "results")]
         [True]
     """
-    found = [path for part in _as_list(source) for path in _images(part)]
-    if not found:
+    images = [path for part in _as_list(source) for path in _images(part)]
+    if not images:
         raise InputError(f"{source}: no NIfTI image (.nii or .nii.gz) there. Name images or a folder of them.")
-    names = [image_name(path) for path in found]
+    names = [image_name(path) for path in images]
     check_names(names)
     results = [Path(output_dir, f"{name}{suffix}.nii.gz") for name in names]
-    left = [path for path, result in zip(found, results) if not (skip_done and result.exists())]
-    if len(left) < len(found):
+    left = [path for path, result in zip(images, results) if not (skip_done and result.exists())]
+    if len(left) < len(images):
         logger.info(
-            "%d of %d images have a result in %s and are left out", len(found) - len(left), len(found), output_dir
+            "%d of %d images have a result in %s and are left out", len(images) - len(left), len(images), output_dir
         )
     if left:
         check_folder(output_dir)

@@ -28,31 +28,31 @@ MEASURES = ("dice", "hausdorff95_mm", "surface_distance_mm")
 Row = dict[str, Any]
 
 
-def compare(found: Tensor, truth: Tensor, spacing: Sequence[float], structures: Sequence[str]) -> list[Row]:
+def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structures: Sequence[str]) -> list[Row]:
     """Compare two label maps.
 
     Args:
-        found: labels `(*spatial)`.
+        prediction: labels `(*spatial)`.
         truth: labels `(*spatial)`. A structure without voxels here was not contoured: its measures are NaN.
         spacing: size of a voxel, in mm.
         structures: names of the labels 1, 2, ...
 
     Returns:
         A row per structure: "structure"; "dice"; "hausdorff95_mm", the 95th percentile of the distances between the
-        surfaces, and "surface_distance_mm", their mean, both symmetric, infinite where nothing was found; "volume_mm3"
-        of what was found; "reference_mm3".
+        surfaces, and "surface_distance_mm", their mean, both symmetric, infinite if nothing was predicted; "volume_mm3"
+        of the prediction; "reference_mm3".
     """
     classes = len(structures) + 1
-    one, other = (one_hot(labels[None, None].long(), classes) for labels in (found, truth))
+    predicted, true = (one_hot(labels[None, None].long(), classes) for labels in (prediction, truth))
     voxel = float(np.prod(spacing))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of structures that are empty
-        dice = compute_dice(one, other, include_background=False)[0]
-        hausdorff = compute_hausdorff_distance(one, other, percentile=95, spacing=list(spacing))[0]
-        surface = compute_average_surface_distance(one, other, symmetric=True, spacing=list(spacing))[0]
+        dice = compute_dice(predicted, true, include_background=False)[0]
+        hausdorff = compute_hausdorff_distance(predicted, true, percentile=95, spacing=list(spacing))[0]
+        surface = compute_average_surface_distance(predicted, true, symmetric=True, spacing=list(spacing))[0]
     rows = []
     for number, name in enumerate(structures):
-        volumes = [float(labels[0, number + 1].sum()) * voxel for labels in (one, other)]
+        volumes = [float(labels[0, number + 1].sum()) * voxel for labels in (predicted, true)]
         distances = [float(hausdorff[number]), float(surface[number])]
         if volumes[0] == 0:
             distances = [np.inf, np.inf]
@@ -104,9 +104,9 @@ class CaseReport:
         for case in outputs:
             meta = case["label"].meta
             spacing = nibabel.affines.voxel_sizes(np.asarray(case["label"].affine))
-            found, truth = (torch.as_tensor(case[key])[0].cpu() for key in ("pred", "label"))
+            prediction, truth = (torch.as_tensor(case[key])[0].cpu() for key in ("pred", "label"))
             name = Path(str(meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
-            self.rows += [{"case": name, **row} for row in compare(found, truth, spacing, self.structures)]
+            self.rows += [{"case": name, **row} for row in compare(prediction, truth, spacing, self.structures)]
 
     def _finish(self, engine: Engine) -> None:
         rows, writes = self.rows, True

@@ -46,25 +46,25 @@ class RandMirrord(RandomizableTransform, MapTransform):
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)  # type: ignore[arg-type]
         self.flip = Flip(spatial_axis)
         self.before = [label for pair in swap for label in pair]
-        self.after = [label for one, other in swap for label in (other, one)]
+        self.after = [label for first, second in swap for label in (second, first)]
         self.swap = MapLabelValue(self.before, self.after) if self.before else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        found = dict(data)
+        item = dict(data)
         self.randomize(None)
         if self._do_transform:
-            for key in self.key_iterator(found):
-                found[key] = self.flip(found[key])
+            for key in self.key_iterator(item):
+                item[key] = self.flip(item[key])
                 if key in self.label_keys and self.swap is not None:
-                    found[key] = self.swap(found[key])
-                    self._swap_contoured(found, f"{key}_contoured")
-        return found
+                    item[key] = self.swap(item[key])
+                    self._swap_contoured(item, f"{key}_contoured")
+        return item
 
-    def _swap_contoured(self, found: dict[Hashable, Any], key: str) -> None:
-        if key in found:
-            contoured = found[key].clone()
-            contoured[self.before] = found[key][self.after]
-            found[key] = contoured
+    def _swap_contoured(self, item: dict[Hashable, Any], key: str) -> None:
+        if key in item:
+            contoured = item[key].clone()
+            contoured[self.before] = item[key][self.after]
+            item[key] = contoured
 
 
 class MirrorInferer(Inferer):
@@ -98,6 +98,6 @@ class MirrorInferer(Inferer):
             return logits
         mirrored: Any = self.inferer(inputs.flip(self.axis), network, *args, **kwargs)
         order = list(range(logits.shape[1]))
-        for one, other in self.swap:
-            order[one], order[other] = other, one
+        for first, second in self.swap:
+            order[first], order[second] = second, first
         return (logits + torch.as_tensor(mirrored).flip(self.axis)[:, order]) / 2

@@ -17,7 +17,7 @@ STYLE = "font-family: Helvetica, Arial, sans-serif; font-size: 13px"
 
 
 def draw_network(channels: Sequence[int] = (32, 64, 128), couplings: int = 2) -> str:
-    """An `IUNet` as SVG: couplings, splits, orthogonal resampling, and the codes that skip.
+    """Draw an `IUNet` as SVG: couplings, splits, orthogonal resampling, and the codes that skip.
 
     Args:
         channels: of each level, finest first.
@@ -70,7 +70,7 @@ def draw_network(channels: Sequence[int] = (32, 64, 128), couplings: int = 2) ->
 
 
 def draw_backward(layers: int = 3) -> str:
-    """The backward pass as SVG: which states are kept, which rebuilt, and where gradients flow.
+    """Draw the backward pass as SVG: which states are kept, which rebuilt, and where gradients flow.
 
     Args:
         layers: layers of the chain.
@@ -137,7 +137,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", fill: str = INK)
 
 
 def _arrow(x1: float, y1: float, x2: float, y2: float, color: str, dashed: bool = False) -> str:
-    """A line whose head is drawn too, for there are viewers without markers."""
+    """Return a line whose head is drawn too, for viewers without markers."""
     length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
     along, across = ((x2 - x1) / length, (y2 - y1) / length), (-(y2 - y1) / length, (x2 - x1) / length)
     base = (x2 - 9 * along[0], y2 - 9 * along[1])

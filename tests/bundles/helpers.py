@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def run(bundle: Path, config: str, launcher: Sequence[str] = (), **overrides: ob
     words = [sys.executable, *launcher, *command(bundle, config, **overrides)]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     if launcher and result.returncode and GLOO_ABORT in result.stderr:
+        warnings.warn(f"{config}: PyTorch aborted a process at its exit; it is run again.", stacklevel=2)
         result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout

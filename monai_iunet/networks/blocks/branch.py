@@ -67,7 +67,7 @@ class Branch(nn.Sequential):
     _compiled: Callable[[Branch, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the last layer."""
+        """Return the output of the last layer."""
         if self._compiled is None:
             return self._one_after_another(x)
         return self._compiled(self, x.clone(memory_format=torch.contiguous_format))

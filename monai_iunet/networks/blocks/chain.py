@@ -45,14 +45,14 @@ class InvertibleChain(nn.ModuleList):
         super().__init__(layers)
 
     def forward(self, *state: Tensor) -> Tensors:
-        """The state after the last layer."""
+        """Return the state after the last layer."""
         last = len(self) - 1
         for number, layer in enumerate(self):
             state = layer(*state, keep=number == last)
         return state
 
     def inverse(self, *state: Tensor) -> Tensors:
-        """The state before the first layer."""
+        """Return the state before the first layer."""
         for number in reversed(range(len(self))):
             layer: InvertibleLayer = self[number]  # type: ignore[assignment]
             state = layer.inverse(*state, keep=number == 0)

@@ -34,7 +34,7 @@ LIMIT = 2.0**8
 
 
 def round_to_grid(x: Tensor) -> Tensor:
-    """The nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
+    """Round to the nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
     if torch.jit.is_tracing():  # which takes operators only, and no gradients
         return on_grid(x)
     recorded = (torch.is_grad_enabled() and x.requires_grad) or is_transformed(x)
@@ -42,7 +42,7 @@ def round_to_grid(x: Tensor) -> Tensor:
 
 
 def on_grid(x: Tensor) -> Tensor:
-    """The nearest multiples of `STEP`, in float32 or better, without a gradient.
+    """Round to the nearest multiples of `STEP`, in float32 or better, without a gradient.
 
     Example:
         >>> on_grid(torch.tensor([0.1])).item() * 2**16

@@ -48,8 +48,8 @@ class ChannelMixing(OrthogonalLayer):
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
         blocks = [[_outer(gradient, piece) for piece in states] for gradient in grad_outputs]
-        found = torch.cat([torch.cat(row, 1) for row in blocks], 0)
-        return (found.mT if inverse else found).to(matrix.dtype)
+        gradient = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+        return (gradient.mT if inverse else gradient).to(matrix.dtype)
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
@@ -70,6 +70,6 @@ def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
 
 
 def _outer(gradient: Tensor, piece: Tensor) -> Tensor:
-    """Sum over batch and voxels of the outer products of the channels."""
+    """Sum the outer products of the channels over batch and voxels."""
     with torch.autocast(piece.device.type, enabled=False):
         return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)

@@ -61,7 +61,7 @@ class OrthogonalLayer(InvertibleLayer):
         if not self.exact:
             return ()
         again = self._rounded(outputs, weights[0], not inverse)
-        steps = [piece.sub_(other).div_(-STEP) for piece, other in zip(again, inputs)]
+        steps = [piece.sub_(original).div_(-STEP) for piece, original in zip(again, inputs)]
         for piece in steps:
             note_largest(piece, LIMIT / 127)
         return tuple(piece.to(torch.int8) for piece in steps)

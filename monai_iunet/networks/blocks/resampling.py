@@ -32,7 +32,7 @@ KIND: dict[str, Any] = {"dtype": torch.double, "device": "cpu"}
 
 
 def resampling_base(init: Any, stride: Sequence[int], count: int) -> Tensor:
-    """The orthogonal matrix that a resampling starts from.
+    """Return the orthogonal matrix that a resampling starts from.
 
     Args:
         init: "haar", "pixel_shuffle", "random" (one matrix per channel), or a matrix as tensor, array or nested lists.
@@ -170,12 +170,12 @@ class OrthogonalDownsampling(OrthogonalLayer):
         return torch.cat(products)
 
     def _blocks(self, low: Tensors, group: slice) -> Tensor:
-        """What a group of channels has become at the low resolution, `(batch, channels, n, blocks)`."""
+        """Return a group of channels at the low resolution, `(batch, channels, n, blocks)`."""
         count = math.prod(self.stride)
         return _narrow(low, group.start * count, group.stop * count).flatten(2).unflatten(1, (-1, count))
 
     def _unshuffle(self, high: Tensor) -> Tensor:
-        """From `(batch, channels, *spatial)` to `(batch, channels, n, blocks)`."""
+        """Rearrange `(batch, channels, *spatial)` to `(batch, channels, n, blocks)`."""
         axes = len(self.stride)
         for axis, factor in enumerate(self.stride):
             high = high.unflatten(2 + 2 * axis, (-1, factor))
@@ -212,9 +212,9 @@ def _groups(shape: Sequence[int], device: torch.device) -> list[slice]:
 
 def _narrow(pieces: Tensors, start: int, stop: int) -> Tensor:
     """Channels from `start` to `stop` of what the pieces make up; a copy only where they lie in several."""
-    found = []
+    parts = []
     for piece in pieces:
         if start < piece.shape[1] and stop > 0:
-            found.append(piece[:, max(0, start) : stop])
+            parts.append(piece[:, max(0, start) : stop])
         start, stop = start - piece.shape[1], stop - piece.shape[1]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

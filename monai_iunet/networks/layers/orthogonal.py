@@ -203,9 +203,9 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    same_kind = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return same_kind and torch.equal(one, other)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    same_kind = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return same_kind and torch.equal(first, second)
 
 
 def _polish(matrix: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class ChosenActivations(nn.Module):
         self.set_levels(choice)
 
     def activations_for(self, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-        """The choice per level for images of a shape, trained in float32 or under autocast to `dtype`.
+        """Return the choice per level for images of a shape, trained in float32 or under autocast to `dtype`.
 
         Args:
             image_shape: `(batch, channels, *spatial)`.
@@ -92,7 +92,7 @@ class ChosenActivations(nn.Module):
         return best_activations(self, self.memory_budget, image_shape, dtype)
 
     def _fit(self, x: Tensor) -> None:
-        """With "auto", choose for images like these, once for each shape and precision."""
+        """Choose for images like these, once for each shape and precision, if the choice is "auto"."""
         if self._automatic and torch.is_grad_enabled() and not torch.jit.is_tracing():
             self._fit_uncompiled(x)
 

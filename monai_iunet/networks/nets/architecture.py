@@ -104,12 +104,12 @@ class Architecture:
         return len(self.channels)
 
     def halves(self, level: int, index: int = 0) -> tuple[int, int]:
-        """Channels of the two halves in front of a coupling of a level; they change places with each coupling."""
+        """Return the channels of the halves in front of a coupling of a level; they change places with each coupling."""
         small, large = self.channels[level] // 2, self.channels[level] - self.channels[level] // 2
         return (large, small) if index % 2 else (small, large)
 
     def last_halves(self, level: int) -> tuple[int, int]:
-        """Channels of the two halves behind the last coupling of a level."""
+        """Return the channels of the two halves behind the last coupling of a level."""
         return self.halves(level, self.couplings[level])
 
     def check_images(self, x: Any, name: str, channels: int) -> None:

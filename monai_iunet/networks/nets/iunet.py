@@ -207,7 +207,7 @@ class IUNet(ChosenActivations):
         return [*self.encoder[level], *self.decoder[level]]
 
     def _layers_of(self, level: int) -> Iterator[InvertibleLayer]:
-        """The layers of a level, and those between it and the next."""
+        """Yield the layers of a level, and those between it and the next."""
         between = (self.splits, self.merges, self.downsamplings, self.upsamplings)
         yield from (*self.encoder[level], *self.decoder[level], self._joins[level])
         yield from (layers[level] for layers in between if level < len(layers))
@@ -262,7 +262,7 @@ class IUNet(ChosenActivations):
         return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
-        """The codes of an image: the skipped channels of each level, finest first, and the whole of the coarsest.
+        """Return the codes of an image: the channels that skip at each level, finest first, and all of the coarsest.
 
         Sizes that do not divide are padded.
         """
@@ -273,21 +273,21 @@ class IUNet(ChosenActivations):
         return tuple(_leave(code, x) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """The image of codes as `encode` returns them, through the decoder."""
+        """Return the image of codes as `encode` returns them, through the decoder."""
         self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
             return _leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
-        """The image whose codes these are: inverse of `encode`."""
+        """Return the image with these codes: the inverse of `encode`."""
         self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
             return _leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
 
     def decode_inverse(self, y: Tensor) -> Tensors:
-        """The codes that the decoder takes to this image: inverse of `decode`."""
+        """Return the codes that the decoder takes to this image: the inverse of `decode`."""
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
         with self._grid():
@@ -309,7 +309,7 @@ class IUNet(ChosenActivations):
     _forward_uncompiled = torch.compiler.disable(_forward)
 
     def _forward_in_one(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
-        """The forward pass, kept from `torch.compile` where there is a backward pass, which may rebuild activations.
+        """Apply the forward pass, kept from `torch.compile` if there is a backward pass, which may rebuild activations.
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
@@ -321,7 +321,7 @@ class IUNet(ChosenActivations):
     # state alive that the next layer has replaced.
 
     def _encode(self, x: Tensor) -> list[Any]:
-        """The skipped channels per level, then the halves of the coarsest level."""
+        """Return the skipped channels per level, then the halves of the coarsest level."""
         state = self._open(x)
         del x
         codes: list[Any] = []
@@ -370,12 +370,12 @@ class IUNet(ChosenActivations):
         return [*codes, state]
 
     def _enter(self, x: Tensor) -> Tensor:
-        """What runs through the couplings: float32 or float64, so that sums can be taken back; on a grid if `exact`."""
+        """Convert images to float32 or float64, in which sums can be taken back, and to the grid if `exact`."""
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return round_to_grid(x) if self.exact else x
 
     def _grid(self) -> AbstractContextManager[None]:
-        """Context that raises an error if values leave the range of the grid; not in an export."""
+        """Return a context that raises an error if values leave the range of the grid; not in an export."""
         return check_range() if self.exact and not torch.compiler.is_compiling() else nullcontext()
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -400,7 +400,7 @@ class IUNet(ChosenActivations):
 
 
 def _leave(y: Tensor, x: Tensor) -> Tensor:
-    """What comes out for what went in: of the same type, but float32 under autocast to 16 bits."""
+    """Return an output in the type of the input, but in float32 under autocast to 16 bits."""
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 

@@ -17,7 +17,7 @@ PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 @torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def pad(x: Tensor, factors: list[int], mode: str | None) -> Tensor:
-    """Images `(batch, channels, *spatial)`, padded.
+    """Pad images `(batch, channels, *spatial)`.
 
     Args:
         x: the images.

@@ -52,6 +52,6 @@ class Traced(nn.Module):
             self.traced = torch.jit.trace(network, example, check_trace=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the network's."""
+        """Apply the traced network."""
         y: Tensor = self.traced(x)
         return y

@@ -132,7 +132,7 @@ class SegIUNet(ChosenActivations):
         return Traced(self, self.stem.in_channels, self.iunet.factors)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
+        """Return logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
 
         With `deep_supervision`, in training, a list of them, finest first.
         """
