@@ -17,9 +17,9 @@ importing the package is light.
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
 - Write the configs of a bundle: `Task`, `write_bundle`.
 - Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `start_from`,
-  `CaseReport`, `PictureHandler`.
+  `EarlyStop`, `CaseReport`, `PictureHandler`.
 - Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
-  `LabelsOnImageGridd`, `SaveImageLabelsd`.
+  `LabelsOnImageGridd`, `SaveImageLabelsd`, `is_scanned`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
 
@@ -112,8 +112,10 @@ if TYPE_CHECKING:
     from monai_iunet.segmentation.whole_head import load_template
     from monai_iunet.training.cases import check_cases, check_images, images_to_segment
     from monai_iunet.training.checkpoints import Checkpoints, start_from
+    from monai_iunet.training.early_stop import EarlyStop
     from monai_iunet.training.evaluation import CaseReport
     from monai_iunet.training.pictures import PictureHandler
+    from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
     from monai_iunet.visualization.overlay import draw_overlay, save_overlay
@@ -127,6 +129,7 @@ __all__ = [
     "CaseReport",
     "Checkpoints",
     "ChunkedDiceCELoss",
+    "EarlyStop",
     "IUNet",
     "InputError",
     "InvertibleChain",
@@ -160,6 +163,7 @@ __all__ = [
     "iUNet",
     "images_to_segment",
     "installed_bundles",
+    "is_scanned",
     "label_image",
     "largest_patch",
     "list_series",
@@ -209,8 +213,10 @@ _NAMES = {
     "segmentation.whole_head": ("load_template",),
     "training.cases": ("check_cases", "check_images", "images_to_segment"),
     "training.checkpoints": ("Checkpoints", "start_from"),
+    "training.early_stop": ("EarlyStop",),
     "training.evaluation": ("CaseReport",),
     "training.pictures": ("PictureHandler",),
+    "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("MirrorInferer", "RandMirrord"),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
     "visualization.overlay": ("draw_overlay", "save_overlay"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -97,18 +98,28 @@ def segment(
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")
+    ] = False,
+    skip_done: Annotated[
+        bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
+    ] = False,
 ) -> None:
     """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
     if example == bool(images):
         raise typer.BadParameter("name images, or --example, and not both.")
     with _input_errors():
+        from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Failure, Settings, segment_example, segment_files, write_volumes
         from monai_iunet.segmentation.segmenter import BundleSegmenter
 
         place = None if device == "auto" else _device(device)
         segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
-        settings = Settings(mirror, overlay, format.value, series, fail_fast)
+        table = None if volumes is None else output / f"volumes.{volumes.value}"
+        if table is not None and table.exists() and not overwrite:
+            raise InputError(f"{table}: exists. Pass --overwrite to replace it, or name another --output.")
+        settings = Settings(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done)
         results, failures = [], []
         for result in (
             segment_files(images, segmenter, output, settings)
@@ -123,8 +134,7 @@ def segment(
             width = max(map(len, result.volumes))
             for structure, volume in result.volumes.items():
                 typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
-        if volumes is not None and results:
-            table = output / f"volumes.{volumes.value}"
+        if table is not None and results:
             write_volumes(results, table)
             typer.echo(f"{table}")
         for failure in failures:
@@ -316,4 +326,7 @@ def _device(name: str) -> torch.device:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every encoding has a "³"
     app()

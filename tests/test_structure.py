@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+@cache
 def module_graph() -> dict[str, set[str]]:
     """For each module the modules that it imports."""
     files = {
@@ -53,10 +55,11 @@ def module_graph() -> dict[str, set[str]]:
         for path in PACKAGE.rglob("*.py")
         if path.name != "__init__.py" and "bundles" not in path.relative_to(PACKAGE).parts
     }
-    return {
-        module: {name for name in files if any((found + ".").startswith(name + ".") for found in imports_of(path))}
-        for module, path in files.items()
-    }
+    graph = {}
+    for module, path in files.items():
+        found = imports_of(path)
+        graph[module] = {name for name in files if any((import_ + ".").startswith(name + ".") for import_ in found)}
+    return graph
 
 
 def test_every_import_points_down() -> None:

@@ -41,7 +41,7 @@ def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
                 "_target_": "CropForegroundd",
                 "keys": keys,
                 "source_key": "image",
-                "select_fn": "$lambda image: image > -999",
+                "select_fn": "$monai_iunet.is_scanned",
                 "allow_smaller": True,
             }
         )

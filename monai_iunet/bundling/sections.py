@@ -141,8 +141,9 @@ def datalist(task: Task) -> Config:
     """Return the lists of training and validation cases, checked."""
 
     def section(name: str) -> str:
-        path = "os.path.join(@dataset_dir, 'dataset.json')"
-        return f"monai.data.load_decathlon_datalist({path}, True, '{name}', @dataset_dir)"
+        # The command line makes a number of a folder that is named 2024.
+        path = "os.path.join(str(@dataset_dir), 'dataset.json')"
+        return f"monai.data.load_decathlon_datalist({path}, True, '{name}', str(@dataset_dir))"
 
     def check(cases: str) -> str:
         return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases)"

@@ -177,16 +177,21 @@ def _progress_of_training() -> Config:
     """Return what stops a training early, shows how far it is, and saves its state."""
     return {
         "early_stop": {
-            "_target_": "EarlyStopHandler",
+            "_target_": "monai_iunet.EarlyStop",
             "patience": "@patience",
-            "score_function": "$lambda validator: validator.state.metrics['val_mean_dice']",
+            "metric": "val_mean_dice",
         },
         "progress": {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
         "checkpoints": {
             "_target_": "monai_iunet.Checkpoints",
             "folder": "@ckpt_dir",
             "model": "$@average.ema_model",
-            "state": {"network": "@network_def", "optimizer": "@optimizer", "lr_scheduler": "@lr_scheduler"},
+            "state": {
+                "network": "@network_def",
+                "optimizer": "@optimizer",
+                "lr_scheduler": "@lr_scheduler",
+                "early_stop": "@early_stop",
+            },
             "seed": "$@seed + 1000 * @rank",
             "resume": "@resume",
             "writes": "$@rank == 0",

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ __all__ = [
     "can_pack_saved_tensors",
     "current_backward_pass",
     "graph_is_retained",
+    "has_values",
     "is_exporting",
     "is_view",
     "keep_versions",
@@ -57,6 +58,11 @@ def graph_is_retained(ctx: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values that can be looked at: no fake, sharded or functional one, none on "meta"."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and can_pack_saved_tensors()
 
 
 def is_exporting() -> bool:

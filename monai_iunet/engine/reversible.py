@@ -111,7 +111,7 @@ class InvertibleLayer(nn.Module):
         return tuple(self.parameters())
 
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
-        """Return what `rebuild` needs beside the outputs of a call; kept until its backward pass; by default nothing."""
+        """Return what `rebuild` needs beside the outputs of a call; kept until its backward pass. None by default."""
         return ()
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:

@@ -13,7 +13,6 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from monai.networks.nets import DynUNet
 from torch import nn
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.files import write_atomically
+from monai_iunet.io.files import write_text
 from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import largest_patch
@@ -114,27 +113,33 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
             settings["batch_size"],
         )
         strides, features = arguments["strides"], arguments["features_per_stage"]
+        channels = max(1, len(plans.get("foreground_intensity_properties_per_channel", {})))
         architecture = _architecture(strides, features, couplings)
-        network = PlannedIUNet(1, 2, **architecture["arch_kwargs"])
-        own = _own_network(strides, features, arguments["kernel_sizes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        network = PlannedIUNet(channels, 2, **architecture["arch_kwargs"])
+        own = _own_network(strides, features, arguments["kernel_sizes"], channels)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
         ) from error
+    options: dict[str, Any] = {
+        "batch_size": batch,
+        "dtype": DTYPE,
+        "optimizer": torch.optim.SGD,
+        "in_channels": channels,
+    }
+    budget = plan_training(own, patch, **options).training_peak
+    factors = network.iunet.factors
+    median = settings.get("median_image_size_in_voxels", patch)
+    limit = [max(small, factor * math.ceil(size / factor)) for small, size, factor in zip(patch, median, factors)]
+    try:
+        large = largest_patch(network.train(), budget, patch, factors, patch, limit, **options).spatial_size
+    except ValueError as error:
+        raise InputError(f"{path}: the invertible network does not fit where nnU-Net's does. {error}") from error
     names = [f"{configuration}_iunet", f"{configuration}_iunet_large"]
     plain: dict[str, Any] = {"inherits_from": configuration, "architecture": architecture}
-    options: dict[str, Any] = {"batch_size": batch, "dtype": DTYPE, "optimizer": torch.optim.SGD}
-    budget = plan_training(own, patch, **options).training_peak
-    factor = max(network.iunet.factors)
-    largest = largest_patch(network.train(), budget, patch, factor, **options).spatial_size
-    median = settings.get("median_image_size_in_voxels", largest)
-    large = [
-        max(small, min(size, factor * math.ceil(limit / factor))) for small, size, limit in zip(patch, largest, median)
-    ]
     plans["configurations"][names[0]] = plain
-    plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": large}
-    text = json.dumps(plans, indent=4) + "\n"
-    write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8"))
+    plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": list(large)}
+    write_text(path, json.dumps(plans, indent=4) + "\n")
     return names
 
 
@@ -152,6 +157,8 @@ def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], cou
     return {"network_class_name": NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []}
 
 
-def _own_network(strides: Any, features: Any, kernels: Any) -> nn.Module:
+def _own_network(strides: Any, features: Any, kernels: Any, channels: int) -> nn.Module:
     """Return nnU-Net's plain network, built of MONAI's."""
-    return DynUNet(len(strides[0]), 1, 2, kernels, strides, strides[1:], filters=features, deep_supervision=False)
+    return DynUNet(
+        len(strides[0]), channels, 2, kernels, strides, strides[1:], filters=features, deep_supervision=False
+    )

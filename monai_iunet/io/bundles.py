@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ def installed_bundles() -> dict[str, Path]:
 def bundle_folder(bundle: str | Path | None = None) -> Path:
     """Return the folder of a bundle.
 
-    Of one that did not come with the package, the log says that it can run code.
+    Installed names come first: a folder of such a name needs a separator, as `./headneck`. Of a folder that did not
+    come with the package, the log says that it can run code.
 
     Args:
-        bundle: a folder, the name of an installed bundle, or a part of it that only one has, such as "headneck"; None
+        bundle: the name of an installed bundle, a part of it that only one has, such as "headneck", or a folder; None
             for the hippocampus bundle.
 
     Raises:
@@ -49,17 +51,20 @@ def bundle_folder(bundle: str | Path | None = None) -> Path:
     """
     name = DEFAULT_BUNDLE if bundle is None else str(bundle)
     installed = installed_bundles()
-    if Path(name).is_dir():
-        if Path(name).resolve() not in [folder.resolve() for folder in installed.values()]:
-            logger.warning(
-                "%s: a MONAI config can run any code on this machine. Use bundles of people you trust.", name
-            )
-        return Path(name)
-    fitting = [name] if name in installed else [candidate for candidate in installed if name in candidate]
+    is_path = os.sep in name or (os.altsep or os.sep) in name
+    fitting = [] if is_path or not name else [candidate for candidate in installed if name in candidate]
+    fitting = [name] if name in installed else fitting
     if len(fitting) == 1:
         return installed[fitting[0]]
+    if name and not fitting and Path(name).is_dir():
+        if Path(name).resolve() not in [folder.resolve() for folder in installed.values()]:
+            logger.warning(
+                "%s: a folder, whose configs can run any code on this machine. Use bundles of people you trust.",
+                name,
+            )
+        return Path(name)
     raise InputError(
-        f"{name}: neither a bundle folder nor the name of one bundle that is installed "
+        f"{name or 'an empty name'}: neither a bundle folder nor the name of one bundle that is installed "
         f"({', '.join(installed) or 'there is none: install the package again'})."
     )
 

@@ -57,7 +57,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: when it cannot.
     """
-    path = Path(path)
+    path = Path(str(path))  # the command line of MONAI makes a number of a folder that is named 2024
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -11,7 +11,7 @@ import nibabel
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import DAMAGED, check_image, check_size, first_line
 from monai_iunet.io.files import NIFTI, SUFFIXES, image_name
-from monai_iunet.io.simpleitk import read_with_simpleitk
+from monai_iunet.io.formats import read_format
 from monai_iunet.io.untrusted import try_in_a_process
 
 __all__ = ["read_image"]
@@ -46,7 +46,7 @@ def read_image(path: str | os.PathLike[str], series: str | None = None) -> nibab
         if path.name.lower().endswith(NIFTI):
             return check_image(_read_nifti(path), str(path))
     try_in_a_process(path, series)
-    return check_image(read_with_simpleitk(path, series), str(path))
+    return check_image(read_format(path, series), str(path))
 
 
 def _read_nifti(path: Path) -> nibabel.Nifti1Image:

@@ -1,4 +1,7 @@
-"""Reading of what SimpleITK reads: NRRD, MetaImage, DICOM."""
+"""Reading of NRRD and MetaImage by SimpleITK.
+
+SimpleITK takes a file that says nothing of its orientation for one in LPS. Here it is refused, as NIfTI is.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,69 @@ import SimpleITK
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import check_size
-from monai_iunet.io.dicom_series import read_series
 from monai_iunet.io.geometry import from_simpleitk
 
 __all__ = ["read_with_simpleitk"]
 
+LARGEST_HEADER = 1000  # lines
+LARGEST_LINE = 10_000  # bytes
 
-def read_with_simpleitk(path: Path, series: str | None = None) -> nibabel.Nifti1Image:
-    """Read a file, or a DICOM series of a folder, in this process; damaged ones may end it, see `untrusted.py`.
+
+def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
+    """Read a file in this process; a damaged one may end it, see `untrusted.py`.
 
     Raises:
         InputError: when it cannot be read as a volume of scalars.
     """
-    if path.is_dir():
-        return from_simpleitk(read_series(path, series))
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        if reader.GetNumberOfComponents() > 1 or reader.GetDimension() < 3 or 1 in reader.GetSize()[2:3]:
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        if len(size) != 3 or components > 1:
+            shape = f"{size} with {components} components" if components > 1 else f"{size}"
             raise InputError(
-                f"{path}: has the size {reader.GetSize()} with {reader.GetNumberOfComponents()} components, a 3D "
-                "volume of scalars is needed. Name one, or the folder of a DICOM series."
+                f"{path}: has the shape {shape}, a 3D volume of scalars is needed. Extract one volume of it first."
             )
         # A header may lie beside its data.
         parts = path.parent.iterdir() if path.suffix.lower() in (".nhdr", ".mhd") else [path]
-        check_size(path, math.prod(reader.GetSize()), sum(part.stat().st_size for part in parts if part.is_file()))
+        check_size(path, math.prod(size), sum(part.stat().st_size for part in parts if part.is_file()))
+        _check_orientation(path)
         return from_simpleitk(reader.Execute())
     except RuntimeError as error:
         raise InputError(f"{path}: not readable, damaged or of another format. Export or copy it again.") from error
+
+
+def _check_orientation(path: Path) -> None:
+    """Check that the header of a NRRD or MetaImage names the directions of the axes.
+
+    Sources: the specifications of NRRD ("space", "space directions") and of MetaImage ("TransformMatrix", which has the
+    older names "Rotation" and "Orientation").
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".nrrd", ".nhdr"):
+        fields = _header_fields(path, ":")
+        known = {"space", "space directions"} <= fields
+        advice = "Write it again with `space` and `space directions`, for example with 3D Slicer."
+    elif suffix in (".mha", ".mhd"):
+        fields = _header_fields(path, "=")
+        known = bool(fields & {"transformmatrix", "rotation", "orientation"})
+        advice = "Write it again with a TransformMatrix, for example with SimpleITK."
+    else:
+        return
+    if not known:
+        raise InputError(f"{path}: has no orientation, so left and right cannot be told apart. {advice}")
+
+
+def _header_fields(path: Path, separator: str) -> set[str]:
+    """Return the names of the fields of a header in text, in lower case."""
+    names = set()
+    with path.open("rb") as file:
+        for _ in range(LARGEST_HEADER):
+            line = file.readline(LARGEST_LINE).decode("latin-1").strip()
+            name, sign, _ = line.partition(separator)
+            if sign:
+                names.add(name.strip().lower())
+            if not line or name.strip().lower() == "elementdatafile":
+                break
+    return names

@@ -3,18 +3,21 @@
 The parsers behind SimpleITK believe headers: a MetaImage with a negative number of dimensions ends the process, and a
 damaged length in a DICOM file takes gigabytes. A process that dies of it, or of its limit of memory, says that the file
 is damaged; what it survives, this process may read.
+
+The process imports what this one could import, but nothing from the working directory, where a data set may bring
+files with the names of modules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import monai_iunet
 from monai_iunet.errors import InputError
-from monai_iunet.io.simpleitk import read_with_simpleitk
+from monai_iunet.io.formats import read_format
 
 __all__ = ["try_in_a_process"]
 
@@ -22,20 +25,25 @@ SPARE_MEMORY = 2 * 2**30  # bytes, beside what a file may unpack to
 LARGEST_USUAL_COMPRESSION = 40
 SECONDS = 600
 REFUSED = 3  # exit status
+# Isolated (-I), so that neither the environment nor the working directory adds to the path.
+CODE = "import sys; sys.path[:] = sys.argv[3:]; from monai_iunet.io.untrusted import main; main(*sys.argv[1:3])"
+
+# What has been tried, and found harmless, as it was then.
+_harmless: set[tuple[object, ...]] = set()
 
 
 def try_in_a_process(path: Path, series: str | None = None) -> None:
-    """Read a file, or a series of a folder, in a process of its own, and raise what goes wrong there.
+    """Read a file, or a series of a folder, in a process of its own, once, and raise what goes wrong there.
 
     Raises:
         InputError: when it cannot be read.
     """
-    words = [sys.executable, "-m", __name__, str(path), *([series] if series else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    key = _stamp(path, series)
+    if key in _harmless:
+        return
+    words = [sys.executable, "-I", "-c", CODE, str(path), series or "", *_import_path()]
     try:
-        result = subprocess.run(
-            words, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, env=environment
-        )
+        result = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{path}: damaged, reading it takes more than {SECONDS} seconds. Export or copy it again."
@@ -46,6 +54,21 @@ def try_in_a_process(path: Path, series: str | None = None) -> None:
         raise InputError(f"{path}: damaged, reading it ends the process that does. Export or copy it again.")
     if result.returncode:
         raise OSError(f"{path} could not be read: {result.stderr.strip()[-500:]}")
+    _harmless.add(key)
+
+
+def _stamp(path: Path, series: str | None) -> tuple[object, ...]:
+    """Return what changes when a file, or a file of a folder, changes."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
+    return path.resolve(), series, *stats
+
+
+def _import_path() -> list[str]:
+    """Return where this process imports from, without the working directory, unless the package itself lies there."""
+    package = Path(monai_iunet.__file__).resolve().parents[1]
+    here = Path.cwd()
+    return [entry for entry in sys.path if entry and (Path(entry).resolve() != here or here == package)]
 
 
 def _limit_memory(path: Path) -> None:
@@ -58,17 +81,22 @@ def _limit_memory(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _main(path: str, series: str | None = None) -> None:
+def main(path: str, series: str) -> None:
+    """Read a file, or a series of a folder, in this process, and exit with what came of it.
+
+    Args:
+        path: the file or folder.
+        series: DICOM series; empty for the only one.
+    """
     _limit_memory(Path(path))
     try:
-        read_with_simpleitk(Path(path), series)
+        read_format(Path(path), series or None)
     except InputError as error:
-        sys.stdout.write(str(error))
-        sys.exit(REFUSED)
+        _refuse(str(error))
     except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
-        sys.stdout.write(f"{path}: damaged ({type(error).__name__} while it was read). Export or copy it again.")
-        sys.exit(REFUSED)
+        _refuse(f"{path}: damaged ({type(error).__name__} while it was read). Export or copy it again.")
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def _refuse(reason: str) -> None:
+    sys.stdout.buffer.write(reason.encode())
+    sys.exit(REFUSED)

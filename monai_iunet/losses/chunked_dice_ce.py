@@ -28,7 +28,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monai_iunet.engine.pytorch_private import graph_is_retained
+from monai_iunet.engine.pytorch_private import graph_is_retained, has_values
 
 __all__ = ["ChunkedDiceCELoss"]
 
@@ -57,14 +57,14 @@ class ChunkedDiceCELoss(DiceCELoss):
     _said = False
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss.
+        """Compute the loss.
 
         Args:
             input: logits `(batch, classes, *spatial)`.
             target: class numbers `(batch, 1, *spatial)` with `to_onehot_y`, else one channel per class.
 
         Raises:
-            ValueError: for shapes that do not fit each other.
+            ValueError: for shapes that do not fit each other, and for labels that are not the number of a class.
         """
         reason = self._reason_for_one_piece(input, target)
         if reason is not None:
@@ -81,6 +81,8 @@ class ChunkedDiceCELoss(DiceCELoss):
         # Not `as_subclass`, which tensors without values may not have.
         plain = (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor for tensor in (input, target))
         logits, labels = map(_with_flat_view, plain)
+        if self.dice.to_onehot_y and has_values(labels) and not torch.compiler.is_compiling():
+            _check_labels(labels, logits.shape[1])
         sums = _LabelSums if self._is_usual(logits) else _ChunkedSums
         *sizes, entropy = sums.apply(self, logits, labels)  # type: ignore[no-untyped-call]
         entropy = entropy / self._entropy_weight(logits, sizes[2])
@@ -100,7 +102,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         return usual and not self.cross_entropy.label_smoothing and logits.dtype == torch.float32
 
     def _evaluate(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of a chunk `(batch, classes, voxels)`: log-softmax, softmax, prediction, target, target of the entropy."""
+        """Return log-softmax, softmax, prediction, target, entropy's target of a chunk `(batch, classes, voxels)`."""
         logits = logits.float()
         logarithm = logits.log_softmax(1)
         softmax = logarithm.exp()
@@ -118,7 +120,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         return logarithm, softmax, prediction, truth, wanted
 
     def _sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Overlap, size of the prediction and of the target, `(batch, classes)`, and the total of the cross-entropy."""
+        """Return overlap, size of prediction and of target, `(batch, classes)`, and the total of the cross-entropy."""
         logarithm, _, prediction, truth, wanted = self._evaluate(logits, labels)
         overlap = torch.linalg.vecdot(prediction, truth, dim=2)
         squared = self.dice.squared_pred
@@ -128,7 +130,7 @@ class ChunkedDiceCELoss(DiceCELoss):
     def _gradient(
         self, logits: Tensor, labels: Tensor, grad_overlap: Tensor, grad_size: Tensor, grad_entropy: Tensor
     ) -> Tensor:
-        """What the gradients of the sums are for the logits of a chunk."""
+        """Return the gradient of the logits of a chunk from those of the sums."""
         _, softmax, prediction, truth, wanted = self._evaluate(logits, labels)
         # Of the prediction: overlap = <found, true>, size = <found, 1> or <found, found>.
         gradient = truth * grad_overlap[..., None]
@@ -233,6 +235,19 @@ def _chunks(least: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [_flat(tensor) for tensor in tensors]
     count = max(least, tensors[0].numel() // CHUNK_ELEMENTS)
     yield from zip(*(tensor.chunk(count, 2) for tensor in flat))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Raise an error for labels that are not whole numbers from 0 to `classes - 1`."""
+    wrong = (labels < 0) | (labels >= classes)
+    if labels.is_floating_point():
+        wrong |= labels != labels.floor()  # NaN too
+    if wrong.any():
+        values = ", ".join(f"{value:g}" for value in labels[wrong].unique()[:5].tolist())
+        raise ValueError(
+            f"target must hold the numbers of {classes} classes, 0 to {classes - 1}, got {values}. Map the labels, for "
+            "example by MONAI's MapLabelValued, or give the network more classes."
+        )
 
 
 def _with_flat_view(tensor: Tensor) -> Tensor:

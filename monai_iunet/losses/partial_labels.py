@@ -97,7 +97,7 @@ class MarginalLoss(nn.Module):
         self.loss = loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Mean of the loss over the samples.
+        """Compute the mean of the loss over the samples; one in which no structure was contoured adds 0.
 
         Args:
             input: logits `(batch, classes, *spatial)`.
@@ -115,6 +115,10 @@ class MarginalLoss(nn.Module):
         for logits, truth in zip(input, target):
             known = truth.flatten(1).amin(1) > UNKNOWN
             known[0] = False
+            if not known.any():
+                # A single class is certain: no loss, and no gradient, whatever the logits are.
+                losses.append(torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0).sum())
+                continue
             background = logits[~known].logsumexp(0, keepdim=True)
             merged = torch.cat([background, logits[known]])
             losses.append(self.loss(merged[None], torch.cat([truth[:1], truth[known]])[None]))

@@ -31,7 +31,9 @@ def largest_patch(
     network: nn.Module,
     memory_budget: int | str,
     aspect: Sequence[float] = (1, 1, 1),
-    multiple_of: int = 16,
+    multiple_of: int | Sequence[int] = 16,
+    smallest: Sequence[int] | None = None,
+    largest: Sequence[int] | None = None,
     **options: Any,
 ) -> TrainingPlan:
     """Return the plan of the largest patch whose training step fits.
@@ -40,7 +42,9 @@ def largest_patch(
         network: see `plan_training`.
         memory_budget: bytes, or such as "24 GiB".
         aspect: proportions of the patch's axes.
-        multiple_of: every axis is a multiple of this.
+        multiple_of: every axis is a multiple of this, or each of its own number.
+        smallest: the patch is at least of this size.
+        largest: the patch is at most of this size.
         options: of `plan_training`, without the size.
 
     Raises:
@@ -55,9 +59,16 @@ def largest_patch(
     """
     budget = parse_bytes(memory_budget)
 
+    multiples = (multiple_of,) * len(aspect) if isinstance(multiple_of, int) else tuple(multiple_of)
+    lowest = smallest or multiples
+    highest = [math.inf if largest is None else largest[axis] for axis in range(len(aspect))]
+    # In steps, of which the axis that takes the most grows by one multiple each.
+    fastest = max(part / multiple for part, multiple in zip(aspect, multiples))
+
     def size_of(steps: int) -> tuple[int, ...]:
-        longest = max(aspect)
-        return tuple(max(1, round(steps * part / longest)) * multiple_of for part in aspect)
+        counts = [round(steps * part / multiple / fastest) for part, multiple in zip(aspect, multiples)]
+        sizes = [max(count * multiple, low) for count, multiple, low in zip(counts, multiples, lowest)]
+        return tuple(int(min(size, high)) for size, high in zip(sizes, highest))
 
     plan, fits = _smallest_plan(network, size_of, options)
     if plan.training_peak > budget:
@@ -76,7 +87,7 @@ def largest_patch(
             return step_without_optimizer(fake, whole, dtype, options.get("loss")) + state
 
     known, peak, fails = fits, plan.training_peak, math.inf
-    while fails - fits > 1:
+    while fails - fits > 1 and size_of(fits) != tuple(highest):
         per_voxel = max(1, peak - fixed) / math.prod(size_of(known))
         scale = ((budget - fixed) / per_voxel / math.prod(size_of(known))) ** (1 / len(aspect))
         known = int(min(max(known * scale, fits + 1), fails - 1))

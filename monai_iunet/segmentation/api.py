@@ -10,11 +10,12 @@ import numpy as np
 import SimpleITK
 import torch
 from monai.data import MetaTensor
+from monai.utils import MetaKeys, SpaceKeys
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.checks import check_image
-from monai_iunet.io.geometry import from_simpleitk
+from monai_iunet.io.geometry import RAS_TO_LPS, from_simpleitk
 from monai_iunet.io.labels import label_image
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.result import Segmentation
@@ -77,20 +78,51 @@ def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tu
         if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
             raise InputError(f"{name}: has the size {image.GetSize()}, a 3D volume of scalars is needed.")
         return check_image(from_simpleitk(image), name), name
-    if isinstance(image, MetaTensor) and affine is None:
-        affine = np.asarray(image.affine, dtype=float)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise InputError(
             f"{name}: a path, a nibabel or SimpleITK image, a MetaTensor, or an array with an affine is needed."
         )
-    if affine is None or np.shape(affine) != (4, 4) or not np.linalg.det(affine):
-        raise InputError(f"{name}: has no valid affine. Pass the 4 x 4 matrix from voxels to millimeters as `affine`.")
-    data = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
-    data = data[0] if data.ndim == 4 and len(data) == 1 else data
-    if data.dtype.kind in "iub" or data.dtype == np.float16:  # NIfTI has neither bool nor float16
-        data = data.astype(np.float32)
-    volume = nibabel.Nifti1Image(data, np.asarray(affine, dtype=float))
+    if isinstance(image, MetaTensor) and affine is None:
+        affine = _ras_affine(image, name)
+    volume = nibabel.Nifti1Image(_voxels(image, name), _checked_affine(affine, name))
     return check_image(volume, name), name
+
+
+def _ras_affine(image: MetaTensor, name: str) -> np.ndarray:
+    """Return the affine of a `MetaTensor` to millimeters in RAS, whichever space its meta data name."""
+    affine = np.asarray(image.affine, dtype=float)
+    space = str(image.meta.get(MetaKeys.SPACE) or SpaceKeys.RAS)
+    if space not in (SpaceKeys.RAS, SpaceKeys.LPS):
+        raise InputError(f"{name}: its meta data name the space {space!r}, RAS or LPS is needed. Set `meta['space']`.")
+    return RAS_TO_LPS @ affine if space == SpaceKeys.LPS and affine.shape == (4, 4) else affine
+
+
+def _checked_affine(affine: Any, name: str) -> np.ndarray:
+    """Check that an affine is an invertible matrix from voxels to millimeters."""
+    try:
+        matrix = np.asarray(affine, dtype=float)
+        valid = matrix.shape == (4, 4) and np.isfinite(matrix).all() and bool(np.linalg.det(matrix))
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise InputError(
+            f"{name}: has no valid affine. Pass the 4 x 4 matrix from voxels to millimeters in RAS as `affine`."
+        )
+    return matrix
+
+
+def _voxels(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """Return the voxels of an array or tensor in a type that NIfTI has, without a channel in front."""
+    if isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        tensor = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+        data = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    else:
+        data = np.asarray(image)
+    if data.dtype.kind not in "biuf":
+        raise InputError(f"{name}: has voxels of type {data.dtype}, real numbers are needed. Convert it first.")
+    data = data[0] if data.ndim == 4 and len(data) == 1 else data
+    return data.astype(np.float64 if data.dtype.itemsize > 4 else np.float32)
 
 
 def _as_kind_of(image: Any, segmentation: Segmentation) -> Any:
@@ -105,5 +137,8 @@ def _as_kind_of(image: Any, segmentation: Segmentation) -> Any:
         if isinstance(image, np.ndarray):
             return labels
         tensor = torch.from_numpy(labels.copy()).to(image.device)
-        return MetaTensor(tensor, affine=image.affine) if isinstance(image, MetaTensor) else tensor
+        if not isinstance(image, MetaTensor):
+            return tensor
+        space = image.meta.get(MetaKeys.SPACE)
+        return MetaTensor(tensor, affine=image.affine, meta={} if space is None else {MetaKeys.SPACE: space})
     return label_image(labels, segmentation.image)

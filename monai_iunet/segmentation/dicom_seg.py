@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.dicom_frames import Frame, frames_of, read_header
+from monai_iunet.io.dicom_stack import stack_frames
 from monai_iunet.segmentation.result import Segmentation
 
 __all__ = ["write_dicom_seg"]
@@ -35,7 +37,8 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     """Write labels as a DICOM Segmentation object, one segment per structure, empty ones too.
 
     Args:
-        files: of the series, in the order of the slices of the image, which is that of its last axis.
+        files: of the series, in the order of the slices of the image, which is that of its last axis; or one file of
+            several frames.
         segmentation: labels on the grid of the series.
         path: file to write.
 
@@ -68,6 +71,10 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
         )
         for value, name in segmentation.names.items()
     ]
+    frames = _frames(files)
+    labels = np.ascontiguousarray(segmentation.labels.T)
+    if len(files) == 1:  # frames in the order of the file, not of their positions
+        labels = labels[np.argsort([frame.number for frame in frames])]
     datasets = [pydicom.dcmread(name) for name in files]
     for dataset in datasets:  # highdicom asks for what scanners and anonymizers may leave out
         dataset.SliceThickness = dataset.get("SliceThickness") or float(segmentation.image.header.get_zooms()[2])
@@ -77,7 +84,7 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     try:
         seg_object = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=np.ascontiguousarray(segmentation.labels.T),
+            pixel_array=labels,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
             series_instance_uid=highdicom.UID(),
@@ -97,8 +104,20 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     seg_object.save_as(path)
 
 
+def _frames(files: Sequence[str]) -> Sequence[Frame]:
+    """Return the frames of files in the order of the slices of their volume."""
+    frames = [frame for file in files for frame in frames_of(read_header(file), file)]
+    stack = stack_frames(frames, str(Path(files[0]).parent))
+    if stack.tilt:
+        raise InputError(
+            f"{Path(files[0]).parent}: the gantry was tilted, so the slices of the labels are not those of the series. "
+            "Leave --format out for NIfTI."
+        )
+    return stack.frames
+
+
 def _code(name: str, codes: Any) -> Any:
-    """Return the SNOMED code of a structure by its name, leaving out more and more first words; else that of an organ."""
+    """Return the SNOMED code of a structure by its name, leaving out more and more first words; else of an organ."""
     keywords = {keyword.lower(): keyword for keyword in dir(codes)}
     words = name.lower().split()
     for start in range(len(words)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import SimpleITK
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.checks import first_line
 from monai_iunet.io.dicom_series import series_files
 from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically, write_text
 from monai_iunet.io.geometry import to_simpleitk
@@ -28,6 +30,8 @@ from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.visualization.overlay import save_overlay
 
 __all__ = ["Failure", "Settings", "WrittenSegmentation", "segment_example", "segment_files", "write_volumes"]
+
+logger = logging.getLogger(__name__)
 
 # What a volume is written as whose own format keeps header and data in two files.
 IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
@@ -45,6 +49,8 @@ class Settings:
         format: "nifti", or "input" for the format that the image came in; DICOM SEG for a DICOM series.
         series: DICOM series, if a folder holds several.
         fail_fast: raise what is wrong with an image instead of going on with the next.
+        overwrite: replace files that are there.
+        skip_done: leave out images whose labels are there.
     """
 
     mirror: bool = False
@@ -52,6 +58,25 @@ class Settings:
     format: Literal["nifti", "input"] = "nifti"
     series: str | None = None
     fail_fast: bool = False
+    overwrite: bool = False
+    skip_done: bool = False
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An image to segment, and the files that its results go to."""
+
+    image: Path
+    name: str
+    labels: Path
+    write: Write
+    probabilities: Path | None
+    picture: Path | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        """All files that are written."""
+        return [path for path in (self.labels, self.probabilities, self.picture) if path is not None]
 
 
 @dataclass(frozen=True)
@@ -87,24 +112,30 @@ def segment_files(
         segmenter gives probabilities; or why an image could not be segmented.
 
     Raises:
-        InputError: before the first image is read, when results would overwrite each other or cannot be written; and
-            with `fail_fast` when an image cannot be segmented.
+        InputError: before the first image is read, when a result would replace an image, another result or, without
+            `overwrite`, a file that is there, or cannot be written; with `fail_fast` when an image cannot be segmented.
     """
-    names = [_name(path) for path in images]
-    check_names(names)
-    formats = [_format(path, settings) for path in images]
+    check_names([_name(path) for path in images])
+    tasks = [_task(path, segmenter, output, settings) for path in images]
+    _check_outputs(tasks, images, settings)
     check_folder(output)
+    tasks = [task for task in tasks if not (settings.skip_done and task.labels.exists())]
     # A bar on a terminal, nothing elsewhere.
-    bar = tqdm(zip(images, names, formats), total=len(images), desc="segmenting", leave=False, disable=None)
-    for path, name, (suffix, write) in bar:
+    for task in tqdm(tasks, desc="segmenting", unit="image", leave=False, disable=None):
         try:
-            image = read_image(path, settings.series)
-            segmentation = segmenter.segment(image, str(path), settings.mirror)
-            result = _write(segmentation, output, name, suffix, write, settings.overlay, segmenter.window)
-        except InputError as error:
+            image = read_image(task.image, settings.series)
+            segmentation = segmenter.segment(image, str(task.image), settings.mirror)
+            result = _write(segmentation, task, segmenter.window)
+        except OSError:  # a full disk meets every image
+            raise
+        except Exception as error:
             if settings.fail_fast:
                 raise
-            yield Failure(path, str(error))
+            known = isinstance(error, InputError)
+            if not known:
+                logger.debug("%s", task.image, exc_info=True)
+            reason = str(error) if known else f"{task.image}: {type(error).__name__}: {first_line(error)}"
+            yield Failure(task.image, reason)
         else:
             yield result
 
@@ -113,12 +144,40 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     """Segment the image that comes with the package.
 
     Raises:
-        InputError: when the bundle does not segment it.
+        InputError: when the bundle does not segment it, or a file is there and `overwrite` is not set.
     """
     image, region = segmenter.example()
+    task = _task(Path("mni152.nii.gz"), segmenter, output, settings)
+    _check_outputs([task], [], settings)
     check_folder(output)
-    segmentation = segmenter.segment(image, region=region)
-    return _write(segmentation, output, "mni152", ".nii.gz", _write_nifti, settings.overlay, segmenter.window)
+    return _write(segmenter.segment(image, region=region), task, segmenter.window)
+
+
+def _task(image: Path, segmenter: BundleSegmenter, output: Path, settings: Settings) -> _Task:
+    name, (suffix, write) = _name(image), _format(image, settings)
+    return _Task(
+        image=image,
+        name=name,
+        labels=output / f"{name}_seg{suffix}",
+        write=write,
+        probabilities=output / f"{name}_prob.nii.gz" if segmenter.gives_probabilities else None,
+        picture=output / f"{name}_seg.png" if settings.overlay else None,
+    )
+
+
+def _check_outputs(tasks: Sequence[_Task], images: Sequence[Path], settings: Settings) -> None:
+    """Check that no result replaces an image, or a file that is there unless that is asked for."""
+    inputs = {path.resolve() for path in images}
+    for task in tasks:
+        if settings.skip_done and task.labels.exists():
+            continue
+        for path in task.outputs:
+            if path.resolve() in inputs:
+                raise InputError(f"{path}: the result of {task.image} would replace this image. Name another --output.")
+            if path.exists() and not settings.overwrite:
+                raise InputError(
+                    f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
+                )
 
 
 def write_volumes(results: Sequence[WrittenSegmentation], path: Path) -> None:
@@ -133,24 +192,15 @@ def write_volumes(results: Sequence[WrittenSegmentation], path: Path) -> None:
     write_text(path, table.getvalue())
 
 
-def _write(
-    segmentation: Segmentation,
-    output: Path,
-    name: str,
-    suffix: str,
-    write: Write,
-    overlay: bool,
-    window: tuple[float, float] | None,
-) -> WrittenSegmentation:
+def _write(segmentation: Segmentation, task: _Task, window: tuple[float, float] | None) -> WrittenSegmentation:
     """Write labels, and probabilities and a picture if they are asked for."""
-    labels_file = output / f"{name}_seg{suffix}"
-    write_atomically(labels_file, partial(write, segmentation))
-    if segmentation.probabilities is not None:
-        write_atomically(output / f"{name}_prob.nii.gz", partial(_write_probabilities, segmentation))
-    if overlay:
-        picture = output / f"{name}_seg.png"
-        save_overlay(segmentation.image, segmentation.labels, segmentation.names, picture, title=name, window=window)
-    return WrittenSegmentation(name, labels_file, segmentation.volumes())
+    write_atomically(task.labels, partial(task.write, segmentation))
+    if task.probabilities is not None:
+        write_atomically(task.probabilities, partial(_write_probabilities, segmentation))
+    if task.picture is not None:
+        image, labels, names = segmentation.image, segmentation.labels, segmentation.names
+        save_overlay(image, labels, names, task.picture, title=task.name, window=window)
+    return WrittenSegmentation(task.name, task.labels, segmentation.volumes())
 
 
 def _write_nifti(segmentation: Segmentation, path: Path) -> None:
@@ -164,8 +214,9 @@ def _write_simpleitk(segmentation: Segmentation, path: Path) -> None:
         raise OSError(f"{path} could not be written") from error
 
 
-def _write_series(folder: Path, series: str | None, segmentation: Segmentation, path: Path) -> None:
-    write_dicom_seg(series_files(folder, series), segmentation, path)
+def _write_series(source: Path, series: str | None, segmentation: Segmentation, path: Path) -> None:
+    files = series_files(source, series) if source.is_dir() else [str(source)]
+    write_dicom_seg(files, segmentation, path)
 
 
 def _write_probabilities(segmentation: Segmentation, path: Path) -> None:
@@ -180,11 +231,9 @@ def _format(path: Path, settings: Settings) -> tuple[str, Write]:
     """Return the suffix of the labels' file, and what writes it."""
     if settings.format == "nifti":
         return ".nii.gz", _write_nifti
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == ".dcm":
         return ".dcm", partial(_write_series, path, settings.series)
     suffix = path.name.lower()[len(image_name(path, SUFFIXES)) :]
-    if suffix == ".dcm":
-        raise InputError(f"{path}: labels of a single DICOM file are written as NIfTI only. Leave --format out.")
     return (suffix, _write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
 
 

@@ -15,7 +15,7 @@ from monai.utils import MetaKeys
 from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import check_extent, check_not_constant
+from monai_iunet.io.checks import check_extent, check_not_constant, first_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import RegionFinder
@@ -24,6 +24,7 @@ from monai_iunet.segmentation.result import Segmentation
 __all__ = ["BundleSegmenter"]
 
 REQUIRED = ("configs/inference.json", "configs/metadata.json")
+SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
 SOFT_TISSUE = (-160.0, 240.0)
 
 
@@ -58,19 +59,40 @@ class BundleSegmenter:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
         self._check_files()
-        self.metadata: dict[str, Any] = json.loads(
-            (self.folder / "configs" / "metadata.json").read_text(encoding="utf-8")
-        )
+        self.metadata = self._read_metadata()
         parser = self._inference_config()
-        self.network = parser.get_parsed_content("network_def")
+        try:
+            self.network = parser.get_parsed_content("network_def")
+            self.inferer = parser.get_parsed_content("inferer")
+            self.preprocessing = parser.get_parsed_content("preprocessing")
+            self.postprocessing = parser.get_parsed_content("postprocessing")
+        except Exception as error:  # whatever the components of a bundle may raise
+            raise InputError(
+                f"{self.folder}: its inference.json cannot be used here ({type(error).__name__}: {first_line(error)}). "
+                "Segment with `python -m monai.bundle run`, as its README says."
+            ) from error
         self._load_weights()
         self.network.to(self.device).eval()
-        self.inferer = parser.get_parsed_content("inferer")
         sliding_window = getattr(self.inferer, "inferer", self.inferer)  # the inner one of a MirrorInferer
         if progress and hasattr(sliding_window, "progress"):
             sliding_window.progress = True
-        self.preprocessing = parser.get_parsed_content("preprocessing")
-        self.postprocessing = parser.get_parsed_content("postprocessing")
+
+    def _read_metadata(self) -> dict[str, Any]:
+        """Read the metadata, and check that they say what the classes and the images are."""
+        path = self.folder / "configs" / "metadata.json"
+        try:
+            metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            formats = metadata["network_data_format"]
+            classes = formats["outputs"]["pred"]["channel_def"]
+            if not all(str(value).isdigit() and isinstance(name, str) for value, name in classes.items()):
+                raise ValueError("channel_def must name each class by its number")
+            formats["inputs"]["image"]["format"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: does not describe a segmentation of `image` into the classes of `pred` ({error!r}). Add "
+                "network_data_format with inputs, outputs and channel_def, as in the bundles of this package."
+            ) from error
+        return metadata
 
     def _check_files(self) -> None:
         """Check that the folder holds what a bundle needs to segment."""
@@ -84,9 +106,19 @@ class BundleSegmenter:
     def _inference_config(self) -> ConfigParser:
         """Read `inference.json` without what loads and saves files."""
         parser = ConfigParser()
-        parser.read_config(self.folder / "configs" / "inference.json")
+        path = self.folder / "configs" / "inference.json"
+        try:
+            parser.read_config(path)
+        except Exception as error:  # whatever a damaged file brings about
+            raise InputError(f"{path}: not a config ({first_line(error)}). Copy the bundle again.") from error
         parser["bundle_root"] = str(self.folder)
         parser["device"] = self.device
+        missing = [name for name in SECTIONS if name not in parser.get()]
+        if missing:
+            raise InputError(
+                f"{self.folder}: its inference.json has no {', '.join(missing)}, by which images are segmented here. "
+                "Segment with `python -m monai.bundle run`, as its README says."
+            )
         if self.gives_probabilities:
             if "save_probabilities" not in parser.get():
                 raise InputError(
@@ -231,7 +263,11 @@ class BundleSegmenter:
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:
     """Take transforms out of the `Compose` of a section, by the names of their classes."""
-    transforms = parser[section]["transforms"]
+    content = parser[section]
+    if not isinstance(content, dict) or not isinstance(content.get("transforms"), list):
+        return
     parser[section]["transforms"] = [
-        transform for transform in transforms if str(transform.get("_target_")).rpartition(".")[2] not in names
+        transform
+        for transform in content["transforms"]
+        if not (isinstance(transform, dict) and str(transform.get("_target_")).rpartition(".")[2] in names)
     ]

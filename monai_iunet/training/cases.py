@@ -13,7 +13,7 @@ from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import check_extent, check_not_constant
-from monai_iunet.io.files import check_folder, check_names, image_name
+from monai_iunet.io.files import NIFTI, check_folder, check_names, image_name
 from monai_iunet.io.read import read_image
 
 __all__ = ["check_cases", "check_images", "images_to_segment"]
@@ -179,14 +179,17 @@ def images_to_segment(
     return [{"image": str(path)} for path in left]
 
 
-def _as_list(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(source)] if isinstance(source, (str, Path)) else [Path(part) for part in source]
+def _as_list(source: Any) -> list[Path]:
+    # The command line makes a number of a folder that is named 2024.
+    parts = [source] if isinstance(source, (str, Path, int, float)) else source
+    return [Path(str(part)) for part in parts]
 
 
 def _images(path: Path) -> list[Path]:
     if path.is_dir():
         folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
-        return sorted(file for file in folder.iterdir() if file.name.lower().endswith((".nii", ".nii.gz")))
+        # Files that begin with a dot are not images: macOS adds `._scan.nii.gz` to a copied `scan.nii.gz`.
+        return sorted(file for file in folder.iterdir() if file.name.lower().endswith(NIFTI) and file.name[0] != ".")
     if path.suffix.lower() == ".json":
         return [path.parent / name for name in _listed(path)]
     if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import nibabel
@@ -122,3 +123,14 @@ def test_a_bad_case_stops_the_training_before_it_begins(task: Task, tmp_path: Pa
         parser.get_parsed_content("datalist")
     assert isinstance(error.value.__cause__, InputError)
     assert "gone.nii.gz: no such file" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
+def test_what_workers_of_a_data_loader_need_is_pickled(task: Task, config: str) -> None:
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / task.name / "configs" / f"{config}.json")
+    parser["bundle_root"] = str(BUNDLES / task.name)
+    sections = {"train": ["train#preprocessing", "validate#preprocessing"], "evaluate": ["preprocessing"]}
+    for section in sections.get(config, ["preprocessing", "postprocessing"]):
+        pickle.loads(pickle.dumps(parser.get_parsed_content(section)))

@@ -93,3 +93,42 @@ def test_what_are_no_plans_is_refused(tmp_path: Path) -> None:
         add_configurations(tmp_path / "missing.json")
     with pytest.raises(ValueError, match="begin with that of 1"):
         PlannedIUNet(1, 2, strides=[[2, 2], [2, 2]], channels=[8, 16])
+
+
+THICK = {
+    "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
+    "features_per_stage": [8, 16, 32, 32, 32],
+    "kernel_sizes": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+}
+
+
+@pytest.mark.parametrize(("patch", "median"), [([20, 64, 64], [18.0, 80.0, 80.0]), ([8, 64, 32], [30.0, 200.0, 40.0])])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_each_axis_has_its_own_multiple(patch: list[int], median: list[float], channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "nnUNetPlans.json"
+    settings = {"patch_size": patch, "batch_size": 2, "median_image_size_in_voxels": median}
+    made = {"configurations": {"3d_fullres": {**settings, "architecture": {"arch_kwargs": THICK}}}}
+    made["foreground_intensity_properties_per_channel"] = {str(number): {} for number in range(channels)}
+    path.write_text(json.dumps(made))
+    _, large = add_configurations(path, couplings=1)
+    written = json.loads(path.read_text())["configurations"][large]
+    size = written["patch_size"]
+    net = PlannedIUNet(channels, 2, **written["architecture"]["arch_kwargs"]).train()
+    assert net.iunet.factors == (4, 16, 16)
+    assert all(extent % factor == 0 for extent, factor in zip(size, net.iunet.factors))
+    rounded = [max(low, -(-int(limit) // factor) * factor) for low, limit, factor in zip(patch, median, (4, 16, 16))]
+    assert all(low <= extent <= high for low, extent, high in zip(patch, size, rounded))
+    own = DynUNet(
+        3, channels, 2, THICK["kernel_sizes"], THICK["strides"], THICK["strides"][1:], filters=[8, 16, 32, 32, 32]
+    )
+    options = {"batch_size": 2, "dtype": torch.bfloat16, "optimizer": torch.optim.SGD, "in_channels": channels}
+    budget = plan_training(own, patch, **options).training_peak
+    assert plan_training(net, size, **options).training_peak <= budget
+    # Nothing of the budget is given away: any axis that may grow by its factor would not fit.
+    larger = [
+        [extent + factor * (axis == number) for number, (extent, factor) in enumerate(zip(size, net.iunet.factors))]
+        for axis in range(3)
+        if size[axis] < rounded[axis]
+    ]
+    both = [max(sizes) for sizes in zip(*larger)] if larger else None
+    assert both is None or plan_training(net, both, **options).training_peak > budget

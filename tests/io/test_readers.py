@@ -108,10 +108,9 @@ def test_of_several_series_one_is_chosen(volume: np.ndarray, tmp_path: Path) -> 
 
 BAD_SERIES: dict[str, tuple[dict[str, Any], str]] = {
     "missing slice": ({"heights": [0, 2, 4, 8, 10]}, r"2.00 mm apart, but 4.00 mm between 4.0 and 8.0 mm"),
-    "repeated slice": ({"heights": [0, 2, 4, 4, 6]}, "1 slices of series .* lie where another one lies"),
-    "two phases": ({"heights": [0, 2, 4, 0, 2]}, "2 slices of series .* lie where another one lies"),
-    "no positions": ({"heights": [0, 0, 0]}, "2 slices of series .* lie where another one lies"),
-    "gantry tilt": ({"shift": 0.5}, r"gantry tilt of 14.0 degrees"),
+    "repeated slice": ({"heights": [0, 2, 4, 4, 6]}, "1 slices lie where another one lies"),
+    "two phases": ({"heights": [0, 2, 4, 0, 2]}, "2 slices lie where another one lies"),
+    "no positions": ({"heights": [0, 0, 0]}, "2 slices lie where another one lies"),
     "orientations": (
         {"orientations": ["1\\0\\0\\0\\1\\0"] * 4 + ["0\\1\\0\\0\\0\\-1"]},
         "several orientations, as localizers do",
@@ -204,3 +203,39 @@ def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> N
     nibabel.save(image, tmp_path / "image.nii.gz")
     with pytest.raises(InputError, match="run to RPS by its sform, to LPS by its qform"):
         read_image(tmp_path / "image.nii.gz")
+
+
+def without_lines(path: Path, *beginnings: bytes) -> Path:
+    """Take lines out of the header of a file."""
+    header, separator, data = path.read_bytes().partition(b"LOCAL\n" if path.suffix == ".mha" else b"\n\n")
+    lines = [line for line in header.split(b"\n") if not line.startswith(beginnings)]
+    path.write_bytes(b"\n".join(lines) + separator + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "beginnings"),
+    [
+        (".nrrd", (b"space:", b"space directions:", b"space origin:")),
+        (".mha", (b"TransformMatrix",)),
+        (".mha", (b"TransformMatrix", b"Offset", b"CenterOfRotation", b"AnatomicalOrientation")),
+    ],
+)
+def test_a_file_without_orientation_is_refused(
+    suffix: str, beginnings: tuple[bytes, ...], volume: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / f"image{suffix}"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
+    assert read_image(path).shape == (7, 6, 5)
+    with pytest.raises(InputError, match="has no orientation, so left and right cannot be told apart"):
+        read_image(without_lines(path, *beginnings))
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_each_format_is_judged_by_the_same_rules(suffix: str, volume: np.ndarray, tmp_path: Path) -> None:
+    image = to_simpleitk(nibabel.Nifti1Image(volume, oblique()))
+    SimpleITK.WriteImage(SimpleITK.JoinSeries([image, image]), tmp_path / f"4d{suffix}")
+    with pytest.raises(InputError, match=r"has the shape \(7, 6, 5, 2\), a 3D volume .*Extract one volume of it first"):
+        read_image(tmp_path / f"4d{suffix}")
+    SimpleITK.WriteImage(image[:, :, :1], tmp_path / f"thin{suffix}")
+    assert read_image(tmp_path / f"thin{suffix}").shape == (7, 6, 1)

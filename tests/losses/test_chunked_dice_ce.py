@@ -140,3 +140,21 @@ def test_what_cannot_be_chunked_falls_back_and_says_so(
 def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"target must have the shape \(2, 3, 6, 6\)"):
         ChunkedDiceCELoss(softmax=True)(torch.randn(2, 3, 6, 6), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [3.0, 7.0, -1.0, 0.4, float("nan")])
+@pytest.mark.parametrize("options", [{}, {"squared_pred": True}, {"include_background": False}], ids=str)
+def test_labels_that_are_no_class_are_refused(value: float, options: dict[str, bool]) -> None:
+    logits, labels = torch.randn(2, 3, 5, 5, 5), torch.randint(0, 3, (2, 1, 5, 5, 5)).float()
+    loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True, **options)
+    assert loss(logits, labels).isfinite()
+    labels[1, 0, 2, 3, 4] = value
+    with pytest.raises(ValueError, match=rf"numbers of 3 classes, 0 to 2, got {value:g}\. Map the labels"):
+        loss(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float16])
+def test_labels_of_all_types_are_taken(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 3, 5, 5, 5), torch.randint(0, 2, (2, 1, 5, 5, 5))
+    loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True)
+    torch.testing.assert_close(loss(logits, labels.to(dtype)), loss(logits, labels.float()))

@@ -98,3 +98,30 @@ def test_mirroring_happens_as_often_as_asked() -> None:
     image = torch.arange(2.0).reshape(1, 2)
     flipped = sum(bool(mirror({"image": image})["image"][0, 0] == 1) for _ in range(200))
     assert 70 < flipped < 130
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, float("inf")])
+def test_a_sample_in_which_nothing_was_contoured_gives_no_loss_and_no_gradient(scale: float) -> None:
+    loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+    nothing = torch.full((1, 3, 6, 6, 6), -1.0)
+    nothing[:, 0] = 1
+    logits = torch.randn(1, 3, 6, 6, 6)
+    logits = (logits * scale if scale < float("inf") else torch.full_like(logits, scale)).requires_grad_()
+    value = loss(logits, nothing)
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_beside_such_a_sample_another_one_counts_as_alone() -> None:
+    loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+    truth = torch.nn.functional.one_hot(torch.randint(0, 3, (2, 6, 6, 6)), 3).movedim(-1, 1).float()
+    truth[1, 1:] = -1
+    truth[1, 0] = 1
+    logits = torch.randn(2, 3, 6, 6, 6, requires_grad=True)
+    value = loss(logits, truth)
+    gradient = torch.autograd.grad(value, logits)[0]
+    alone = loss(logits[:1], truth[:1])
+    torch.testing.assert_close(value, alone / 2)
+    torch.testing.assert_close(gradient[:1], torch.autograd.grad(alone, logits)[0][:1] / 2)
+    assert not gradient[1].any()

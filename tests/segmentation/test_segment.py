@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,80 @@ def test_bundles_by_name() -> None:
     for name in ("iunet", "liver"):
         with pytest.raises(InputError, match=f"{name}: neither a bundle folder nor the name of one bundle"):
             bundle_folder(name)
+
+
+def test_installed_bundles_come_before_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("headneck", "hippocampus", "mine"):
+        (tmp_path / name).mkdir()
+    assert bundle_folder("headneck").name == "iunet_headneck_ct_segmentation"
+    assert bundle_folder("./headneck") == Path("headneck")
+    assert bundle_folder(tmp_path / "headneck") == tmp_path / "headneck"
+    assert bundle_folder("mine") == Path("mine")
+    for name in ("", "missing/", "nothing"):
+        with pytest.raises(InputError, match="neither a bundle folder nor the name of one bundle"):
+            bundle_folder(name)
+
+
+def break_bundle(folder: Path, config: str, change: Any) -> Path:
+    """A copy of a bundle with a config that was changed."""
+    shutil.copytree(bundle_folder("hippocampus"), folder, ignore=shutil.ignore_patterns("eval", "train"))
+    path = folder / "configs" / config
+    content = change(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def without(*keys: str) -> Any:
+    def leave_out(config: dict[str, Any]) -> dict[str, Any]:
+        place = config
+        for key in keys[:-1]:
+            place = place[key]
+        del place[keys[-1]]
+        return config
+
+    return leave_out
+
+
+FOREIGN: dict[str, tuple[str, Any, str]] = {
+    "no preprocessing": ("inference.json", without("preprocessing"), "has no preprocessing, by which"),
+    "no network_def": ("inference.json", without("network_def"), "has no network_def, by which"),
+    "no inferer": ("inference.json", without("inferer"), "has no inferer, by which"),
+    "other network": (
+        "inference.json",
+        lambda config: {**config, "network_def": {"_target_": "no_such.Network"}},
+        "its inference.json cannot be used here",
+    ),
+    "other reference": (
+        "inference.json",
+        lambda config: {**config, "inferer": "$@nothing"},
+        "its inference.json cannot be used here",
+    ),
+    "not JSON": ("inference.json", lambda _: "{", "not a config"),
+    "metadata not JSON": ("metadata.json", lambda _: "{", "does not describe a segmentation"),
+    "metadata a list": ("metadata.json", lambda _: "[]", "does not describe a segmentation"),
+    "no classes": (
+        "metadata.json",
+        without("network_data_format", "outputs", "pred", "channel_def"),
+        "does not describe a segmentation",
+    ),
+    "classes by name": (
+        "metadata.json",
+        lambda config: json.loads(json.dumps(config).replace('"1": "anterior', '"one": "anterior')),
+        "channel_def must name each class by its number",
+    ),
+    "no input": ("metadata.json", without("network_data_format", "inputs"), "does not describe a segmentation"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    config, change, message = FOREIGN[name]
+    folder = break_bundle(tmp_path / "bundle", config, change)
+    with pytest.raises(InputError, match=message) as caught:
+        BundleSegmenter(folder, "cpu")
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def test_the_list_of_bundles_says_what_the_metadata_say() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
@@ -16,6 +17,7 @@ from torch import nn
 
 from monai_iunet.errors import InputError
 from monai_iunet.training.checkpoints import Checkpoints, start_from
+from monai_iunet.training.early_stop import EarlyStop
 
 EPOCHS = 4
 
@@ -166,3 +168,53 @@ def test_weights_of_something_else_are_refused(saved: object, message: str, tmp_
     torch.save(saved, tmp_path / "model.pt")
     with pytest.raises(InputError, match=message):
         start_from(tmp_path / "model.pt", nn.Linear(2, 3))
+
+
+class Constant(Metric):
+    """A metric that is always the same."""
+
+    def reset(self) -> None: ...
+
+    def update(self, output: object) -> None: ...
+
+    def compute(self) -> float:
+        return 0.5
+
+
+def stopping(folder: Path, resume: bool = False, killed_in: int | None = None) -> int:
+    """Epochs of a training whose validation stays the same, stopped after three without progress."""
+    trainer, network = training(folder / "network", resume, max_epochs=20)
+    validator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=[{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}],
+        network=network,
+        key_val_metric={"dice": Constant()},
+    )
+    early_stop = EarlyStop(patience=3, metric="dice", trainer=trainer)
+    early_stop.attach(validator)
+    ValidationHandler(1, validator).attach(trainer)
+    state = {"early_stop": early_stop}
+    Checkpoints(folder, network, state, seed=7, resume=resume).attach(trainer, validator)
+    if killed_in is not None:
+        stop_in(trainer, killed_in)
+    try:
+        trainer.run()
+    except Killed:
+        return -1
+    return trainer.state.epoch
+
+
+@pytest.mark.parametrize("killed_in", [2, 3, 4])
+def test_an_early_stop_comes_as_early_after_a_kill(killed_in: int, tmp_path: Path) -> None:
+    whole = stopping(tmp_path / "whole")
+    assert whole == 4
+    assert stopping(tmp_path / "killed", killed_in=killed_in) == -1
+    assert stopping(tmp_path / "killed", resume=True) == whole
+
+
+def test_an_early_stop_without_a_trainer_says_so() -> None:
+    validator = Engine(lambda *_: None)
+    validator.state.metrics = {"dice": 0.5}
+    EarlyStop(patience=1, metric="dice").attach(validator)
+    with pytest.raises(RuntimeError, match="no trainer to stop"):
+        validator.run([0])

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import can_pack_saved_tensors, is_exporting
+from monai_iunet.engine.pytorch_private import has_values, is_exporting
 
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
@@ -95,7 +95,7 @@ class OrthogonalMatrix(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=learnable)
         # Weight and base, their values, and the matrices that were computed from these.
         self._constant: tuple[tuple[Tensor, ...], list[Tensor], Tensor] | None = None
-        if base is not None and self._start is None and _has_values(self.weight):
+        if base is not None and self._start is None and has_values(self.weight):
             raise ValueError("base must have values, but it is on the device meta, or fake.")
         self.reset_parameters()
 
@@ -113,7 +113,7 @@ class OrthogonalMatrix(nn.Module):
             return self._compute(*sources)
         if is_exporting() and self._constant is not None and "weight" in self._parameters:
             sources = self._constant[0]  # for the exporter has put tensors without values in their place
-        if not all(map(_has_values, sources)):
+        if not all(map(has_values, sources)):
             return self._compute(*sources)
         if torch.jit.is_tracing() or is_exporting():
             # In a thread of its own nothing is recorded.
@@ -128,7 +128,7 @@ class OrthogonalMatrix(nn.Module):
         super().train(mode)
         self._constant = None
         sources = self._sources()
-        if not mode and all(map(_has_values, sources)):
+        if not mode and all(map(has_values, sources)):
             self._constant_of(sources)
         return self
 
@@ -185,18 +185,13 @@ def _checked(base: Tensor, size: int, shape: tuple[int, ...]) -> Tensor | None:
     """A copy of orthogonal matrices on the CPU; None of ones without values."""
     if base.shape not in ((size, size), shape):
         raise ValueError(f"base must have the shape {(size, size)} or {shape}, got {tuple(base.shape)}.")
-    if not _has_values(base):
+    if not has_values(base):
         return None
     base = base.detach().to("cpu", torch.double, copy=True)
     defect = (base.mT @ base - torch.eye(size, dtype=torch.double, device="cpu")).abs().max()
     if not defect < 1e-4:
         raise ValueError(f"base must be orthogonal, but B^T B differs from the identity by up to {defect:.3g}.")
     return base
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values that can be looked at: no fake, sharded or functional one, none on "meta"."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and can_pack_saved_tensors()
 
 
 def _is_captured(tensor: Tensor) -> bool:

@@ -104,7 +104,7 @@ class Architecture:
         return len(self.channels)
 
     def halves(self, level: int, index: int = 0) -> tuple[int, int]:
-        """Return the channels of the halves in front of a coupling of a level; they change places with each coupling."""
+        """Return the channels of the halves in front of a coupling of a level; halves change places with each."""
         small, large = self.channels[level] // 2, self.channels[level] - self.channels[level] // 2
         return (large, small) if index % 2 else (small, large)
 

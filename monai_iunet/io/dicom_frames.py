@@ -1,0 +1,238 @@
+"""DICOM frames: where a slice lies, and the values in it.
+
+A slice is a file, or a frame of a multi-frame file, which keeps the attributes of its frames in functional groups, of
+each frame or shared. Image Position (Patient) is the center of the first voxel, Image Orientation (Patient) the
+directions in which columns and rows are counted, both in LPS; Pixel Spacing is the distance between rows, then that
+between columns. Stored values become Hounsfield units and the like by a slope and an intercept, which may differ from
+frame to frame. How a viewer shows them (MONOCHROME1, windows) does not change them.
+
+Source: DICOM PS3.3, C.7.6.2 Image Plane, C.7.6.16 Multi-frame Functional Groups, C.11.1 Modality LUT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import SimpleITK
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID, MediaStorageDirectoryStorage
+
+from monai_iunet.errors import InputError
+
+__all__ = ["Frame", "frame_values", "frames_of", "read_header"]
+
+# Without the preamble that a DICOM file begins with, a file of such a name is tried all the same.
+DICOM_SUFFIXES = (".dcm", ".ima")
+# What pydicom raises for a damaged file.
+DAMAGED = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Describes a slice.
+
+    Attributes:
+        file: the file that holds it.
+        number: of the frame in the file, from 0.
+        name: name of the frame in errors.
+        position: of the center of its first voxel, `(3,)`, mm in LPS.
+        orientation: directions in which columns and rows are counted, `(2, 3)`, in LPS.
+        spacing: of rows and of columns, mm.
+        size: number of rows and of columns.
+        rescale: slope and intercept; None if the file has neither.
+        constant: attributes that may not differ within a volume, by their names.
+    """
+
+    file: str
+    number: int
+    name: str
+    position: np.ndarray
+    orientation: np.ndarray
+    spacing: tuple[float, float]
+    size: tuple[int, int]
+    rescale: tuple[float, float] | None
+    constant: dict[str, Any]
+
+
+def read_header(file: str | Path) -> Any:
+    """Read the attributes of a DICOM file without its pixels.
+
+    Returns:
+        A `pydicom.Dataset`; None for a file that is not DICOM.
+
+    Raises:
+        InputError: when the file is damaged.
+    """
+    try:
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+    except InvalidDicomError:
+        if Path(file).suffix.lower() not in DICOM_SUFFIXES:
+            return None
+        header = _read_without_preamble(file)
+    except DAMAGED as error:
+        raise InputError(f"{file}: a DICOM file that cannot be read ({error}). Copy or export it again.") from error
+    kind = header.get("SOPClassUID")
+    is_index = kind is None and header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
+    if "Rows" not in header and not is_index and (not kind or "Image Storage" in UID(kind).name):
+        raise InputError(f"{file}: a damaged DICOM file, without the attributes of an image. Copy or export it again.")
+    return header
+
+
+def _read_without_preamble(file: str | Path) -> Any:
+    """Read the attributes of a file that lacks the mark of a DICOM file."""
+    try:
+        return pydicom.dcmread(file, stop_before_pixels=True, force=True)
+    except DAMAGED as error:
+        raise InputError(f"{file}: not a DICOM file that can be read. Copy or export it again.") from error
+
+
+def frames_of(header: Any, file: str | Path) -> list[Frame]:
+    """Return the frames of a DICOM file.
+
+    Args:
+        header: what `read_header` returned.
+        file: the file.
+
+    Raises:
+        InputError: when the images are in color, or a frame has no position, orientation or spacing.
+    """
+    if int(header.get("SamplesPerPixel") or 1) > 1:
+        raise InputError(f"{file}: color images. Name a series of gray values.")
+    count = int(header.get("NumberOfFrames") or 1)
+    constant = {name: header.get(name) for name in ("Modality", "FrameOfReferenceUID", "RescaleType", "Units")}
+    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
+    if count > 1 and len(per_frame) != count and not shared:
+        raise InputError(
+            f"{file}: {count} frames without the geometry of each, as of ultrasound, angiography or screenshots. Name "
+            "a series of slices with geometry."
+        )
+    return [
+        _frame(header, [*per_frame[number : number + 1], *shared], file, number, constant) for number in range(count)
+    ]
+
+
+def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, constant: dict[str, Any]) -> Frame:
+    """Return a frame from its functional groups and the header."""
+    several = int(header.get("NumberOfFrames") or 1) > 1
+    name = f"{file}, frame {number + 1}" if several else str(file)
+
+    def numbers(what: str, sequence: str, attribute: str, count: int) -> tuple[float, ...]:
+        # Of several frames the position is that of one, never that of the file.
+        top_level = [] if several and what == "position" else [header]
+        values = _numbers(_find(groups, sequence, attribute, top_level), count)
+        if values is None or (what == "spacing" and min(values) <= 0):
+            raise InputError(
+                f"{name}: DICOM without a valid {what} of the slice. Name a series of slices with geometry."
+            )
+        return values
+
+    position = numbers("position", "PlanePositionSequence", "ImagePositionPatient", 3)
+    orientation = numbers("orientation", "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    between_rows, between_columns = numbers("spacing", "PixelMeasuresSequence", "PixelSpacing", 2)
+    return Frame(
+        file=str(file),
+        number=number,
+        name=name,
+        position=np.array(position),
+        orientation=np.array(orientation).reshape(2, 3),
+        spacing=(between_rows, between_columns),
+        size=(int(header.Rows), int(header.Columns)),
+        rescale=_rescale(groups, header, name),
+        constant=constant,
+    )
+
+
+def _rescale(groups: Sequence[Any], header: Any, name: str) -> tuple[float, float] | None:
+    """Return slope and intercept of a frame, None if there are none."""
+    sequence = "PixelValueTransformationSequence"
+    found = [_find(groups, sequence, attribute, [header]) for attribute in ("RescaleSlope", "RescaleIntercept")]
+    if found == [None, None]:
+        return None
+    slope, intercept = (_numbers(value, 1) for value in found)
+    if slope is None or intercept is None or not slope[0]:
+        raise InputError(
+            f"{name}: DICOM without a valid Rescale Slope and Intercept ({found[0]}, {found[1]}). Export it again."
+        )
+    return slope[0], intercept[0]
+
+
+def _find(groups: Sequence[Any], sequence: str, attribute: str, top_level: Sequence[Any]) -> Any:
+    """Return an attribute of a frame from its functional groups, else from the header itself."""
+    items = [group[sequence].value[0] for group in groups if sequence in group and group[sequence].value]
+    for dataset in [*items, *top_level]:
+        if attribute in dataset:
+            return dataset[attribute].value
+    return None
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    """Return `count` finite numbers; None if the value is anything else."""
+    try:
+        values = tuple(float(part) for part in (value if count > 1 else [value]))
+    except (TypeError, ValueError):
+        return None
+    return values if len(values) == count and np.isfinite(values).all() else None
+
+
+def frame_values(frames: Sequence[Frame]) -> np.ndarray:
+    """Read the values of frames, rescaled, float32, `(columns, rows, frames)`.
+
+    Raises:
+        InputError: when a file cannot be decoded.
+    """
+    slices = [
+        values for file, part in groupby(frames, lambda frame: frame.file) for values in _decode(file, list(part))
+    ]
+    return np.stack([values.T for values in slices], axis=-1)
+
+
+def _decode(file: str, frames: Sequence[Frame]) -> list[np.ndarray]:
+    """Decode frames of a file, `(rows, columns)` each."""
+    dataset = None
+    try:
+        dataset = pydicom.dcmread(file, force=True)
+        several = int(dataset.get("NumberOfFrames") or 1) > 1
+        stored = [pixel_array(dataset, index=frame.number if several else None, raw=True) for frame in frames]
+    except (*DAMAGED, RuntimeError) as error:
+        values = None if dataset is None else _decode_by_simpleitk(dataset, frames)
+        if values is None:
+            raise InputError(
+                f"{file}: its pixels cannot be decoded ({' '.join(str(error).split())[:300]}). Copy the file again, or "
+                "decompress it, for example with dcmdjpeg or gdcmconv."
+            ) from error
+        return values
+    if "ModalityLUTSequence" in dataset:
+        return [apply_modality_lut(values, dataset).astype(np.float32) for values in stored]
+    rescales = [frame.rescale or (1.0, 0.0) for frame in frames]
+    return [
+        (values.astype(np.float64) * slope + intercept).astype(np.float32)
+        for values, (slope, intercept) in zip(stored, rescales)
+    ]
+
+
+def _decode_by_simpleitk(dataset: Any, frames: Sequence[Frame]) -> list[np.ndarray] | None:
+    """Decode what pydicom has no decoder for; None if that fails, or would not give the values that are meant.
+
+    SimpleITK rescales by itself, in one way for all frames, and inverts what a viewer should show inverted.
+    """
+    same_rescale = len({frame.rescale for frame in frames}) == 1
+    if (
+        dataset.get("PhotometricInterpretation") != "MONOCHROME2"
+        or "ModalityLUTSequence" in dataset
+        or not same_rescale
+    ):
+        return None
+    try:
+        values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(frames[0].file, SimpleITK.sitkFloat32))
+    except RuntimeError:
+        return None
+    return [values[frame.number] for frame in frames] if values.ndim == 3 else None

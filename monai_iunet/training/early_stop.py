@@ -1,0 +1,57 @@
+"""Stopping a training that makes no progress, also after it was killed and resumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
+
+__all__ = ["EarlyStop"]
+
+
+class EarlyStop(EarlyStopping):
+    """Stops a trainer when a metric of its validator has not grown for a number of validations.
+
+    It is ignite's `EarlyStopping`, whose state can be saved and loaded, with an `attach` as MONAI's handlers have.
+
+    Args:
+        patience: validations without a better metric after which the training stops.
+        metric: name of the metric in `validator.state.metrics`.
+        trainer: the engine that is stopped; None if `set_trainer` names it later.
+
+    Example:
+        >>> EarlyStop(patience=3, metric="val_mean_dice").state_dict()["counter"]
+        0
+    """
+
+    def __init__(self, patience: int, metric: str, trainer: Engine | None = None) -> None:
+        self.metric = metric
+        super().__init__(patience, self._score, trainer or Engine(_nothing))
+        self._has_trainer = trainer is not None
+
+    def attach(self, validator: Engine) -> None:  # type: ignore[override]
+        """Attach to the evaluator that validates."""
+        validator.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def set_trainer(self, trainer: Engine) -> None:
+        """Name the engine that is stopped."""
+        self.trainer = trainer
+        self._has_trainer = True
+
+    def __call__(self, engine: Engine) -> None:
+        """Count a validation.
+
+        Raises:
+            RuntimeError: when there is no trainer to stop.
+        """
+        if not self._has_trainer:
+            raise RuntimeError("EarlyStop has no trainer to stop. Call `set_trainer` before the training.")
+        super().__call__(engine)
+
+    def _score(self, engine: Engine) -> float:
+        return float(engine.state.metrics[self.metric])
+
+
+def _nothing(engine: Engine, batch: Any) -> None:
+    """Take the place of a trainer's step."""

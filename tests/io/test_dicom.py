@@ -1,0 +1,338 @@
+"""DICOM: each slice or frame has its own geometry and rescaling; what is no volume is refused by its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.dicom_series import list_series
+from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.dicom_seg import write_dicom_seg
+from monai_iunet.segmentation.result import Segmentation
+from tests.io.dicom_files import AXIAL, UID, dataset, write_multiframe, write_slices
+
+CORONAL = [1, 0, 0, 0, 0, -1]
+HEIGHTS = [0, 2, 4, 6, 8, 10]
+
+
+def stored(dtype: str = "int16", frames: int = 6, low: int = 0, high: int = 200) -> np.ndarray:
+    """Values `(frames, rows, columns)`."""
+    return np.random.default_rng(0).integers(low, high, (frames, 9, 8)).astype(dtype)
+
+
+def expected(values: np.ndarray) -> np.ndarray:
+    """The volume of frames, `(columns, rows, frames)`."""
+    return values.transpose(2, 1, 0).astype(np.float32)
+
+
+AFFINE = np.array([[-1.5, 0, 0, 10], [0, -1.25, 0, -20], [0, 0, 2, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 2, 1, 4, 3, 5], [5, 4, 3, 2, 1, 0]])
+def test_frames_are_sorted_by_position(order: list[int], tmp_path: Path) -> None:
+    values = stored()
+    path = write_multiframe(tmp_path / "a.dcm", values[order], [HEIGHTS[index] for index in order])
+    for source in (path, path.parent):
+        image = read_image(source)
+        np.testing.assert_array_equal(image.get_fdata(), expected(values))
+        np.testing.assert_allclose(image.affine, AFFINE)
+
+
+def test_each_frame_has_its_own_rescaling(tmp_path: Path) -> None:
+    values, slopes, intercepts = stored(), [1, 2, 3, 0.5, 5, 1e-3], [0, -7, 100, 0.25, 1e4, 0]
+    path = write_multiframe(tmp_path / "a.dcm", values, HEIGHTS, slopes, intercepts)
+    wanted = values * np.array(slopes)[:, None, None] + np.array(intercepts)[:, None, None]
+    np.testing.assert_allclose(read_image(path).get_fdata(), expected(wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("slope", {"RescaleSlope": 100}),
+        ("intercept", {"RescaleIntercept": 40000}),
+        ("negative", {"RescaleIntercept": -70000}),
+        ("fraction", {"RescaleSlope": 0.3, "RescaleIntercept": -0.7}),
+    ],
+)
+def test_each_slice_has_its_own_rescaling(name: str, changes: dict[str, float], tmp_path: Path) -> None:
+    values = stored().astype(np.float64)
+    folder = write_slices(tmp_path / name, stored(), {3: changes})
+    values[3] = values[3] * changes.get("RescaleSlope", 1) + changes.get("RescaleIntercept", 0)
+    np.testing.assert_allclose(read_image(folder).get_fdata(), expected(values), rtol=1e-6)
+
+
+def test_slices_may_differ_in_sign_and_bits(tmp_path: Path) -> None:
+    signed, unsigned, narrow = stored(low=-200), stored("uint16", high=60000), stored("uint8")
+    folder = write_slices(tmp_path / "mixed", [signed[0], unsigned[1], narrow[2], signed[3]])
+    wanted = np.stack([signed[0], unsigned[1], narrow[2], signed[3]]).astype(np.float64)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(wanted))
+
+
+def test_bits_above_those_stored_are_no_values(tmp_path: Path) -> None:
+    values = stored("uint16", high=4096)
+    dirty = values | 0xF000
+    folder = write_slices(tmp_path / "dirty", dirty, BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(values))
+
+
+@pytest.mark.parametrize("multiframe", [False, True])
+def test_how_a_viewer_shows_values_does_not_change_them(multiframe: bool, tmp_path: Path) -> None:
+    values = stored()
+    if multiframe:
+        path = write_multiframe(tmp_path / "a.dcm", values, HEIGHTS, PhotometricInterpretation="MONOCHROME1")
+    else:
+        path = write_slices(
+            tmp_path / "a", values, PhotometricInterpretation="MONOCHROME1", WindowWidth=1, WindowCenter=0
+        )
+    np.testing.assert_array_equal(read_image(path).get_fdata(), expected(values))
+
+
+Write = Callable[[Path], Path]
+REFUSED: dict[str, tuple[Write, str]] = {
+    "gap": (lambda path: write_multiframe(path, stored(), [0, 2, 4, 10, 12, 14]), "6.00 mm between 4.0 and 10.0 mm"),
+    "two phases": (lambda path: write_multiframe(path, stored(), [0, 2, 4] * 2), "3 slices lie where another one lies"),
+    "two orientations": (
+        lambda path: write_multiframe(path, stored(), HEIGHTS, orientations=[AXIAL] * 3 + [CORONAL] * 3),
+        "several orientations.*frame 1.*frame 4",
+    ),
+    "shifted frame": (
+        lambda path: write_slices(path.parent / "s", stored(), {2: {"ImagePositionPatient": [-10, 25, 4]}}),
+        r"Image Position \(Patient\) lies 5.00 mm beside the line",
+    ),
+    "not at right angles": (
+        lambda path: write_slices(path.parent / "s", stored(), ImageOrientationPatient=[1, 0, 0, 0.5, 0.5, 0]),
+        "not made of two directions at right angles",
+    ),
+    "spacing": (
+        lambda path: write_slices(path.parent / "s", stored(), {4: {"PixelSpacing": [1.25, 1.6]}}),
+        r"differ in Pixel Spacing, \(1.25, 1.5\) in .*, \(1.25, 1.6\) in",
+    ),
+    "size": (
+        lambda path: write_slices(path.parent / "s", [*stored()[:3], *stored()[3:, :8]]),
+        r"differ in size \(Rows, Columns\), \(9, 8\) in .*, \(8, 8\) in",
+    ),
+    "modality": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"Modality": "PT"}}),
+        "differ in Modality, CT in .*, PT in",
+    ),
+    "frame of reference": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"FrameOfReferenceUID": "1.2.3"}}),
+        "differ in FrameOfReferenceUID",
+    ),
+    "rescale missing in one": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"RescaleSlope": None, "RescaleIntercept": None}}),
+        "differ in Rescale Slope and Intercept, given in .*, missing in",
+    ),
+    "intercept missing in one": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"RescaleIntercept": None}}),
+        "without a valid Rescale Slope and Intercept",
+    ),
+    "slope of zero": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"RescaleSlope": 0}}),
+        "without a valid",
+    ),
+    "no position": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"ImagePositionPatient": None}}),
+        "without a valid position",
+    ),
+    "no orientation": (
+        lambda path: write_slices(path.parent / "s", stored(), ImageOrientationPatient=None),
+        "without a valid orientation",
+    ),
+    "spacing of zero": (
+        lambda path: write_slices(path.parent / "s", stored(), PixelSpacing=[0, 1]),
+        "without a valid spacing",
+    ),
+    "color": (
+        lambda path: write_slices(
+            path.parent / "s", stored("uint8"), SamplesPerPixel=3, PhotometricInterpretation="RGB"
+        ),
+        "color images",
+    ),
+}
+NO_GEOMETRY = {
+    "secondary capture": "1.2.840.10008.5.1.4.1.1.7.3",
+    "ultrasound": "1.2.840.10008.5.1.4.1.1.3.1",
+    "angiography": "1.2.840.10008.5.1.4.1.1.12.1",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_volume_is_refused(name: str, tmp_path: Path) -> None:
+    write, message = REFUSED[name]
+    path = write(tmp_path / "f" / "a.dcm")
+    with pytest.raises(InputError, match=message) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NO_GEOMETRY)
+def test_frames_without_geometry_are_refused(name: str, tmp_path: Path) -> None:
+    made = dataset(stored(), NO_GEOMETRY[name], FrameTime=33, PixelSpacing=[1, 1], ImagePositionPatient=[0, 0, 0])
+    made.save_as(tmp_path / "a.dcm")
+    with pytest.raises(InputError, match="6 frames without the geometry of each"):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_a_position_of_the_file_is_not_that_of_its_frames(tmp_path: Path) -> None:
+    path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, ImagePositionPatient=[0, 0, 0])
+    made = pydicom.dcmread(path)
+    del made.PerFrameFunctionalGroupsSequence[2].PlanePositionSequence
+    made.save_as(path)
+    with pytest.raises(InputError, match=r"a\.dcm, frame 3: DICOM without a valid position"):
+        read_image(path)
+
+
+def test_a_tilted_gantry_is_resampled_to_right_angles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A ramp along each axis of the patient is the same ramp afterwards, wherever something was scanned."""
+    shift, heights = 0.4, 2.0 * np.arange(12)
+    rows, columns = np.meshgrid(np.arange(40), np.arange(30), indexing="ij")
+    for axis in range(3):
+        frames = []
+        for height in heights:
+            world = (-10 + 1.5 * columns, 20 + shift * height + 1.25 * rows, np.full(rows.shape, height))
+            frames.append(np.round(100 + 10 * world[axis]).astype(np.int16))
+        path = write_multiframe(tmp_path / f"{axis}.dcm", np.stack(frames), heights.tolist(), shift=shift)
+        image = read_image(path)
+        assert "tilted by 21.8 degrees" in caplog.text
+        np.testing.assert_allclose(image.affine[:3, :3], np.diag([-1.5, -1.25, 2]), atol=1e-9)
+        data = image.get_fdata()
+        lps = np.diag([-1, -1, 1, 1]) @ image.affine
+        world = nibabel.affines.apply_affine(lps, np.stack(np.meshgrid(*map(np.arange, data.shape), indexing="ij"), -1))
+        inside = (world[..., 1] >= 20 + shift * world[..., 2]) & (
+            world[..., 1] <= 20 + shift * world[..., 2] + 1.25 * 39
+        )
+        assert inside.sum() > 0.9 * np.stack(frames).size
+        np.testing.assert_allclose(data[inside], 100 + 10 * world[inside][:, axis], atol=1.1)
+        assert (data[~inside] <= data[inside].max()).all()
+
+
+def test_a_small_tilt_is_rounding(tmp_path: Path) -> None:
+    path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, shift=0.01)
+    np.testing.assert_array_equal(read_image(path).get_fdata(), expected(stored()))
+
+
+def test_a_whole_uid_is_not_the_beginning_of_another(tmp_path: Path) -> None:
+    for number in ("1", "10", "11"):
+        write_slices(tmp_path / number, stored(), SeriesInstanceUID=f"{UID}.{number}")
+        for file in (tmp_path / number).iterdir():
+            file.rename(tmp_path / f"{number}_{file.name}")
+        (tmp_path / number).rmdir()
+    assert len(list_series(tmp_path)) == 3
+    assert read_image(tmp_path, f"{UID}.1").shape == (8, 9, 6)
+    with pytest.raises(InputError, match="3 DICOM series, choose one"):
+        read_image(tmp_path, UID)
+
+
+def test_slices_with_a_series_of_their_own_are_one_volume(tmp_path: Path) -> None:
+    changed = {index: {"SeriesInstanceUID": f"{UID}.9.{index}"} for index in range(6)}
+    folder = write_slices(tmp_path / "a", stored(), changed)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(stored()))
+    changed[2]["ImagePositionPatient"] = [-10, 20, 2]
+    changed[3]["StudyInstanceUID"] = "1.2.3"
+    with pytest.raises(InputError, match="slices lie where another"):
+        read_image(write_slices(tmp_path / "b", stored(), {**changed, 3: {"SeriesInstanceUID": f"{UID}.9.3"}}))
+    with pytest.raises(InputError, match="6 DICOM series, choose one"):
+        read_image(write_slices(tmp_path / "c", stored(), changed))
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._000.dcm").write_bytes(b"no image")
+    (folder / "more").mkdir()
+    report = dataset(stored()[0], "1.2.840.10008.5.1.4.1.1.88.11", Rows=None, Columns=None, PixelData=None)
+    report.save_as(folder / "report.dcm")
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(stored()))
+
+
+@pytest.mark.parametrize("content", [b"", b"not DICOM", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 50])
+def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    (folder / "000.dcm").write_bytes(content)
+    for path in (folder, folder / "000.dcm"):
+        with pytest.raises(InputError, match=r"000\.dcm"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"])
+def test_compressed_pixels_are_read(syntax: str, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    for file in folder.iterdir():
+        made = pydicom.dcmread(file)
+        if syntax == "1.2.840.10008.1.2.5":
+            made.compress(pydicom.uid.RLELossless)
+        else:
+            made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        made.save_as(file)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(stored()))
+
+
+def test_what_pydicom_cannot_decode_simpleitk_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monai_iunet.io import dicom_frames
+    from monai_iunet.io.dicom_series import read_dicom
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(dicom_frames, "pixel_array", fail)
+    folder = write_slices(tmp_path / "a", stored(), {2: {"RescaleSlope": 3}}, RescaleIntercept=-1000)
+    values = stored().astype(np.float64)
+    values[2] *= 3
+    np.testing.assert_array_equal(read_dicom(folder).get_fdata(), expected(values - 1000))
+    path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, slopes=[1, 2, 3, 4, 5, 6])
+    with pytest.raises(InputError, match="cannot be decoded"):
+        read_dicom(path)
+    inverted = write_slices(tmp_path / "b", stored(), PhotometricInterpretation="MONOCHROME1")
+    with pytest.raises(InputError, match="cannot be decoded"):
+        read_dicom(inverted)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 1, 2, 0, 5, 4]])
+def test_labels_of_frames_lie_over_their_frames(order: list[int], tmp_path: Path) -> None:
+    values = stored(high=1000)
+    patient = {"PatientID": "made-up", "PatientName": "Made^Up", "StudyDate": "20200101", "StudyTime": "120000"}
+    path = write_multiframe(
+        tmp_path / "a.dcm", values[order], [HEIGHTS[index] for index in order], InstanceNumber=1, **patient
+    )
+    image = read_image(path)
+    labels = (image.get_fdata() > 500).astype(np.uint8)
+    write_dicom_seg([str(path)], Segmentation(image, labels, {1: "liver"}), tmp_path / "seg.dcm")
+    written = SimpleITK.ReadImage(tmp_path / "seg.dcm")
+    import highdicom
+
+    volume = highdicom.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
+    points = np.argwhere(volume.array > 0)
+    lps = np.array([volume.map_indices_to_reference(point[None])[0] for point in points])
+    ours = nibabel.affines.apply_affine(np.diag([-1, -1, 1, 1]) @ image.affine, np.argwhere(labels))
+    assert written.GetSize()[:2] == (8, 9)
+    np.testing.assert_allclose(sorted(map(tuple, lps.round(3))), sorted(map(tuple, ours.round(3))))
+
+
+def test_labels_of_a_tilted_gantry_are_no_dicom_seg(tmp_path: Path) -> None:
+    path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, shift=0.4)
+    image = read_image(path)
+    with pytest.raises(InputError, match="gantry was tilted"):
+        write_dicom_seg(
+            [str(path)], Segmentation(image, np.zeros(image.shape, np.uint8), {1: "liver"}), tmp_path / "s.dcm"
+        )
+
+
+@pytest.mark.parametrize("length", [150, 300, 450, 600, 700, 780])
+def test_a_truncated_slice_is_not_left_out(length: int, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    last = sorted(folder.iterdir())[-1]
+    content = last.read_bytes()
+    assert len(content) > 780
+    last.write_bytes(content[:length])
+    with pytest.raises(InputError, match=last.name):
+        read_image(folder)

@@ -1,0 +1,148 @@
+"""Batches of `monai-iunet segment`: nothing is lost, nothing stops the others, and failures are said at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from monai_iunet.segmentation import files
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from tests.test_cli import call, save
+
+MAIN = "from monai_iunet.cli import main; main()"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    return [save(tmp_path / "images" / f"{name}.nii.gz") for name in ("a", "b", "c")]
+
+
+@pytest.fixture(autouse=True)
+def folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_no_result_replaces_an_image(order: tuple[int, int], tmp_path: Path) -> None:
+    paths = [save(tmp_path / "case.nii.gz"), save(tmp_path / "case_seg.nii.gz")]
+    before = [path.read_bytes() for path in paths]
+    for extra in ([], ["--overwrite"], ["--skip-done"]):
+        code, _, error = call("segment", *(paths[index] for index in order), "--output", tmp_path, *extra)
+        if extra != ["--skip-done"]:
+            assert code == 2
+            assert "case_seg.nii.gz: the result of" in error
+            assert "would replace this image" in error
+        assert [path.read_bytes() for path in paths] == before
+
+
+def test_a_result_that_is_an_image_by_another_name_is_not_replaced(tmp_path: Path) -> None:
+    image, link = save(tmp_path / "case_seg.nii.gz"), tmp_path / "case.nii.gz"
+    link.symlink_to(image)
+    before = image.read_bytes()
+    code, _, error = call("segment", link, "--output", tmp_path, "--overwrite", "--no-overlay")
+    assert code == 2
+    assert "would replace this image" in error
+    assert image.read_bytes() == before
+
+
+def test_a_file_that_is_there_is_kept_unless_asked_otherwise(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b_seg.nii.gz").write_text("manual segmentation")
+    arguments = ("segment", *images, "--output", out, "--no-overlay")
+    code, printed, error = call(*arguments)
+    assert (code, printed) == (2, "")
+    assert error.startswith(f"Error: {out / 'b_seg.nii.gz'}: exists. Pass --overwrite to replace it, or --skip-done")
+    assert error.count("\n") == 1
+    assert names(out) == ["b_seg.nii.gz"]
+    assert call(*arguments, "--skip-done")[0] == 0
+    assert names(out) == ["a_seg.nii.gz", "b_seg.nii.gz", "c_seg.nii.gz"]
+    assert (out / "b_seg.nii.gz").read_text() == "manual segmentation"
+    assert call(*arguments, "--overwrite")[0] == 0
+    assert nibabel.load(out / "b_seg.nii.gz").shape == (35, 50, 36)
+
+
+@pytest.mark.parametrize("existing", ["a_seg.png", "a_prob.nii.gz", "volumes.csv"])
+def test_pictures_probabilities_and_tables_are_kept_too(existing: str, images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / existing).write_text("mine")
+    code, _, error = call("segment", images[0], "--output", out, "--probabilities", "--volumes", "csv")
+    assert code == 2
+    assert f"{out / existing}: exists" in error
+    assert names(out) == [existing]
+    assert (out / existing).read_text() == "mine"
+
+
+def test_what_goes_wrong_with_one_image_does_not_stop_the_others(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = BundleSegmenter.segment
+
+    def fail_on_b(self: BundleSegmenter, image: Any, name: str = "image", *arguments: Any, **options: Any) -> Any:
+        if name.endswith("b.nii.gz"):
+            raise KeyError("of a component")
+        return segment(self, image, name, *arguments, **options)
+
+    monkeypatch.setattr(BundleSegmenter, "segment", fail_on_b)
+    code, printed, error = call("segment", *images, "--output", tmp_path / "out", "--volumes", "json")
+    assert code == 2
+    assert error == f"Error: {images[1]}: KeyError: 'of a component'\n"
+    assert [line for line in printed.splitlines() if line.endswith("_seg.nii.gz")] == [
+        str(tmp_path / "out" / f"{name}_seg.nii.gz") for name in ("a", "c")
+    ]
+    assert set(json.loads((tmp_path / "out" / "volumes.json").read_text())) == {"a", "c"}
+
+
+def test_each_result_is_said_before_the_next_image_is_read(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = files.read_image, []
+
+    def note(path: Path, *arguments: Any) -> Any:
+        seen.append((path.name, names(tmp_path / "out")))
+        return read(path, *arguments)
+
+    monkeypatch.setattr(files, "read_image", note)
+    assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay")[0] == 0
+    assert seen == [
+        ("a.nii.gz", []),
+        ("b.nii.gz", ["a_seg.nii.gz"]),
+        ("c.nii.gz", ["a_seg.nii.gz", "b_seg.nii.gz"]),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_every_encoding_of_the_output_will_do(encoding: str, images: list[Path], tmp_path: Path) -> None:
+    words = [sys.executable, "-c", MAIN, "segment", *images[:2], "--output", tmp_path / "out", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([*words, "--no-overlay"], capture_output=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(b"_seg.nii.gz") == 2
+
+
+@pytest.mark.parametrize("name", ["scan$_$1", "per cent %s %d", "{braces}", "mit Umlaut ü", "名前", "a'b\"c", "-dash"])
+def test_every_file_name_will_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = save(tmp_path / f"{name}.nii.gz")
+    code, _, error = call("segment", image, "--output", tmp_path / "out", "--volumes", "csv")
+    assert (code, error) == (0, "")
+    assert names(tmp_path / "out") == sorted([f"{name}_seg.nii.gz", f"{name}_seg.png", "volumes.csv"])
+
+
+def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).random((35, 51, 1)).astype(np.float32)
+    code, _, error = call("segment", save(tmp_path / "thin.nii.gz", data), "--output", tmp_path / "out")
+    assert (code, error) == (0, "")
+    assert names(tmp_path / "out") == ["thin_seg.nii.gz", "thin_seg.png"]
