@@ -56,9 +56,9 @@ def evaluate(data: Path, output: Path) -> dict[str, float]:
         return {row["structure"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
 
 
-def test_the_committed_weights_segment_real_patients(headneck_data: Path, tmp_path: Path) -> None:
+def test_the_committed_weights_segment_a_real_patient(headneck_data: Path, tmp_path: Path) -> None:
     listed = json.loads((headneck_data / "dataset.json").read_text())["validation"]
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": [], "validation": listed[:3]}))
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [], "validation": listed[:1]}))
     for folder in ("imagesTr", "labelsTr"):
         (tmp_path / folder).symlink_to(headneck_data / folder)
     dice = evaluate(tmp_path, tmp_path / "eval")

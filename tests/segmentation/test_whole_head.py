@@ -87,13 +87,12 @@ def check(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarr
     assert min(agreement(labels, grid, to_image, expected)) > 0.85
 
 
-@pytest.mark.parametrize(("seed", "skull"), [(1, False), (2, True)])
-def test_a_head_that_was_moved(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
-    check(seed, skull, segmenter, expected)
+def test_a_head_that_was_moved(segmenter: BundleSegmenter, expected: np.ndarray) -> None:
+    check(3, True, segmenter, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 11))
+@pytest.mark.parametrize("seed", [1, 2, *range(4, 11)])
 def test_more_heads_that_were_moved(seed: int, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
     check(seed, seed % 4 > 1, segmenter, expected)
 
