@@ -16,8 +16,8 @@ importing the package is light.
 - Read images and write labels: `read_image`, `SimpleITKReader`, `list_series`, `series_files`, `label_image`,
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
 - Write the configs of a bundle: `Task`, `write_bundle`.
-- Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `start_from`,
-  `EarlyStop`, `CaseReport`, `PictureHandler`.
+- Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `StartFrom`,
+  `start_from`, `EarlyStop`, `WeightAverage`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
   `LabelsOnImageGridd`, `SaveImageLabelsd`, `is_scanned`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
@@ -110,10 +110,12 @@ if TYPE_CHECKING:
     from monai_iunet.segmentation.result import Segmentation
     from monai_iunet.segmentation.segmenter import BundleSegmenter
     from monai_iunet.segmentation.whole_head import load_template
+    from monai_iunet.training.average import WeightAverage
     from monai_iunet.training.cases import check_cases, check_images, images_to_segment
-    from monai_iunet.training.checkpoints import Checkpoints, start_from
+    from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
     from monai_iunet.training.early_stop import EarlyStop
     from monai_iunet.training.evaluation import CaseReport
+    from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
@@ -130,6 +132,7 @@ __all__ = [
     "Checkpoints",
     "ChunkedDiceCELoss",
     "EarlyStop",
+    "HandlerGroup",
     "IUNet",
     "InputError",
     "InvertibleChain",
@@ -148,8 +151,10 @@ __all__ = [
     "Segmentation",
     "SimpleITKReader",
     "SliceSlider",
+    "StartFrom",
     "Task",
     "TrainingPlan",
+    "WeightAverage",
     "add_configurations",
     "best_activations",
     "bundle_facts",
@@ -211,10 +216,12 @@ _NAMES = {
     "segmentation.result": ("Segmentation",),
     "segmentation.segmenter": ("BundleSegmenter",),
     "segmentation.whole_head": ("load_template",),
+    "training.average": ("WeightAverage",),
     "training.cases": ("check_cases", "check_images", "images_to_segment"),
-    "training.checkpoints": ("Checkpoints", "start_from"),
+    "training.checkpoints": ("Checkpoints", "StartFrom", "start_from"),
     "training.early_stop": ("EarlyStop",),
     "training.evaluation": ("CaseReport",),
+    "training.handler_group": ("HandlerGroup",),
     "training.pictures": ("PictureHandler",),
     "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("MirrorInferer", "RandMirrord"),

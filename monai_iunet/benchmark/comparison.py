@@ -228,7 +228,7 @@ def _costs(bundle: Path, common: Config, definitions: Mapping[str, Config], roun
         evaluation = _parser(bundle, "evaluate.json", {**settings, "network_def": definition})
         inferer = evaluation.get_parsed_content("inferer")
         if case is None:
-            case = next(iter(evaluation.get_parsed_content("dataloader")))["image"]
+            case = next(iter(evaluation.get_parsed_content("validate#dataloader")))["image"]
         image, label = (torch.as_tensor(batch[key]).to(device) for key in ("image", "label"))
         steps[name] = partial(_step, network, loss, image, label)
         inferences[name] = partial(_infer, network, inferer, torch.as_tensor(case).to(device))

@@ -98,18 +98,11 @@ def load_checkpoint() -> Config:
 
 def inferer(task: Task) -> Config:
     """Return the inferer of evaluation and segmentation; for tasks without a side it averages over mirror images."""
-    sliding = {**sliding_window(task), "_target_": "SlidingWindowInfererAdapt"}
+    sliding = sliding_window(task)
     if task.mirrored is None:
-        return {"inferer": sliding}
-    return {
-        "test_time_flips": True,
-        "inferer": {
-            "_target_": "monai_iunet.MirrorInferer",
-            "inferer": sliding,
-            "swap": [list(pair) for pair in task.mirrored],
-            "enabled": "@test_time_flips",
-        },
-    }
+        return {"inferer": {**sliding, "_target_": "SlidingWindowInfererAdapt"}}
+    mirror = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
+    return {"test_time_flips": True, "inferer": {**sliding, "_target_": "monai_iunet.MirrorInferer", **mirror}}
 
 
 def sliding_window(task: Task) -> Config:

@@ -53,22 +53,13 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "loss": loss(task),
         **_optimization(),
         **datalist(task),
-        "preprocessing": preprocessing(task, IMAGE_AND_LABEL),
+        "deterministic_transforms": preprocessing(task, IMAGE_AND_LABEL),
         "train": _train_section(task, distributed),
         "validate": _validate_section(task, distributed),
-        **_progress_of_training(),
+        **_saving(),
         # Nothing here that reads data: `monai.bundle.load` initializes too.
         "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
-        "run": [
-            "$monai_iunet.start_from(@pretrained, @network_def, @average.ema_model) if @pretrained else None",
-            # Whatever a handler has loaded into the network, the average begins with it.
-            "$@train#trainer.add_event_handler(ignite.engine.Events.STARTED, @start_average)",
-            "$@early_stop.set_trainer(@train#trainer)",
-            "$@progress.attach(@train#trainer)",
-            "$@average.attach(@train#trainer)",
-            "$@checkpoints.attach(@train#trainer, @validate#evaluator)",
-            "$@train#trainer.run()",
-        ],
+        "run": ["$@train#trainer.run()"],
         "finalize": end(distributed),
     }
 
@@ -94,9 +85,7 @@ def _optimization() -> Config:
             "power": 0.9,
         },
         # The average of the weights over about the last 300 steps is validated and saved.
-        "average": {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.003},
-        "start_average": "$lambda engine: engine.state.iteration or "
-        "@average.ema_model.load_state_dict(@network_def.state_dict())",
+        "average": {"_target_": "monai_iunet.WeightAverage", "model": "@network", "momentum": 0.003},
     }
 
 
@@ -107,7 +96,7 @@ def _train_section(task: Task, distributed: bool) -> Config:
         "random_transforms": random_transforms(task),
         "preprocessing": {
             "_target_": "Compose",
-            "transforms": "$@preprocessing + @train#label_transforms + @train#random_transforms",
+            "transforms": "$@deterministic_transforms + @train#label_transforms + @train#random_transforms",
         },
         "dataset": case_dataset("$@datalist['training']", "@train#preprocessing"),
         "dataloader": {
@@ -116,7 +105,15 @@ def _train_section(task: Task, distributed: bool) -> Config:
             "drop_last": "$len(@train#dataset) >= @batch_size * int(os.environ.get('WORLD_SIZE', 1))",
         },
         "inferer": {"_target_": "SimpleInferer"},
+        # Whoever runs the trainer has all that a training needs: every handler attaches itself.
         "handlers": [
+            {
+                "_target_": "monai_iunet.StartFrom",
+                "path": "@pretrained",
+                "networks": ["@network_def", "$@average.ema_model"],
+                "_disabled_": "$not @pretrained",
+            },
+            {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
             {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler", "print_lr": "$@rank == 0"},
             {
                 "_target_": "ValidationHandler",
@@ -126,6 +123,8 @@ def _train_section(task: Task, distributed: bool) -> Config:
             },
             {"_target_": "StatsHandler", **log_of_loss(), **not_first},
             {"_target_": "TensorBoardStatsHandler", "log_dir": "@output_dir", **log_of_loss(), **not_first},
+            # Last, so that what the others do at the end of an epoch is in what is saved.
+            {"_target_": "monai_iunet.HandlerGroup", "handlers": ["@average", "@checkpoints"]},
         ],
         "trainer": {
             "_target_": "SupervisedTrainer",
@@ -151,7 +150,7 @@ def _validate_section(task: Task, distributed: bool) -> Config:
         "to_onehot": "@num_classes",
     }
     return {
-        "preprocessing": {"_target_": "Compose", "transforms": "@preprocessing"},
+        "preprocessing": {"_target_": "Compose", "transforms": "@deterministic_transforms"},
         "dataset": case_dataset("$@datalist['validation']", "@validate#preprocessing"),
         "dataloader": case_loader("@validate#dataset", 1, distributed),
         "inferer": sliding_window(task),
@@ -173,15 +172,14 @@ def _validate_section(task: Task, distributed: bool) -> Config:
     }
 
 
-def _progress_of_training() -> Config:
-    """Return what stops a training early, shows how far it is, and saves its state."""
+def _saving() -> Config:
+    """Return what stops a training early and saves its state."""
     return {
         "early_stop": {
             "_target_": "monai_iunet.EarlyStop",
             "patience": "@patience",
             "metric": "val_mean_dice",
         },
-        "progress": {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
         "checkpoints": {
             "_target_": "monai_iunet.Checkpoints",
             "folder": "@ckpt_dir",
@@ -190,17 +188,21 @@ def _progress_of_training() -> Config:
                 "network": "@network_def",
                 "optimizer": "@optimizer",
                 "lr_scheduler": "@lr_scheduler",
-                "early_stop": "@early_stop",
             },
             "seed": "$@seed + 1000 * @rank",
             "resume": "@resume",
             "writes": "$@rank == 0",
+            "validator": "@validate#evaluator",
+            "early_stop": "@early_stop",
         },
     }
 
 
 def evaluate_config(task: Task, distributed: bool = False) -> Config:
-    """Return `evaluate.json`, or `multi_gpu_evaluate.json`: validation cases, compared on the grids of their images."""
+    """Return `evaluate.json`, or `multi_gpu_evaluate.json`: validation cases, compared on the grids of their images.
+
+    It may be used alone, or laid over `train.json`, as other programs do; its own sections replace those of training.
+    """
     return {
         **header(task, distributed),
         **trained_network(),
@@ -208,34 +210,46 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "skip_bad_cases": False,
         "structures": list(task.classes),
         **datalist(task),
-        "image_preprocessing": {"_target_": "Compose", "transforms": preprocessing(task, "image")},
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                "@image_preprocessing",
-                {"_target_": "LoadImaged", "keys": "label", "reader": READER, "ensure_channel_first": True},
-            ],
-        },
-        "dataset": {"_target_": "Dataset", "data": "$@datalist['validation']", "transform": "@preprocessing"},
-        "dataloader": case_loader("@dataset", 1, distributed),
         **inferer(task),
         "largest_component": task.largest_component,
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [*labels_on_image_grid("@image_preprocessing"), largest_component(task)],
-        },
-        "handlers": [
-            load_checkpoint(),
-            {
-                "_target_": "monai_iunet.CaseReport",
-                "output_dir": "@output_dir",
-                "structures": "@structures",
+        "validate": {
+            "preprocessing": {
+                "_target_": "Compose",
+                "transforms": [
+                    # The labels as they are in the file, beside those on the grid of the network.
+                    {"_target_": "CopyItemsd", "keys": "label", "names": "reference"},
+                    {"_target_": "LoadImaged", "keys": "reference", "reader": READER, "ensure_channel_first": True},
+                    *preprocessing(task, IMAGE_AND_LABEL),
+                ],
             },
-            {"_target_": "StatsHandler", "iteration_log": False, "_disabled_": "$@rank > 0"},
-        ],
-        "evaluator": evaluator("@", "@network"),
+            "dataset": {
+                "_target_": "Dataset",
+                "data": "$@datalist['validation']",
+                "transform": "@validate#preprocessing",
+            },
+            "dataloader": case_loader("@validate#dataset", 1, distributed),
+            "inferer": "@inferer",
+            "postprocessing": {
+                "_target_": "Compose",
+                "transforms": [*labels_on_image_grid("@validate#preprocessing"), largest_component(task)],
+            },
+            "handlers": [
+                load_checkpoint(),
+                {
+                    "_target_": "monai_iunet.CaseReport",
+                    "output_dir": "@output_dir",
+                    "structures": "@structures",
+                    "label_key": "reference",
+                },
+                {"_target_": "StatsHandler", "iteration_log": False, "_disabled_": "$@rank > 0"},
+            ],
+            "evaluator": evaluator("@validate#", "@network"),
+        },
+        # By these names programs for inference find them.
+        "dataset": "@validate#dataset",
+        "evaluator": "@validate#evaluator",
         "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=0)"],
-        "run": ["$@evaluator.run()"],
+        "run": ["$@validate#evaluator.run()"],
         "finalize": end(distributed),
     }
 

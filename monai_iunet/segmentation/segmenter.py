@@ -73,9 +73,8 @@ class BundleSegmenter:
             ) from error
         self._load_weights()
         self.network.to(self.device).eval()
-        sliding_window = getattr(self.inferer, "inferer", self.inferer)  # the inner one of a MirrorInferer
-        if progress and hasattr(sliding_window, "progress"):
-            sliding_window.progress = True
+        if progress and hasattr(self.inferer, "progress"):
+            self.inferer.progress = True
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the last state, to go on from, and the best network, to use.
+"""Checkpoints of a training: the last state, to go on from, and the best and the final network, to use.
 
 Going on means that a training which was killed at any moment and started again ends as if it had not been. The state is
 saved after each epoch, and the random numbers of an epoch depend on the seed and the number of the epoch alone: all
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ from torch import nn
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.weights import read_weights
+from monai_iunet.training.early_stop import EarlyStop
 
-__all__ = ["Checkpoints", "start_from"]
+__all__ = ["Checkpoints", "StartFrom", "start_from"]
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves `last.pt` after each epoch of a trainer and `model.pt` whenever its validator finds a better network.
+    """Saves `last.pt` after each epoch of a trainer, `model.pt` whenever its validator finds a better network, and
+    `model_final.pt` at the end.
 
     A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
 
@@ -45,6 +47,8 @@ class Checkpoints:
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
+        validator: the evaluator that validates the network; may be named when attaching instead.
+        early_stop: what stops the training early; gets its trainer, and its state is saved.
 
     Raises:
         InputError: when `last.pt` is of another training.
@@ -65,10 +69,16 @@ class Checkpoints:
         seed: int = 0,
         resume: bool = False,
         writes: bool = True,
+        validator: Engine | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(str(folder))  # the command line makes a number of a folder that is named 2024
         self.model = model
         self.state = dict(state)
+        self.validator = validator
+        self.early_stop = early_stop
+        if early_stop is not None:
+            self.state["early_stop"] = early_stop
         self.seed = seed
         self.resume = resume
         self.writes = writes
@@ -78,8 +88,17 @@ class Checkpoints:
         """File of the last state."""
         return self.folder / "last.pt"
 
-    def attach(self, trainer: Engine, validator: Engine) -> None:
-        """Attach to a `monai.engines.Trainer` and the evaluator that validates its network."""
+    def attach(self, trainer: Engine, validator: Engine | None = None) -> None:
+        """Attach to a `monai.engines.Trainer` and the evaluator that validates its network.
+
+        Raises:
+            ValueError: when no evaluator is named, here or before.
+        """
+        validator = validator or self.validator
+        if validator is None:
+            raise ValueError("Checkpoints needs the evaluator that validates the network. Pass it as `validator`.")
+        if self.early_stop is not None:
+            self.early_stop.set_trainer(trainer)
         check_folder(self.folder)
         if self.resume and self.writes:
             for unfinished in self.folder.glob(".*.pt.*.pt"):  # of a process that was killed while it wrote
@@ -89,6 +108,7 @@ class Checkpoints:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_nan)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
+        trainer.add_event_handler(Events.COMPLETED, self._save_final)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
     def _stop_at_nan(self, trainer: Any) -> None:
@@ -125,9 +145,15 @@ class Checkpoints:
 
     def _save_best(self, validator: Any) -> None:
         if self.writes and validator.state.best_metric_epoch == validator.state.epoch:
-            weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
-            _write(weights, self.folder / "model.pt")
+            self._save_weights(self.folder / "model.pt")
             logger.info("Best network so far: %s", self.folder / "model.pt")
+
+    def _save_final(self, _: Any) -> None:
+        if self.writes:
+            self._save_weights(self.folder / "model_final.pt")
+
+    def _save_weights(self, path: Path) -> None:
+        _write({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
         try:
@@ -184,3 +210,33 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
     if not taken:
         raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
     logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")
+
+
+class StartFrom:
+    """Handler of a trainer that copies weights of another training into its networks when it is attached.
+
+    Args:
+        path: see `start_from`.
+        networks: see `start_from`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.pt")
+        >>> torch.save({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, path)
+        >>> network = nn.Linear(2, 1)
+        >>> StartFrom(path, [network]).attach(Engine(lambda *_: None))
+        >>> network.weight.tolist()
+        [[1.0, 1.0]]
+    """
+
+    def __init__(self, path: str | Path, networks: Sequence[nn.Module]) -> None:
+        self.path = path
+        self.networks = list(networks)
+
+    def attach(self, engine: Engine) -> None:
+        """Copy the weights.
+
+        Raises:
+            InputError: see `start_from`.
+        """
+        start_from(self.path, *self.networks)

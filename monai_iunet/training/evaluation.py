@@ -79,6 +79,7 @@ class CaseReport:
     Args:
         output_dir: folder of the files; created if need be.
         structures: names of the labels 1, 2, ...
+        label_key: key of the true labels.
 
     Example:
         >>> import tempfile
@@ -87,9 +88,10 @@ class CaseReport:
         >>> CaseReport(tempfile.mkdtemp(), ["liver", "tumor"]).attach(evaluator)
     """
 
-    def __init__(self, output_dir: str | Path, structures: Sequence[str]) -> None:
-        self.output_dir = Path(output_dir)
+    def __init__(self, output_dir: str | Path, structures: Sequence[str], label_key: str = "label") -> None:
+        self.output_dir = Path(str(output_dir))  # the command line makes a number of a folder that is named 2024
         self.structures = list(structures)
+        self.label_key = label_key
         self.rows: list[Row] = []
 
     def attach(self, engine: Engine) -> None:
@@ -101,11 +103,13 @@ class CaseReport:
 
     def _add(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
-        for case in outputs:
-            meta = case["label"].meta
-            spacing = nibabel.affines.voxel_sizes(np.asarray(case["label"].affine))
-            prediction, truth = (torch.as_tensor(case[key])[0].cpu() for key in ("pred", "label"))
-            name = Path(str(meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
+        batch: Any = engine.state.batch
+        for number, output in enumerate(outputs):
+            # MONAI keeps in the batch what neither the network nor the loss has seen.
+            labels = output[self.label_key] if self.label_key in output else batch[number][self.label_key]
+            spacing = nibabel.affines.voxel_sizes(np.asarray(labels.affine))
+            prediction, truth = (torch.as_tensor(tensor)[0].cpu() for tensor in (output["pred"], labels))
+            name = Path(str(labels.meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
             self.rows += [{"case": name, **row} for row in compare(prediction, truth, spacing, self.structures)]
 
     def _finish(self, engine: Engine) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.inferers import Inferer
+from monai.inferers import SlidingWindowInfererAdapt
 from monai.transforms import Flip, MapLabelValue, MapTransform, RandomizableTransform
 from torch import Tensor
 
@@ -67,36 +67,34 @@ class RandMirrord(RandomizableTransform, MapTransform):
             item[key] = contoured
 
 
-class MirrorInferer(Inferer):
-    """Mean of the logits for an image and for its mirror image, mirrored back.
+class MirrorInferer(SlidingWindowInfererAdapt):
+    """Averages the logits of an image and of its mirror image, mirrored back, both by sliding windows.
 
     Args:
-        inferer: how the network is applied to either.
         swap: pairs of classes that change places in the mirror.
         spatial_axis: axis that runs from left to right.
         enabled: if False, the mirror image is left out.
+        options: of MONAI's `SlidingWindowInferer`, such as `roi_size` and `overlap`.
 
     Example:
-        >>> from monai.inferers import SimpleInferer
-        >>> inferer = MirrorInferer(SimpleInferer(), swap=[])
+        >>> inferer = MirrorInferer(swap=[], roi_size=[2])
         >>> inferer(torch.tensor([[[1.0, 3.0]]]), lambda image: image * torch.tensor([2.0, 0.0])).tolist()
         [[[1.0, 3.0]]]
     """
 
     def __init__(
-        self, inferer: Inferer, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True
+        self, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True, **options: Any
     ) -> None:
-        super().__init__()
-        self.inferer = inferer
+        super().__init__(**options)
         self.swap = [tuple(pair) for pair in swap]
         self.axis = 2 + spatial_axis
         self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        logits: Any = self.inferer(inputs, network, *args, **kwargs)
+        logits: Any = super().__call__(inputs, network, *args, **kwargs)
         if not self.enabled:
             return logits
-        mirrored: Any = self.inferer(inputs.flip(self.axis), network, *args, **kwargs)
+        mirrored: Any = super().__call__(inputs.flip(self.axis), network, *args, **kwargs)
         order = list(range(logits.shape[1]))
         for first, second in self.swap:
             order[first], order[second] = second, first

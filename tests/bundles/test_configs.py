@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from monai_iunet.benchmark.comparison import as_markdown
@@ -131,6 +132,20 @@ def test_what_workers_of_a_data_loader_need_is_pickled(task: Task, config: str) 
     parser = ConfigParser()
     parser.read_config(BUNDLES / task.name / "configs" / f"{config}.json")
     parser["bundle_root"] = str(BUNDLES / task.name)
-    sections = {"train": ["train#preprocessing", "validate#preprocessing"], "evaluate": ["preprocessing"]}
-    for section in sections.get(config, ["preprocessing", "postprocessing"]):
-        pickle.loads(pickle.dumps(parser.get_parsed_content(section)))
+    prefixes = {"train": ["train#", "validate#"], "evaluate": ["validate#"], "inference": [""]}
+    for prefix in prefixes[config]:
+        for section in ("preprocessing", "dataset"):
+            parser["datalist"] = {"training": [], "validation": []} if config != "inference" else []
+            pickle.loads(pickle.dumps(parser.get_parsed_content(prefix + section)))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("config", ["evaluate", "inference"])
+def test_the_inferer_can_be_changed_by_the_command(task: Task, config: str) -> None:
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / task.name / "configs" / f"{config}.json")
+    parser.update({"inferer#roi_size": [16, 16, 16], "inferer#overlap": 0.125, "inferer#sw_batch_size": 7})
+    inferer = parser.get_parsed_content("inferer")
+    assert (tuple(inferer.roi_size), inferer.overlap, inferer.sw_batch_size) == ((16, 16, 16), 0.125, 7)
+    logits = inferer(torch.rand(1, 1, 20, 20, 20), lambda image: image.repeat(1, 8, 1, 1, 1))
+    assert logits.shape == (1, 8, 20, 20, 20)

@@ -115,7 +115,7 @@ def test_what_a_kill_has_left_half_written_goes_when_it_goes_on(tmp_path: Path) 
     half = tmp_path / ".last.pt.abc123.pt"
     half.write_bytes(b"half")
     training(tmp_path, resume=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt", "model_final.pt"]
 
 
 def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_resuming_without_a_state_begins_at_the_beginning(tmp_path: Path) -> Non
     trainer, _ = training(tmp_path / "new", resume=True)
     trainer.run()
     assert trainer.state.iteration == 3 * EPOCHS
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"last.pt", "model.pt"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"last.pt", "model.pt", "model_final.pt"}
 
 
 def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""The average of a network's weights in training, which follows whoever drives the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from torch import Tensor, nn
+
+__all__ = ["WeightAverage"]
+
+
+class WeightAverage(EMAHandler):
+    """Averages the weights of a network over the steps of a training, exponentially.
+
+    It is ignite's `EMAHandler`, that begins with the weights of the network when a training starts, and again whenever
+    somebody has replaced them between two runs of the trainer, as a federated server does. A training that is resumed
+    goes on with the average that was loaded.
+
+    Args:
+        model: the network that is trained; for `DistributedDataParallel` the network inside is averaged.
+        momentum: weight of each step in the average.
+
+    Attributes:
+        ema_model: the average, a network in evaluation mode.
+
+    Example:
+        >>> network = nn.Linear(1, 1, bias=False)
+        >>> average = WeightAverage(network, momentum=0.5)
+        >>> trainer = Engine(lambda *_: network.weight.data.add_(1))
+        >>> average.attach(trainer)
+        >>> _ = network.weight.data.zero_()
+        >>> _ = trainer.run([0, 0])
+        >>> network.weight.item(), average.ema_model.weight.item()
+        (2.0, 1.25)
+    """
+
+    def __init__(self, model: nn.Module, momentum: float = 0.003) -> None:
+        super().__init__(model, momentum)
+        self._left_behind: dict[str, Tensor] | None = None  # weights of the network when the trainer last ended
+
+    def attach(self, engine: Engine, *arguments: Any, **options: Any) -> None:
+        """Attach to a trainer."""
+        super().attach(engine, *arguments, **options)
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.COMPLETED, self._end)
+
+    def _begin(self, engine: Engine) -> None:
+        state = self.model.state_dict()
+        resumed = self._left_behind is None and engine.state.iteration > 0
+        if not resumed and not self._is_left_behind(state):
+            self.ema_model.load_state_dict(state)
+
+    def _is_left_behind(self, state: dict[str, Tensor]) -> bool:
+        """Return whether weights are those of the end of the last run."""
+        return self._left_behind is not None and all(
+            torch.equal(tensor, self._left_behind[name]) for name, tensor in state.items()
+        )
+
+    def _end(self, engine: Engine) -> None:
+        self._left_behind = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
