@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from monai_iunet import IUNet
 from monai_iunet.planning.live_bytes import LiveBytes
+from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -65,15 +68,28 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_the_code_of_the_readme_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 11
     if "import lightning" in blocks[index]:
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    updates = [{"weight": torch.ones(2)}, {"weight": torch.full((2,), 3.0)}]
+    names: dict[str, Any] = {"np": np, "updates": updates}
+    if "{bundle}" in blocks[index]:
+        leave_out = shutil.ignore_patterns("eval", "train")
+        names["bundle"] = str(shutil.copytree(HIPPOCAMPUS, tmp_path / "bundle", ignore=leave_out))
+        names["data"] = str(make_hippocampus_data(tmp_path / "data", training=2))
+        small = {"network_def#channels": [4, 8], "network_def#couplings": 1, "roi_size": [16, 16, 16]}
+        small |= {"device": "cpu", "val_interval": 1}
+        blocks[index] = blocks[index].replace("max_epochs=1", f"max_epochs=1, **{small}")
     exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
+    if "workflow" in names:
+        saved = torch.load(tmp_path / "bundle" / "models" / "last.pt", weights_only=True)
+        assert saved["epoch"] == 1
+    if "weights" in names:
+        np.testing.assert_array_equal(names["weights"]["weight"], [2, 2])
     if "plan" in names:
         assert names["plan"].training_peak > names["plan"].inference_peak > 2**30
     if "restored" in names:
