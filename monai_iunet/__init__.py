@@ -15,7 +15,7 @@ importing the package is light.
   `bundle_facts`; the template that `--example` segments: `load_template`.
 - Read images and write labels: `read_image`, `SimpleITKReader`, `list_series`, `series_files`, `label_image`,
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
-- Write the configs of a bundle: `Task`, `write_bundle`.
+- Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
 - Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `StartFrom`,
   `start_from`, `EarlyStop`, `WeightAverage`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
@@ -84,6 +84,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from monai_iunet.bundling.new_bundle import write_bundle
     from monai_iunet.bundling.task import Task
+    from monai_iunet.bundling.verify import verify_bundle
     from monai_iunet.engine.reversible import InvertibleLayer
     from monai_iunet.errors import InputError
     from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
@@ -183,6 +184,7 @@ __all__ = [
     "series_files",
     "start_from",
     "to_simpleitk",
+    "verify_bundle",
     "write_bundle",
     "write_dicom_seg",
 ]
@@ -190,6 +192,7 @@ __all__ = [
 _NAMES = {
     "bundling.new_bundle": ("write_bundle",),
     "bundling.task": ("Task",),
+    "bundling.verify": ("verify_bundle",),
     "engine.reversible": ("InvertibleLayer",),
     "errors": ("InputError",),
     "interop.iunets": ("iUNet", "load_iunets_state_dict"),

@@ -289,6 +289,20 @@ def new_bundle(
         typer.echo(write_bundle(task, output / name))
 
 
+@app.command("verify-bundle")
+def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]) -> None:
+    """Check a bundle as reviewers and other programs do, offline; exits with 1 if something is wrong."""
+    with _input_errors():
+        from rich.console import Console
+
+        from monai_iunet.bundling.verify import as_table, verify_bundle
+
+        checks = verify_bundle(bundle)
+        Console().print(as_table(checks, str(bundle)))
+        if any(check.problem for check in checks):
+            raise typer.Exit(1)
+
+
 @app.command("nnunet-plans")
 def nnunet_plans(
     plans: Annotated[Path, typer.Argument(help="Plans file of nnU-Net v2, such as nnUNetPlans.json.")],

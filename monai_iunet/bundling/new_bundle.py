@@ -16,6 +16,8 @@ from monai_iunet.io.files import check_folder, write_text
 
 __all__ = ["bundle_configs", "write_bundle", "write_configs"]
 
+NUMPY = "2.2.6"  # the newest version for Python 3.10
+
 
 def bundle_configs(task: Task) -> dict[str, Config]:
     """Return all configs of a bundle, by the name of their file in `configs`."""
@@ -67,7 +69,7 @@ def _metadata(task: Task) -> Config:
     shape = list(task.roi_size)
     title = f"Segmentation of {', '.join(task.classes)} in {task.modality}"
     patch = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
-    needed = ("nibabel", "pytorch-ignite", "scikit-image", "monai-iunet", "tensorboard")
+    needed = ("nibabel", "pytorch-ignite", "scikit-image", "tensorboard")
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "name": f"{title} with an invertible U-Net",
@@ -75,7 +77,7 @@ def _metadata(task: Task) -> Config:
         "changelog": {"0.1.0": "first version"},
         "monai_version": version("monai"),
         "pytorch_version": version("torch").split("+")[0],
-        "numpy_version": version("numpy"),
+        "numpy_version": NUMPY,
         "required_packages_version": {name: version(name) for name in needed if _is_installed(name)},
         "supported_apps": {},
         "task": title,
@@ -122,23 +124,79 @@ def _is_installed(name: str) -> bool:
 
 
 def _readme(task: Task) -> str:
-    rows = "\n".join(f"| {value} | {name} |" for value, name in enumerate(task.classes, 1))
+    spacing = " x ".join(f"{size:g}" for size in task.spacing)
+    names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
     return f"""# {task.name}
 
-Segments in {task.modality}:
+Segments {", ".join(task.classes)} in {task.modality} with an invertible U-Net, whose training rebuilds its
+activations instead of storing them.
 
-| label | structure |
-|---|---|
-{rows}
+Authors: to complete.
 
-The data set is a folder with a `dataset.json` like those of the Medical Segmentation Decathlon, with the sections
-"training" and "validation", each a list of entries with an "image" and a "label". In this folder:
+Tags: segmentation, {task.modality}, {", ".join(task.classes)}, invertible U-Net.
+
+## Data
+
+{task.dataset}: a folder with a `dataset.json` like those of the Medical Segmentation Decathlon, with the sections
+"training" and "validation", each a list of entries with an "image" and a "label". To complete: how many cases, from
+where, by which license.
+
+## Input and output
+
+### Input
+
+One channel: {task.modality}, in any orientation and spacing.
+
+### Output
+
+{task.num_classes} channels of logits, turned into a label map on the grid of the image: {names}.
+
+## System configuration
+
+`monai-iunet plan --bundle .` says how much GPU memory a training step holds, part by part. To complete: the machine of
+the training.
+
+## Preprocessing
+
+Images are brought to RAS and voxels of {spacing} mm, and their intensities are normalized.
+
+## Performance
+
+To complete, from `eval/summary.csv`.
+
+## Commands
+
+Install the package `monai-iunet`. In this folder:
 
 ```bash
 python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
 python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
+
+# TorchScript, for images of any size
+python -m monai.bundle ckpt_export network_def --filepath model.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json
+
+# TensorRT, on a machine with a GPU, torch-tensorrt and onnx; not tested
+python -m monai.bundle trt_export network_def --filepath model_trt.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json --use_onnx true --use_trace true
 ```
+
+## Limitations
+
+For research. Not a medical device, not for diagnosis or treatment.
+
+## Citation
+
+Cite the paper that introduced the architecture, and the data set.
+
+## References
+
+1. Etmann, Ke, Schönlieb, iUNets, 2020, arXiv:2005.05220.
+
+## License
+
+Configs: Apache-2.0. For the data see `data_license.txt`.
 """
 
 

@@ -71,6 +71,8 @@ class Task:
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
         if min(self.spacing) <= 0:
             raise InputError(f"spacing {self.spacing}: must be positive.")
+        if len(self.couplings) != len(self.channels):
+            raise InputError(f"couplings {self.couplings}: must be one per level, as channels {self.channels} are.")
         factor = 2 ** (len(self.channels) - 1)
         if any(extent <= 0 or extent % factor for extent in self.roi_size):
             raise InputError(f"roi_size {self.roi_size}: must be multiples of {factor}.")
