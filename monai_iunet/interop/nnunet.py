@@ -30,6 +30,7 @@ from monai_iunet.planning.plan import plan_training
 __all__ = ["PlannedIUNet", "add_configurations"]
 
 NETWORK = "monai_iunet.PlannedIUNet"
+SEG_LAYERS = "decoder.seg_layers"
 DTYPE = torch.bfloat16  # 16-bit autocast, as nnU-Net trains on a GPU; on a CPU PyTorch has no other for convolutions
 
 
@@ -67,6 +68,11 @@ class PlannedIUNet(SegIUNet):
             len(strides[0]), input_channels, num_classes, strides=strides[1:], deep_supervision=True, **arguments
         )
         self.deep_supervision = deep_supervision
+        names = {"head.": f"{SEG_LAYERS}.0."}
+        names |= {f"deep_heads.{number}.": f"{SEG_LAYERS}.{number + 1}." for number in range(len(self.deep_heads))}
+        self._names = names
+        self.register_state_dict_post_hook(_to_names_of_nnunet)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_from_names_of_nnunet)  # type: ignore[no-untyped-call]
 
     @property
     def decoder(self) -> PlannedIUNet:
@@ -80,6 +86,22 @@ class PlannedIUNet(SegIUNet):
         self.iunet.design.check_images(x, "x", self.stem.in_channels)
         levels = self.iunet.forward_levels(self.stem(x))
         return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]
+
+
+def _to_names_of_nnunet(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    _rename(state_dict, prefix, module._names)
+
+
+def _from_names_of_nnunet(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state_dict, prefix, {theirs: ours for ours, theirs in module._names.items()})
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
+    """Replace the beginnings of names in a state."""
+    for name in list(state_dict):
+        for old, new in names.items():
+            if name.startswith(prefix + old):
+                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
 
 
 def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres", couplings: int = 2) -> list[str]:
@@ -97,7 +119,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         The names of the two.
 
     Raises:
-        InputError: when the file is not one of plans or has no such configuration.
+        InputError: when the file is not one of plans or has no such configuration, or it is the second stage of a
+            cascade, whose first stage is another network.
 
     Example:
         >>> add_configurations("nnUNetPlans.json")  # doctest: +SKIP
@@ -121,6 +144,11 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         raise InputError(
             f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
         ) from error
+    if settings.get("previous_stage"):
+        raise InputError(
+            f"{path}: {configuration} is the second stage of a cascade and reads what {settings['previous_stage']} "
+            "predicts, which is not linked to an invertible network. Name another configuration, such as 3d_fullres."
+        )
     options: dict[str, Any] = {
         "batch_size": batch,
         "dtype": DTYPE,
@@ -137,6 +165,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         raise InputError(f"{path}: the invertible network does not fit where nnU-Net's does. {error}") from error
     names = [f"{configuration}_iunet", f"{configuration}_iunet_large"]
     plain: dict[str, Any] = {"inherits_from": configuration, "architecture": architecture}
+    if settings.get("next_stage"):
+        plain["next_stage"] = None  # not the first stage of a cascade either
     plans["configurations"][names[0]] = plain
     plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": list(large)}
     write_text(path, json.dumps(plans, indent=4) + "\n")

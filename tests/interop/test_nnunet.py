@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from monai.networks.nets import DynUNet
+from torch import nn
 
 from monai_iunet.errors import InputError
 from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
@@ -132,3 +133,43 @@ def test_each_axis_has_its_own_multiple(patch: list[int], median: list[float], c
     ]
     both = [max(sizes) for sizes in zip(*larger)] if larger else None
     assert both is None or plan_training(net, both, **options).training_peak > budget
+
+
+def test_weights_of_other_classes_can_be_taken_over() -> None:
+    """As nnU-Net does it: what has `.seg_layers.` in its name is left out, all else must be there and fit."""
+    arguments = {"strides": STRIDES, "channels": [8, 16, 32], "couplings": 1}
+    source, target = PlannedIUNet(1, 3, **arguments), PlannedIUNet(1, 2, **arguments)
+    weights, state = source.state_dict(), target.state_dict()
+    assert weights.keys() == state.keys()
+    differing = {name for name in state if state[name].shape != weights[name].shape}
+    assert differing == {name for name in state if ".seg_layers." in name}
+    assert len(differing) == 4  # weights and biases of two resolutions
+    target.load_state_dict({**state, **{name: weights[name] for name in state if ".seg_layers." not in name}})
+    image = torch.rand(1, 1, 8, 16, 16)
+    torch.testing.assert_close(target.iunet(target.stem(image)), source.iunet(source.stem(image)))
+
+
+def test_the_state_goes_through_a_file_and_through_wrappers(tmp_path: Path) -> None:
+    arguments = {"strides": STRIDES, "channels": [8, 16, 32], "couplings": 1}
+    source, target = PlannedIUNet(1, 3, **arguments), PlannedIUNet(1, 3, **arguments)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    target.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+    image = torch.rand(1, 1, 8, 16, 16)
+    torch.testing.assert_close(target.eval()(image), source.eval()(image))
+    wrapped = nn.ModuleDict({"module": PlannedIUNet(1, 3, **arguments)})
+    wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in source.state_dict().items()})
+    torch.testing.assert_close(wrapped["module"].eval()(image), source(image))
+    assert copy.deepcopy(source).state_dict().keys() == source.state_dict().keys()
+
+
+def test_stages_of_a_cascade_are_not_mixed_up(tmp_path: Path) -> None:
+    path = tmp_path / "nnUNetPlans.json"
+    made = plans()
+    made["configurations"]["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
+    made["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    path.write_text(json.dumps(made))
+    with pytest.raises(InputError, match="3d_cascade_fullres is the second stage of a cascade"):
+        add_configurations(path, "3d_cascade_fullres", couplings=1)
+    assert json.loads(path.read_text()) == made
+    for name in add_configurations(path, "3d_lowres", couplings=1):
+        assert json.loads(path.read_text())["configurations"][name]["next_stage"] is None
