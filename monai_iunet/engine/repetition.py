@@ -89,7 +89,7 @@ class Conditions:
         """Return the module, or a replica of it as it was in the first evaluation if it has changed since.
 
         Raises:
-            RuntimeError: when a part is another one by now and cannot be replicated.
+            RuntimeError: when a part has changed since and cannot be replicated.
         """
         if all(part.is_as_it_was() for part in self._parts):
             return self._parts[0].module

@@ -28,7 +28,7 @@ REFUSED = 3  # exit status
 # Isolated (-I), so that neither the environment nor the working directory adds to the path.
 CODE = "import sys; sys.path[:] = sys.argv[3:]; from monai_iunet.io.untrusted import main; main(*sys.argv[1:3])"
 
-# What has been tried, and found harmless, as it was then.
+# Files and folders that were read without harm, with their times and sizes.
 _harmless: set[tuple[object, ...]] = set()
 
 

@@ -1,7 +1,7 @@
 """Learning from cases in which not every structure was contoured.
 
-A structure without voxels in a case may be there all the same: nobody drew it. Counting its voxels as background would
-teach the network not to find it. In such a case the structure and the background are one class, "either of them", whose
+A structure without voxels in a case may exist, but was not drawn. Counting its voxels as background would teach the
+network not to find it. In such a case the structure and the background are one class, "either of them", whose
 probability is the sum of both; the loss is taken over that class and the structures that were contoured. In logits,
 
     log sum over the merged classes of exp(logit)

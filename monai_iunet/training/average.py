@@ -1,4 +1,4 @@
-"""The average of a network's weights in training, which follows whoever drives the training."""
+"""The average of a network's weights in training, whichever program runs the trainer."""
 
 from __future__ import annotations
 

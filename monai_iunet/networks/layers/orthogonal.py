@@ -144,7 +144,7 @@ class OrthogonalMatrix(nn.Module):
             if self._constant is not None:
                 made_of, values, matrices = self._constant
                 same = len(made_of) == len(sources) and all(a is b for a, b in zip(made_of, sources))
-                # A CUDA graph in the making cannot wait for an answer; it was warmed up before.
+                # Values cannot be compared while a CUDA graph is recorded; its warm-up has compared them.
                 if same and (_is_captured(sources[0]) or all(map(_equal, values, sources))):
                     return matrices
             matrices = self._compute(*sources)
