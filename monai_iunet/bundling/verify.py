@@ -8,10 +8,10 @@ Source: Project-MONAI/model-zoo, folder `ci` and CONTRIBUTING.md, 2024.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def _overlay(folder: Path) -> str:
 
 def _pickled(folder: Path) -> str:
     for config, section in _transform_sections():
-        pickle.dumps(_parser(folder, config).get_parsed_content(section))
+        ForkingPickler.dumps(_parser(folder, config).get_parsed_content(section))
     return ""
 
 
