@@ -38,18 +38,20 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         dim: 1, 2 or 3.
         create_module_fn: `create_module_fn(in_channels, dim=, LR=, level=, module_index=, architecture=,
             **module_kwargs)` returns an invertible layer with `forward` and `inverse`; None for additive couplings.
-        module_kwargs: further arguments of it; for the default, `block_depth`.
+        module_kwargs: further arguments of it; for the default, `block_depth`, which may be called `depth`.
         slice_mode: "double" or "constant": what downsampling makes of the number of channels.
         learnable_resampling: whether resampling is trained.
         resampling_stride: an int, a tuple with one per axis, or a list of either with one per downsampling.
         resampling_method: "cayley", "exp" or "householder".
         resampling_init: "haar", "pixel_shuffle", "random" or an orthogonal matrix.
+        resampling_kwargs: only None or an empty dictionary.
         learnable_channel_mixing: whether channel mixing is trained.
         channel_mixing_freq: -1 for one at the end of each level of the encoder and after the first coupling of each of
-            the decoder; n for one after every n-th coupling.
+            the decoder; n for one after every n-th coupling; 0 for none.
         channel_mixing_method: as `resampling_method`.
+        channel_mixing_kwargs: only None or an empty dictionary.
         padding_mode: as in `torch.nn.functional.pad`; None to refuse sizes that do not divide.
-        padding_value: only 0.
+        padding_value: of images whose size does not divide, with `padding_mode="constant"`.
         revert_input_padding: whether the output has the size of the input.
         disable_custom_gradient: whether activations are stored.
         verbose: of no effect: there is nothing to warn of.
@@ -75,9 +77,11 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         resampling_stride: Any = 2,
         resampling_method: str = "cayley",
         resampling_init: Any = "haar",
+        resampling_kwargs: Mapping[str, Any] | None = None,
         learnable_channel_mixing: bool = True,
         channel_mixing_freq: int = -1,
         channel_mixing_method: str = "cayley",
+        channel_mixing_kwargs: Mapping[str, Any] | None = None,
         padding_mode: str | None = "constant",
         padding_value: float = 0,
         revert_input_padding: bool = True,
@@ -87,15 +91,20 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         for name, method in (("resampling", resampling_method), ("channel_mixing", channel_mixing_method)):
             if method not in ORTHOGONAL_MAPS:
                 raise ValueError(f"{name}_method must be one of {', '.join(ORTHOGONAL_MAPS)}, got {method!r}.")
-        if padding_value != 0:
-            raise ValueError(f"padding_value must be 0, got {padding_value!r}. Pad the images before.")
-        if channel_mixing_freq != -1 and channel_mixing_freq < 1:
-            raise ValueError(f"channel_mixing_freq must be -1 or positive, got {channel_mixing_freq!r}.")
+        for name, extra in (("resampling", resampling_kwargs), ("channel_mixing", channel_mixing_kwargs)):
+            if extra:
+                raise ValueError(f"{name}_kwargs must be empty, got {', '.join(extra)}, which has no counterpart here.")
+        if padding_value != 0 and padding_mode != "constant":
+            raise ValueError(f'padding_value needs padding_mode="constant", got {padding_mode!r}.')
+        if channel_mixing_freq < -1:
+            raise ValueError(f"channel_mixing_freq must be -1, 0 or positive, got {channel_mixing_freq!r}.")
         first = in_channels if isinstance(in_channels, int) else in_channels[0]
         count = len(architecture) - 1
         strides = list(resampling_stride) if isinstance(resampling_stride, list) else [resampling_stride] * count
         strides = [(stride,) * dim if isinstance(stride, int) else tuple(stride) for stride in strides]
         arguments = dict(module_kwargs or {})
+        if create_module_fn is None and "depth" in arguments:
+            arguments["block_depth"] = arguments.pop("depth")
 
         def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
             if create_module_fn is None:
@@ -117,6 +126,21 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         )
         self.architecture = tuple(architecture)
         self.revert_input_padding = revert_input_padding
+        self.padding_value = padding_value
+        self.dim, self.num_levels, self.verbose = dim, count + 1, verbose
+        self.create_module_fn, self.module_kwargs = create_module_fn, dict(module_kwargs or {})
+        self.disable_custom_gradient = disable_custom_gradient
+        self.resampling_stride, self.downsampling_factors = strides, self.factors
+        self.channel_multipliers = [math.prod(stride) for stride in strides]
+        self.skipped_channels = list(self.design.skips)
+        self.channels_before_downsampling = [
+            total - skipped for total, skipped in zip(self.channels, self.skipped_channels)
+        ]
+        self.resampling_method, self.resampling_init = resampling_method, resampling_init
+        self.resampling_kwargs = dict(resampling_kwargs or {})
+        self.learnable_channel_mixing, self.channel_mixing_freq = learnable_channel_mixing, channel_mixing_freq
+        self.channel_mixing_method = channel_mixing_method
+        self.channel_mixing_kwargs = dict(channel_mixing_kwargs or {})
         for level, total in enumerate(self.channels):
             for stage in (self.encoder, self.decoder):
                 mixed = _mixed(self.couplings[level], channel_mixing_freq, stage is self.decoder, level == count)
@@ -127,6 +151,12 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         """Apply the network as `IUNet.forward` does; without `crop` as `revert_input_padding` says."""
         return super().forward(x, self.revert_input_padding if crop is None else crop)
 
+    def encode(self, x: Tensor, use_padding: bool = False) -> tuple[Tensor, ...]:
+        """Return the codes of an image; sizes that do not divide are padded if `use_padding` says so, else refused."""
+        if not use_padding:
+            self.design.check_divides(x.shape[2:], "encode", "Pass use_padding=True.")
+        return super().encode(x)
+
     def decode(self, *codes: Any) -> Tensor:
         """Return the image of codes, given separately or together as a tuple."""
         return super().decode(codes[0] if len(codes) == 1 and not isinstance(codes[0], Tensor) else codes)
@@ -135,9 +165,34 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         """Apply `encode_inverse` to codes that are given separately."""
         return self.encode_inverse(codes)
 
-    def decoder_inverse(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Apply `decode_inverse`."""
-        return self.decode_inverse(x)
+    def decoder_inverse(self, x: Tensor, use_padding: bool = False) -> tuple[Tensor, ...]:
+        """Apply `decode_inverse`, to a padded image if `use_padding` says so."""
+        return self.decode_inverse(self.pad(x) if use_padding else x)
+
+    def get_padding(self, x: Tensor) -> tuple[list[int], list[int]]:
+        """Return the padded size of an image, and the padding as `torch.nn.functional.pad` takes it."""
+        missing = [-size % factor for size, factor in zip(x.shape[2:], self.factors)]
+        sides = [side for extent in reversed(missing) for side in (extent // 2, extent - extent // 2)]
+        return [size + extent for size, extent in zip(x.shape[2:], missing)], sides
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad images whose size does not divide.
+
+        Raises:
+            ValueError: when `padding_mode` is None and the size does not divide.
+        """
+        return self._pad(x)
+
+    def revert_padding(self, x: Tensor, padding: Sequence[int]) -> Tensor:
+        """Undo a padding that `get_padding` returned."""
+        for axis, (before, behind) in enumerate(zip(padding[::2], padding[1::2])):
+            x = x.narrow(-1 - axis, before, x.shape[-1 - axis] - before - behind)
+        return x
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self.padding_value == 0:
+            return super()._pad(x)
+        return super()._pad(x - self.padding_value) + self.padding_value  # zeros become the value
 
 
 class StandardBlock(nn.Sequential):
@@ -238,8 +293,8 @@ def _channels(first: int, strides: Sequence[Sequence[int]], slice_mode: str) -> 
 
 def _mixed(couplings: int, freq: int, decoder: bool, last: bool) -> set[int]:
     """After which couplings of a level channels are mixed."""
-    if freq > 0:
-        return set(range(freq - 1, couplings, freq))
+    if freq >= 0:
+        return set(range(freq - 1, couplings, freq)) if freq else set()
     return set() if last else {0} if decoder else {couplings - 1}
 
 

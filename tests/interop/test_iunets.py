@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3D, exp": {"in_channels": 3, "architecture": (1, 1), "dim": 3, "resampling_method": "exp"},
     "mixing by exp": {"in_channels": 4, "architecture": (2, 2), "dim": 2, "channel_mixing_method": "exp"},
     "mixing after each": {"in_channels": 5, "architecture": (2, 2), "dim": 2, "channel_mixing_freq": 1},
+    "no mixing": {"in_channels": 5, "architecture": (2, 2), "dim": 2, "channel_mixing_freq": 0},
     "mixing after two": {"in_channels": 5, "architecture": (4, 3), "dim": 2, "channel_mixing_freq": 2},
     "constant": {"in_channels": 6, "architecture": (1, 1, 1), "dim": 2, "slice_mode": "constant"},
     "pixel shuffle": {"in_channels": 6, "architecture": (1, 1), "dim": 2, "resampling_init": "pixel_shuffle"},
@@ -211,8 +212,10 @@ def test_its_other_methods() -> None:
     [
         ({"slice_mode": "triple"}, "slice_mode must be"),
         ({"resampling_method": "givens"}, "resampling_method must be one of exp, cayley, householder"),
-        ({"channel_mixing_freq": 0}, "channel_mixing_freq must be -1 or positive"),
-        ({"padding_value": 1}, "padding_value must be 0"),
+        ({"channel_mixing_freq": -2}, "channel_mixing_freq must be -1, 0 or positive"),
+        ({"padding_value": 1, "padding_mode": "reflect"}, "padding_value needs padding_mode"),
+        ({"resampling_kwargs": {"a": 1}}, "resampling_kwargs must be empty, got a"),
+        ({"channel_mixing_kwargs": {"b": 1}}, "channel_mixing_kwargs must be empty, got b"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -230,3 +233,56 @@ def test_householder_works_but_cannot_be_taken_over() -> None:
 def test_the_block_has_its_depth() -> None:
     block = StandardBlock(3, 2, 3, block_depth=2)
     assert [tuple(layer.weight.shape[:2]) for layer in block if isinstance(layer, nn.Conv3d)] == [(3, 2), (3, 3)]
+
+
+ATTRIBUTES = (
+    *("architecture", "dim", "num_levels", "module_kwargs", "channels_before_downsampling", "skipped_channels"),
+    *("padding_mode", "padding_value", "revert_input_padding", "resampling_stride", "channel_multipliers"),
+    *("resampling_method", "resampling_init", "resampling_kwargs", "downsampling_factors", "channel_mixing_freq"),
+    *(
+        "learnable_channel_mixing",
+        "channel_mixing_method",
+        "channel_mixing_kwargs",
+        "disable_custom_gradient",
+    ),
+)
+
+
+@needs_original
+@pytest.mark.parametrize("name", CASES)
+def test_attributes_are_the_same(name: str) -> None:
+    theirs, ours = original(**CASES[name]), iUNet(**CASES[name])
+    for attribute in ATTRIBUTES:
+        value, expected = getattr(ours, attribute), getattr(theirs, attribute)
+        assert (list(value) if isinstance(value, tuple) else value) == (
+            list(expected) if isinstance(expected, tuple) else expected
+        ), attribute
+
+
+@needs_original
+@pytest.mark.parametrize("shape", [(13,), (13, 11), (9, 8, 7)])
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_padding_is_the_same(shape: tuple[int, ...], value: float) -> None:
+    arguments = {"in_channels": 4, "architecture": (1, 1, 1), "dim": len(shape), "padding_value": value, "verbose": 0}
+    theirs, ours = original(**arguments), iUNet(**arguments)
+    load_iunets_state_dict(ours, theirs.state_dict())
+    x = torch.randn(1, 4, *shape)
+    assert ours.get_padding(x) == theirs.get_padding(x)
+    torch.testing.assert_close(ours.pad(x), theirs.pad(x))
+    padding = ours.get_padding(x)[1]
+    torch.testing.assert_close(ours.revert_padding(ours.pad(x), padding), x)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+        for mine, other in zip(
+            ours.encode(x, use_padding=True), theirs.encode(x.clone(), use_padding=True), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"encode: the spatial size must be divisible .*use_padding=True"):
+        ours.encode(x)
+
+
+def test_depth_is_another_name_of_block_depth() -> None:
+    deep, same = (iUNet(4, (1, 1), 2, module_kwargs={name: 3}) for name in ("depth", "block_depth"))
+    assert [tensor.shape for tensor in deep.state_dict().values()] == [
+        tensor.shape for tensor in same.state_dict().values()
+    ]
