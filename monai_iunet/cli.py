@@ -121,24 +121,26 @@ def segment(
             raise InputError(f"{table}: exists. Pass --overwrite to replace it, or name another --output.")
         settings = Settings(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done)
         results, failures = [], []
-        for result in (
-            segment_files(images, segmenter, output, settings)
-            if images
-            else [segment_example(segmenter, output, settings)]
-        ):
-            if isinstance(result, Failure):
-                failures.append(result)
-                continue
-            results.append(result)
-            typer.echo(f"{result.written}")
-            width = max(map(len, result.volumes))
-            for structure, volume in result.volumes.items():
-                typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
-        if table is not None and results:
-            write_volumes(results, table)
-            typer.echo(f"{table}")
-        for failure in failures:
-            typer.echo(f"Error: {failure.reason}", err=True)
+        try:
+            for result in (
+                segment_files(images, segmenter, output, settings)
+                if images
+                else [segment_example(segmenter, output, settings)]
+            ):
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    continue
+                results.append(result)
+                typer.echo(f"{result.written}")
+                width = max(map(len, result.volumes))
+                for structure, volume in result.volumes.items():
+                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+            if table is not None and results:
+                write_volumes(results, table)
+                typer.echo(f"{table}")
+        finally:  # also when a full disk ends the batch
+            for failure in failures:
+                typer.echo(f"Error: {failure.reason}", err=True)
         if failures:
             raise typer.Exit(2)
 
@@ -228,7 +230,7 @@ def plan(
 
 @app.command()
 def compare(
-    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
     max_epochs: Annotated[int, typer.Option(min=1, help="Epochs that each network is trained.")],
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
@@ -250,7 +252,7 @@ def compare(
 
 @app.command()
 def report(
-    bundle: Annotated[Path, typer.Option(help="Folder of a bundle that was trained and evaluated in it.")],
+    bundle: Annotated[str, typer.Option(help="Folder of a bundle that was trained and evaluated in it.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
 ) -> None:
     """Draw a bundle's training, and its best, median and worst case: pictures for its README."""

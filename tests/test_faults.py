@@ -149,7 +149,7 @@ def test_an_inference_that_is_killed_again_and_again(images: Path, tmp_path: Pat
 def test_the_command_is_killed_again_and_again(images: Path, tmp_path: Path) -> None:
     paths, rng, folder = [str(path) for path in sorted(images.iterdir())], random.Random(0), tmp_path / "out"
     for _ in range(KILLS):
-        process = start([*SEGMENT, *paths, "--output", str(folder), "--no-overlay"])
+        process = start([*SEGMENT, *paths, "--output", str(folder), "--no-overlay", "--overwrite"])
         count, told = rng.randint(1, len(paths) - 1), []
         for line in process.stdout:  # type: ignore[union-attr]
             told += [Path(line.strip()).name] if line.strip().endswith("_seg.nii.gz") else []

@@ -35,8 +35,8 @@ def installed_bundles() -> dict[str, Path]:
 def bundle_folder(bundle: str | Path | None = None) -> Path:
     """Return the folder of a bundle.
 
-    Installed names come first: a folder of such a name needs a separator, as `./headneck`. Of a folder that did not
-    come with the package, the log says that it can run code.
+    Of text, installed names come first: a folder of such a name needs a separator, as "./headneck". A `Path` is a
+    folder. Of a folder that did not come with the package, the log says that it can run code.
 
     Args:
         bundle: the name of an installed bundle, a part of it that only one has, such as "headneck", or a folder; None
@@ -51,10 +51,13 @@ def bundle_folder(bundle: str | Path | None = None) -> Path:
     """
     name = DEFAULT_BUNDLE if bundle is None else str(bundle)
     installed = installed_bundles()
-    is_path = os.sep in name or (os.altsep or os.sep) in name
+    # A Path has lost the "./" that a user may have written.
+    is_path = isinstance(bundle, Path) or os.sep in name or (os.altsep or os.sep) in name
     fitting = [] if is_path or not name else [candidate for candidate in installed if name in candidate]
-    fitting = [name] if name in installed else fitting
+    fitting = [name] if name in fitting else fitting
     if len(fitting) == 1:
+        if Path(name).is_dir():
+            logger.warning("%s: the installed bundle %s is used; write ./%s for the folder.", name, fitting[0], name)
         return installed[fitting[0]]
     if name and not fitting and Path(name).is_dir():
         if Path(name).resolve() not in [folder.resolve() for folder in installed.values()]:

@@ -200,8 +200,15 @@ def _decode(file: str, frames: Sequence[Frame]) -> list[np.ndarray]:
     dataset = None
     try:
         dataset = pydicom.dcmread(file, force=True)
+        if "PixelData" in dataset and dataset.get("PixelRepresentation") not in (0, 1):
+            raise InputError(
+                f"{file}: DICOM without a valid Pixel Representation, which says whether its values are signed. "
+                "Export it again."
+            )
         several = int(dataset.get("NumberOfFrames") or 1) > 1
         stored = [pixel_array(dataset, index=frame.number if several else None, raw=True) for frame in frames]
+    except InputError:
+        raise
     except (*DAMAGED, RuntimeError) as error:
         values = None if dataset is None else _decode_by_simpleitk(dataset, frames)
         if values is None:
@@ -224,7 +231,7 @@ def _decode_by_simpleitk(dataset: Any, frames: Sequence[Frame]) -> list[np.ndarr
 
     SimpleITK rescales by itself, in one way for all frames, and inverts what a viewer should show inverted.
     """
-    same_rescale = len({frame.rescale for frame in frames}) == 1
+    same_rescale = len({frame.rescale for frame in frames_of(dataset, frames[0].file)}) == 1
     if (
         dataset.get("PhotometricInterpretation") != "MONOCHROME2"
         or "ModalityLUTSequence" in dataset

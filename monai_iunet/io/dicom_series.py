@@ -91,8 +91,9 @@ def find_series(folder: str | Path, series: str | None = None) -> Series:
         raise InputError(f"{folder}: no series {series}. There are: {listed}.")
     if len(chosen) == 1:
         return chosen[0]
-    if all(candidate.frames == 1 for candidate in chosen) and len({candidate.study for candidate in chosen}) == 1:
-        # Some programs give every slice a series of its own. Geometry tells whether they are one volume.
+    of_one_slice = all(candidate.frames == 1 for candidate in chosen)
+    if of_one_slice and len(chosen) > 2 and len({candidate.study for candidate in chosen}) == 1:
+        # Some programs give every slice a series of its own. Geometry tells whether three or more are one volume.
         logger.warning("%s: %d series of one slice each are read as one volume", folder, len(chosen))
         files = tuple(file for candidate in chosen for file in candidate.files)
         return dataclasses.replace(chosen[0], files=files, frames=len(files))
@@ -134,6 +135,9 @@ def read_dicom(path: str | Path, series: str | None = None) -> nibabel.Nifti1Ima
         InputError: when no series can be chosen, or its frames do not make up a volume.
     """
     stack = stack_of(path, series)
+    first = stack.frames[0]
+    if first.constant["Modality"] == "CT" and first.rescale is None:
+        logger.warning("%s: a CT without Rescale Slope and Intercept; its values are taken for Hounsfield units", path)
     data, affine = frame_values(stack.frames), stack.affine
     if stack.tilt:
         logger.warning("%s: the gantry was tilted by %.1f degrees; resampled to right angles", path, stack.tilt)

@@ -79,14 +79,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         # Created here, so that it has the permissions of any new file of the user.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
-        _sync(temporary)
+        _sync(temporary, os.O_RDWR)  # Windows syncs what may be written only
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     with contextlib.suppress(OSError):  # not every system opens folders
-        _sync(path.parent)
+        _sync(path.parent, os.O_RDONLY)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,9 +94,9 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, flags: int) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -19,6 +19,8 @@ __all__ = ["read_with_simpleitk"]
 
 LARGEST_HEADER = 1000  # lines
 LARGEST_LINE = 10_000  # bytes
+# NRRD has others, such as "scanner-xyz", which do not say where left and right are.
+PATIENT_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
 
 
 def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
@@ -55,11 +57,11 @@ def _check_orientation(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix in (".nrrd", ".nhdr"):
         fields = _header_fields(path, ":")
-        known = {"space", "space directions"} <= fields
-        advice = "Write it again with `space` and `space directions`, for example with 3D Slicer."
+        known = fields.get("space", "").lower() in PATIENT_SPACES and "space directions" in fields
+        advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
     elif suffix in (".mha", ".mhd"):
         fields = _header_fields(path, "=")
-        known = bool(fields & {"transformmatrix", "rotation", "orientation"})
+        known = bool(fields.keys() & {"transformmatrix", "rotation", "orientation"})
         advice = "Write it again with a TransformMatrix, for example with SimpleITK."
     else:
         return
@@ -67,15 +69,15 @@ def _check_orientation(path: Path) -> None:
         raise InputError(f"{path}: has no orientation, so left and right cannot be told apart. {advice}")
 
 
-def _header_fields(path: Path, separator: str) -> set[str]:
-    """Return the names of the fields of a header in text, in lower case."""
-    names = set()
+def _header_fields(path: Path, separator: str) -> dict[str, str]:
+    """Return the fields of a header in text; their names are in lower case."""
+    fields = {}
     with path.open("rb") as file:
         for _ in range(LARGEST_HEADER):
             line = file.readline(LARGEST_LINE).decode("latin-1").strip()
-            name, sign, _ = line.partition(separator)
-            if sign:
-                names.add(name.strip().lower())
+            name, sign, value = line.partition(separator)
+            if sign and not value.startswith("="):  # `name:=value` is no field of NRRD
+                fields[name.strip().lower()] = value.strip()
             if not line or name.strip().lower() == "elementdatafile":
                 break
-    return names
+    return fields

@@ -4,8 +4,8 @@ The parsers behind SimpleITK believe headers: a MetaImage with a negative number
 damaged length in a DICOM file takes gigabytes. A process that dies of it, or of its limit of memory, says that the file
 is damaged; what it survives, this process may read.
 
-The process imports what this one could import, but nothing from the working directory, where a data set may bring
-files with the names of modules.
+The process imports what this one could import, but nothing from the working directory or the folder of the data, which
+may hold files with the names of modules.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def try_in_a_process(path: Path, series: str | None = None) -> None:
     key = _stamp(path, series)
     if key in _harmless:
         return
-    words = [sys.executable, "-I", "-c", CODE, str(path), series or "", *_import_path()]
+    words = [sys.executable, "-I", "-c", CODE, str(path), series or "", *_import_path(path)]
     try:
         result = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -64,11 +64,14 @@ def _stamp(path: Path, series: str | None) -> tuple[object, ...]:
     return path.resolve(), series, *stats
 
 
-def _import_path() -> list[str]:
-    """Return where this process imports from, without the working directory, unless the package itself lies there."""
+def _import_path(path: Path) -> list[str]:
+    """Return where this process imports from, without the working directory and the folder of the data.
+
+    The folder that the package itself lies in is kept.
+    """
     package = Path(monai_iunet.__file__).resolve().parents[1]
-    here = Path.cwd()
-    return [entry for entry in sys.path if entry and (Path(entry).resolve() != here or here == package)]
+    left_out = {Path.cwd().resolve(), path.resolve(), path.resolve().parent} - {package}
+    return [entry for entry in sys.path if entry and Path(entry).resolve() not in left_out]
 
 
 def _limit_memory(path: Path) -> None:
@@ -93,7 +96,7 @@ def main(path: str, series: str) -> None:
         read_format(Path(path), series or None)
     except InputError as error:
         _refuse(str(error))
-    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a parser may raise
         _refuse(f"{path}: damaged ({type(error).__name__} while it was read). Export or copy it again.")
 
 

@@ -44,7 +44,7 @@ def largest_patch(
         aspect: proportions of the patch's axes.
         multiple_of: every axis is a multiple of this, or each of its own number.
         smallest: the patch is at least of this size.
-        largest: the patch is at most of this size.
+        largest: the patch is at most of this size, rounded down to the multiples.
         options: of `plan_training`, without the size.
 
     Raises:
@@ -61,7 +61,9 @@ def largest_patch(
 
     multiples = (multiple_of,) * len(aspect) if isinstance(multiple_of, int) else tuple(multiple_of)
     lowest = smallest or multiples
-    highest = [math.inf if largest is None else largest[axis] for axis in range(len(aspect))]
+    highest = [math.inf] * len(aspect)
+    if largest is not None:
+        highest = [limit // multiple * multiple for limit, multiple in zip(largest, multiples)]
     # In steps, of which the axis that takes the most grows by one multiple each.
     fastest = max(part / multiple for part, multiple in zip(aspect, multiples))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -33,6 +34,8 @@ __all__ = ["Failure", "Settings", "WrittenSegmentation", "segment_example", "seg
 
 logger = logging.getLogger(__name__)
 
+# The disk is full, the quota or the limit of a file is used up, the disk is read-only, or it fails.
+ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # What a volume is written as whose own format keeps header and data in two files.
 IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 
@@ -119,25 +122,32 @@ def segment_files(
     tasks = [_task(path, segmenter, output, settings) for path in images]
     _check_outputs(tasks, images, settings)
     check_folder(output)
-    tasks = [task for task in tasks if not (settings.skip_done and task.labels.exists())]
+    done = [task for task in tasks if settings.skip_done and task.labels.exists()]
+    if done:
+        logger.warning("%d of %d images have a result in %s and are left out", len(done), len(tasks), output)
+        tasks = [task for task in tasks if task not in done]
     # A bar on a terminal, nothing elsewhere.
     for task in tqdm(tasks, desc="segmenting", unit="image", leave=False, disable=None):
         try:
             image = read_image(task.image, settings.series)
             segmentation = segmenter.segment(image, str(task.image), settings.mirror)
             result = _write(segmentation, task, segmenter.window)
-        except OSError:  # a full disk meets every image
-            raise
         except Exception as error:
-            if settings.fail_fast:
+            if _meets_every_image(error):
                 raise
+            logger.debug("%s", task.image, exc_info=True)
             known = isinstance(error, InputError)
-            if not known:
-                logger.debug("%s", task.image, exc_info=True)
             reason = str(error) if known else f"{task.image}: {type(error).__name__}: {first_line(error)}"
+            if settings.fail_fast:
+                raise InputError(reason) from error
             yield Failure(task.image, reason)
         else:
             yield result
+
+
+def _meets_every_image(error: Exception) -> bool:
+    """Return whether an error is one of the machine, such as a full disk, that the next image would meet too."""
+    return isinstance(error, OSError) and error.errno in (None, *ERRORS_OF_THE_MACHINE)
 
 
 def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings) -> WrittenSegmentation:
@@ -167,14 +177,13 @@ def _task(image: Path, segmenter: BundleSegmenter, output: Path, settings: Setti
 
 def _check_outputs(tasks: Sequence[_Task], images: Sequence[Path], settings: Settings) -> None:
     """Check that no result replaces an image, or a file that is there unless that is asked for."""
-    inputs = {path.resolve() for path in images}
+    inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path]) if file.exists()]
     for task in tasks:
-        if settings.skip_done and task.labels.exists():
-            continue
-        for path in task.outputs:
-            if path.resolve() in inputs:
+        existing = [path for path in task.outputs if path.exists()]
+        for path in existing:
+            if any(path.samefile(file) for file in inputs):
                 raise InputError(f"{path}: the result of {task.image} would replace this image. Name another --output.")
-            if path.exists() and not settings.overwrite:
+            if not settings.overwrite and not (settings.skip_done and task.labels in existing):
                 raise InputError(
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )

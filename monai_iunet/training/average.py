@@ -39,6 +39,7 @@ class WeightAverage(EMAHandler):
 
     def __init__(self, model: nn.Module, momentum: float = 0.003) -> None:
         super().__init__(model, momentum)
+        self._has_run = False
         self._left_behind: dict[str, Tensor] | None = None  # weights of the network when the trainer last ended
 
     def attach(self, engine: Engine, *arguments: Any, **options: Any) -> None:
@@ -49,9 +50,10 @@ class WeightAverage(EMAHandler):
 
     def _begin(self, engine: Engine) -> None:
         state = self.model.state_dict()
-        resumed = self._left_behind is None and engine.state.iteration > 0
+        resumed = not self._has_run and engine.state.iteration > 0
         if not resumed and not self._is_left_behind(state):
             self.ema_model.load_state_dict(state)
+        self._has_run, self._left_behind = True, None
 
     def _is_left_behind(self, state: dict[str, Tensor]) -> bool:
         """Return whether weights are those of the end of the last run."""

@@ -168,7 +168,7 @@ def images_to_segment(
         raise InputError(f"{source}: no NIfTI image (.nii or .nii.gz) there. Name images or a folder of them.")
     names = [image_name(path) for path in images]
     check_names(names)
-    results = [Path(output_dir, f"{name}{suffix}.nii.gz") for name in names]
+    results = [Path(str(output_dir), f"{name}{suffix}.nii.gz") for name in names]
     left = [path for path, result in zip(images, results) if not (skip_done and result.exists())]
     if len(left) < len(images):
         logger.info(

@@ -90,6 +90,7 @@ class SaveImageLabelsd(SaveImaged):
     def __init__(
         self, keys: KeysCollection, output_dir: str | Path, suffix: str = "_seg", orig_keys: str = "image"
     ) -> None:
+        output_dir = str(output_dir)  # the command line of MONAI makes a number of a folder that is named 2024
         super().__init__(keys, output_dir=output_dir)
         self.output_dir = Path(output_dir)
         self.suffix = suffix

@@ -57,7 +57,7 @@ def draw_plane(
     """
     axis = PLANES[plane]
     across, up = np.delete(nibabel.affines.voxel_sizes(image.affine), axis)
-    shown = np.take(np.asarray(image.dataobj), index, axis).T
+    shown = np.take(image.get_fdata(dtype=np.float32), index, axis).T  # read from its file once
     low, high = intensities
     axes.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=up / across)
     for volume, style in ((labels, "solid"), (reference, "dashed")):

@@ -336,3 +336,44 @@ def test_a_truncated_slice_is_not_left_out(length: int, tmp_path: Path) -> None:
     last.write_bytes(content[:length])
     with pytest.raises(InputError, match=last.name):
         read_image(folder)
+
+
+def test_a_ct_without_a_rescale_says_what_its_values_are_taken_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_slices(tmp_path / "a", stored(), RescaleSlope=None, RescaleIntercept=None)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(stored()))
+    assert "its values are taken for Hounsfield units" in caplog.text
+
+
+def test_two_scouts_are_no_volume(tmp_path: Path) -> None:
+    changed = {index: {"SeriesInstanceUID": f"{UID}.9.{index}"} for index in range(2)}
+    with pytest.raises(InputError, match="2 DICOM series, choose one"):
+        read_image(write_slices(tmp_path / "a", stored()[:2], changed))
+
+
+@pytest.mark.parametrize("attribute", ["Rows", "PixelSpacing", "BitsAllocated", "PixelRepresentation"])
+def test_an_attribute_without_a_value_is_a_damaged_file(attribute: str, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    for file in folder.iterdir():
+        made = pydicom.dcmread(file)
+        setattr(made, attribute, None)
+        made.save_as(file)
+    with pytest.raises(InputError) as caught:
+        read_image(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_slices_whose_number_of_frames_is_empty_are_single(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored(), NumberOfFrames=None)
+    np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(stored()))
+
+
+def test_values_that_may_be_signed_or_not_are_not_read(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    for file in folder.iterdir():
+        made = pydicom.dcmread(file)
+        del made.PixelRepresentation
+        made.save_as(file)
+    with pytest.raises(InputError, match="without a valid Pixel Representation"):
+        read_image(folder)

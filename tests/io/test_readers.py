@@ -239,3 +239,20 @@ def test_each_format_is_judged_by_the_same_rules(suffix: str, volume: np.ndarray
         read_image(tmp_path / f"4d{suffix}")
     SimpleITK.WriteImage(image[:, :, :1], tmp_path / f"thin{suffix}")
     assert read_image(tmp_path / f"thin{suffix}").shape == (7, 6, 1)
+
+
+@pytest.mark.parametrize("space", ["scanner-xyz", "3D-right-handed", "3D-left-handed"])
+def test_a_space_that_does_not_tell_left_from_right_is_refused(space: str, volume: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "image.nrrd"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
+    path.write_bytes(path.read_bytes().replace(b"space: left-posterior-superior", f"space: {space}".encode()))
+    with pytest.raises(InputError, match="has no orientation"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(("space", "axcodes"), [("RAS", "RAS"), ("left-anterior-superior", "LAS"), ("LPS", "LPS")])
+def test_spaces_of_patients_are_read(space: str, axcodes: str, volume: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "image.nrrd"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume.T.copy()), path)
+    path.write_bytes(path.read_bytes().replace(b"space: left-posterior-superior", f"space: {space}".encode()))
+    assert "".join(nibabel.aff2axcodes(read_image(path).affine)) == axcodes

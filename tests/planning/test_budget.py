@@ -98,3 +98,11 @@ def test_sizes_are_read(text: int | str, expected: int) -> None:
 def test_what_is_no_size_is_refused(text: Any) -> None:
     with pytest.raises(ValueError, match="24 GiB"):
         parse_bytes(text)
+
+
+def test_a_patch_stays_within_its_limits_and_multiples() -> None:
+    net = SegIUNet(2, in_channels=1, out_channels=2, channels=(4, 8))
+    plan = largest_patch(net, "64 MiB", aspect=(1, 1), multiple_of=(8, 16), smallest=(24, 16), largest=(45, 100))
+    assert plan.spatial_size == (40, 96)
+    small = largest_patch(net, "64 MiB", aspect=(1, 4), multiple_of=(8, 16), smallest=(24, 16), largest=(30, 48))
+    assert small.spatial_size == (24, 48)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,9 @@ import pytest
 
 from monai_iunet.segmentation import files
 from monai_iunet.segmentation.segmenter import BundleSegmenter
+from tests.bundles.helpers import command
+from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
+from tests.io.dicom_files import write_slices
 from tests.test_cli import call, save
 
 MAIN = "from monai_iunet.cli import main; main()"
@@ -40,10 +44,9 @@ def test_no_result_replaces_an_image(order: tuple[int, int], tmp_path: Path) -> 
     before = [path.read_bytes() for path in paths]
     for extra in ([], ["--overwrite"], ["--skip-done"]):
         code, _, error = call("segment", *(paths[index] for index in order), "--output", tmp_path, *extra)
-        if extra != ["--skip-done"]:
-            assert code == 2
-            assert "case_seg.nii.gz: the result of" in error
-            assert "would replace this image" in error
+        assert code == 2
+        assert "case_seg.nii.gz: the result of" in error
+        assert "would replace this image" in error
         assert [path.read_bytes() for path in paths] == before
 
 
@@ -146,3 +149,64 @@ def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:
     code, _, error = call("segment", save(tmp_path / "thin.nii.gz", data), "--output", tmp_path / "out")
     assert (code, error) == (0, "")
     assert names(tmp_path / "out") == ["thin_seg.nii.gz", "thin_seg.png"]
+
+
+def test_a_slice_of_the_series_is_not_replaced(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", np.random.default_rng(0).integers(0, 200, (30, 30, 40)).astype(np.int16))
+    (folder / "003.dcm").rename(folder / "a_seg.dcm")
+    before = (folder / "a_seg.dcm").read_bytes()
+    code, _, error = call("segment", folder, "--output", folder, "--format", "input", "--overwrite")
+    assert code == 2
+    assert "would replace this image" in error
+    assert (folder / "a_seg.dcm").read_bytes() == before
+
+
+def test_a_full_disk_ends_the_batch_and_what_went_wrong_before_is_said(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = files.read_image
+
+    def fail(path: Path, *arguments: Any) -> Any:
+        if path.name == "b.nii.gz":
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+        if path.name == "c.nii.gz":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return read(path, *arguments)
+
+    monkeypatch.setattr(files, "read_image", fail)
+    code, printed, error = call("segment", *images, "--output", tmp_path / "out", "--no-overlay")
+    assert code == 1
+    assert names(tmp_path / "out") == ["a_seg.nii.gz"]
+    assert "a_seg.nii.gz" in printed
+    lines = error.splitlines()
+    assert lines[0].startswith(f"Error: {images[1]}: OSError: ")
+    assert "No space left" in lines[1]
+
+
+def test_fail_fast_says_unknown_errors_in_one_line(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "read_image", lambda *_: {}["of a component"])
+    code, _, error = call("segment", *images, "--output", tmp_path / "out", "--fail-fast")
+    assert (code, error) == (2, f"Error: {images[0]}: KeyError: 'of a component'\n")
+
+
+def test_images_that_are_left_out_are_said(
+    images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call("segment", images[0], "--output", tmp_path / "out", "--no-overlay")[0] == 0
+    assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay", "--skip-done")[0] == 0
+    assert "1 of 3 images have a result" in caplog.text
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_a_folder_whose_name_is_a_number(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line of MONAI makes numbers of such names."""
+    make_hippocampus_data(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    data = "2024" if config == "evaluate" else "2025"
+    (tmp_path / "2024" / "imagesTr").rename(tmp_path / "2025") if config == "inference" else None
+    words = [sys.executable, *command(HIPPOCAMPUS, f"{config}.json", dataset_dir=data, output_dir="2026", amp=False)]
+    result = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(names(tmp_path / "2026")) == {"inference": 5, "evaluate": 2}[config]

@@ -220,6 +220,7 @@ def test_installed_bundles_come_before_folders(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).mkdir()
     assert bundle_folder("headneck").name == "iunet_headneck_ct_segmentation"
     assert bundle_folder("./headneck") == Path("headneck")
+    assert bundle_folder(Path("./headneck")) == Path("headneck")
     assert bundle_folder(tmp_path / "headneck") == tmp_path / "headneck"
     assert bundle_folder("mine") == Path("mine")
     for name in ("", "missing/", "nothing"):
