@@ -15,10 +15,9 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import MetaKeys, SpaceKeys
 
-from monai_iunet import BundleSegmenter, bundle_folder, load_template, segment, to_simpleitk
+from monai_iunet import BundleSegmenter, segment, to_simpleitk
 from monai_iunet.errors import InputError
 from monai_iunet.io.geometry import RAS_TO_LPS, from_simpleitk
-from monai_iunet.segmentation.whole_head import LEFT_BOX
 
 ORIENTATIONS = [
     "".join(letters) for axes in itertools.permutations(("LR", "PA", "IS")) for letters in itertools.product(*axes)
@@ -26,17 +25,8 @@ ORIENTATIONS = [
 
 
 @pytest.fixture(scope="module")
-def segmenter() -> BundleSegmenter:
-    return BundleSegmenter(bundle_folder("hippocampus"), "cpu")
-
-
-@pytest.fixture(scope="module")
-def crop() -> nibabel.Nifti1Image:
-    """The left hippocampus of the template."""
-    template = load_template()
-    low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
-    image = template.slicer[tuple(slice(int(a), int(b) + 1) for a, b in zip(low[:3], high[:3]))]
-    image = nibabel.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine)
+def crop(left_hippocampus: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    image = nibabel.Nifti1Image(left_hippocampus.get_fdata(dtype=np.float32), left_hippocampus.affine)
     image.set_sform(image.affine, code=1)
     return image
 

@@ -26,7 +26,7 @@ from monai_iunet.io.geometry import from_simpleitk, simpleitk_affine, to_simplei
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.segmenter import BundleSegmenter, Segmentation
-from monai_iunet.segmentation.whole_head import LEFT_BOX, load_template
+from monai_iunet.segmentation.whole_head import load_template
 from monai_iunet.system import describe_system
 from tests.io.dicom_files import write_series
 from tests.test_cli import call
@@ -35,17 +35,9 @@ EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "examples"
 
 
 @pytest.fixture(scope="module")
-def segmenter() -> BundleSegmenter:
-    return BundleSegmenter(bundle_folder("hippocampus"), "cpu")
-
-
-@pytest.fixture(scope="module")
-def crop() -> nibabel.Nifti1Image:
+def crop(left_hippocampus: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
     """The left hippocampus of the template, with its axes to the left, to the back and up, as SimpleITK likes them."""
-    template = load_template()
-    low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
-    image = template.slicer[tuple(slice(int(a), int(b) + 1) for a, b in zip(low[:3], high[:3]))]
-    image = image.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+    image = left_hippocampus.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
     return nibabel.Nifti1Image(image.get_fdata(dtype=np.float32) * 1000, image.affine)
 
 
