@@ -135,6 +135,10 @@ def segment(
                 width = max(map(len, result.volumes))
                 for structure, volume in result.volumes.items():
                     typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+            count = len(images) if images else 1
+            left_out = count - len(results) - len(failures)
+            if left_out:
+                typer.echo(f"Left out: {left_out} of {count} images, whose results are there.")
             if table is not None and results:
                 write_volumes(results, table)
                 typer.echo(f"{table}")

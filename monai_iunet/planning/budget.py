@@ -48,7 +48,7 @@ def largest_patch(
         options: of `plan_training`, without the size.
 
     Raises:
-        ValueError: when not even the smallest patch fits.
+        ValueError: when not even the smallest patch fits, or the limits leave none.
 
     Example:
         >>> from monai_iunet import SegIUNet
@@ -64,6 +64,11 @@ def largest_patch(
     highest = [math.inf] * len(aspect)
     if largest is not None:
         highest = [limit // multiple * multiple for limit, multiple in zip(largest, multiples)]
+        if any(high < low for high, low in zip(highest, lowest)):
+            raise ValueError(
+                f"largest={tuple(largest)} leaves no multiple of {multiples} that is at least {tuple(lowest)}. Raise "
+                "it, or use a network with fewer levels."
+            )
     # In steps, of which the axis that takes the most grows by one multiple each.
     fastest = max(part / multiple for part, multiple in zip(aspect, multiples))
 

@@ -122,10 +122,7 @@ def segment_files(
     tasks = [_task(path, segmenter, output, settings) for path in images]
     _check_outputs(tasks, images, settings)
     check_folder(output)
-    done = [task for task in tasks if settings.skip_done and task.labels.exists()]
-    if done:
-        logger.warning("%d of %d images have a result in %s and are left out", len(done), len(tasks), output)
-        tasks = [task for task in tasks if task not in done]
+    tasks = [task for task in tasks if not (settings.skip_done and task.labels.exists())]
     # A bar on a terminal, nothing elsewhere.
     for task in tqdm(tasks, desc="segmenting", unit="image", leave=False, disable=None):
         try:

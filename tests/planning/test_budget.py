@@ -106,3 +106,5 @@ def test_a_patch_stays_within_its_limits_and_multiples() -> None:
     assert plan.spatial_size == (40, 96)
     small = largest_patch(net, "64 MiB", aspect=(1, 4), multiple_of=(8, 16), smallest=(24, 16), largest=(30, 48))
     assert small.spatial_size == (24, 48)
+    with pytest.raises(ValueError, match=r"largest=\(45, 10\) leaves no multiple of \(8, 16\)"):
+        largest_patch(net, "64 MiB", aspect=(1, 1), multiple_of=(8, 16), largest=(45, 10))
