@@ -7,8 +7,8 @@ import errno
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,20 @@ from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.visualization.overlay import save_overlay
 
-__all__ = ["Failure", "Settings", "WrittenSegmentation", "segment_example", "segment_files", "write_volumes"]
+__all__ = [
+    "Case",
+    "Failure",
+    "Settings",
+    "WrittenSegmentation",
+    "check_outputs",
+    "segment_cases",
+    "segment_example",
+    "segment_files",
+    "write_nifti",
+    "write_picture",
+    "write_probabilities",
+    "write_volumes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +79,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """An image to segment, and the files that its results go to."""
+class Case:
+    """Names an image to segment, and the files that its results go to.
+
+    Attributes:
+        image: file, or folder with a DICOM series.
+        name: name of the image in tables and pictures.
+        labels: file of the labels; it is written last, so an image that has one is done.
+        write: writes the labels.
+        beside: what is written beside the labels, by file: the picture, probabilities, side-cars.
+    """
 
     image: Path
     name: str
     labels: Path
     write: Write
-    probabilities: Path | None
-    picture: Path | None
+    beside: Mapping[Path, Write] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[Path]:
         """All files that are written."""
-        return [path for path in (self.labels, self.probabilities, self.picture) if path is not None]
+        return [self.labels, *self.beside]
 
 
 @dataclass(frozen=True)
@@ -119,25 +139,32 @@ def segment_files(
             `overwrite`, a file that is there, or cannot be written; with `fail_fast` when an image cannot be segmented.
     """
     check_names([_name(path) for path in images])
-    tasks = [_task(path, segmenter, output, settings) for path in images]
-    _check_outputs(tasks, images, settings)
+    cases = [_case(path, segmenter, output, settings) for path in images]
+    check_outputs(cases, settings)
     check_folder(output)
-    tasks = [task for task in tasks if not (settings.skip_done and task.labels.exists())]
+    yield from segment_cases(cases, segmenter, settings)
+
+
+def segment_cases(
+    cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
+) -> Iterator[WrittenSegmentation | Failure]:
+    """Segment cases one after another, see `segment_files`; their files were checked by `check_outputs`."""
+    cases = [case for case in cases if not (settings.skip_done and case.labels.exists())]
     # A bar on a terminal, nothing elsewhere.
-    for task in tqdm(tasks, desc="segmenting", unit="image", leave=False, disable=None):
+    for case in tqdm(cases, desc="segmenting", unit="image", leave=False, disable=None):
         try:
-            image = read_image(task.image, settings.series)
-            segmentation = segmenter.segment(image, str(task.image), settings.mirror)
-            result = _write(segmentation, task, segmenter.window)
+            image = read_image(case.image, settings.series)
+            segmentation = segmenter.segment(image, str(case.image), settings.mirror)
+            result = _write(segmentation, case)
         except Exception as error:
             if _meets_every_image(error):
                 raise
-            logger.debug("%s", task.image, exc_info=True)
+            logger.debug("%s", case.image, exc_info=True)
             known = isinstance(error, InputError)
-            reason = str(error) if known else f"{task.image}: {type(error).__name__}: {first_line(error)}"
+            reason = str(error) if known else f"{case.image}: {type(error).__name__}: {first_line(error)}"
             if settings.fail_fast:
                 raise InputError(reason) from error
-            yield Failure(task.image, reason)
+            yield Failure(case.image, reason)
         else:
             yield result
 
@@ -154,33 +181,36 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
         InputError: when the bundle does not segment it, or a file is there and `overwrite` is not set.
     """
     image, region = segmenter.example()
-    task = _task(Path("mni152.nii.gz"), segmenter, output, settings)
-    _check_outputs([task], [], settings)
+    case = _case(Path("mni152.nii.gz"), segmenter, output, settings)
+    check_outputs([case], settings)
     check_folder(output)
-    return _write(segmenter.segment(image, region=region), task, segmenter.window)
+    return _write(segmenter.segment(image, region=region), case)
 
 
-def _task(image: Path, segmenter: BundleSegmenter, output: Path, settings: Settings) -> _Task:
+def _case(image: Path, segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
     name, (suffix, write) = _name(image), _format(image, settings)
-    return _Task(
-        image=image,
-        name=name,
-        labels=output / f"{name}_seg{suffix}",
-        write=write,
-        probabilities=output / f"{name}_prob.nii.gz" if segmenter.gives_probabilities else None,
-        picture=output / f"{name}_seg.png" if settings.overlay else None,
-    )
+    beside: dict[Path, Write] = {}
+    if segmenter.gives_probabilities:
+        beside[output / f"{name}_prob.nii.gz"] = write_probabilities
+    if settings.overlay:
+        beside[output / f"{name}_seg.png"] = partial(write_picture, name, segmenter.window)
+    return Case(image, name, output / f"{name}_seg{suffix}", write, beside)
 
 
-def _check_outputs(tasks: Sequence[_Task], images: Sequence[Path], settings: Settings) -> None:
-    """Check that no result replaces an image, or a file that is there unless that is asked for."""
-    inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path]) if file.exists()]
-    for task in tasks:
-        existing = [path for path in task.outputs if path.exists()]
+def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
+    """Check that no result replaces an image, or a file that is there unless that is asked for.
+
+    Raises:
+        InputError: when one would.
+    """
+    images = [case.image for case in cases if case.image.exists()]
+    inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path])]
+    for case in cases:
+        existing = [path for path in case.outputs if path.exists()]
         for path in existing:
             if any(path.samefile(file) for file in inputs):
-                raise InputError(f"{path}: the result of {task.image} would replace this image. Name another --output.")
-            if not settings.overwrite and not (settings.skip_done and task.labels in existing):
+                raise InputError(f"{path}: the result of {case.image} would replace this image. Name another --output.")
+            if not settings.overwrite and not (settings.skip_done and case.labels in existing):
                 raise InputError(
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )
@@ -198,18 +228,21 @@ def write_volumes(results: Sequence[WrittenSegmentation], path: Path) -> None:
     write_text(path, table.getvalue())
 
 
-def _write(segmentation: Segmentation, task: _Task, window: tuple[float, float] | None) -> WrittenSegmentation:
-    """Write labels, and probabilities and a picture if they are asked for."""
-    write_atomically(task.labels, partial(task.write, segmentation))
-    if task.probabilities is not None:
-        write_atomically(task.probabilities, partial(_write_probabilities, segmentation))
-    if task.picture is not None:
-        image, labels, names = segmentation.image, segmentation.labels, segmentation.names
-        save_overlay(image, labels, names, task.picture, title=task.name, window=window)
-    return WrittenSegmentation(task.name, task.labels, segmentation.volumes())
+def _write(segmentation: Segmentation, case: Case) -> WrittenSegmentation:
+    """Write what goes beside the labels, then the labels."""
+    for path, write in case.beside.items():
+        write_atomically(path, partial(write, segmentation))
+    write_atomically(case.labels, partial(case.write, segmentation))
+    return WrittenSegmentation(case.name, case.labels, segmentation.volumes())
 
 
-def _write_nifti(segmentation: Segmentation, path: Path) -> None:
+def write_picture(title: str, window: tuple[float, float] | None, segmentation: Segmentation, path: Path) -> None:
+    """Write the picture of the contours as PNG."""
+    save_overlay(segmentation.image, segmentation.labels, segmentation.names, path, title, window)
+
+
+def write_nifti(segmentation: Segmentation, path: Path) -> None:
+    """Write the labels as NIfTI, in the geometry of the image."""
     nibabel.save(label_image(segmentation.labels, segmentation.image), path)
 
 
@@ -225,7 +258,8 @@ def _write_series(source: Path, series: str | None, segmentation: Segmentation, 
     write_dicom_seg(files, segmentation, path)
 
 
-def _write_probabilities(segmentation: Segmentation, path: Path) -> None:
+def write_probabilities(segmentation: Segmentation, path: Path) -> None:
+    """Write the probabilities as a 4D NIfTI, classes last."""
     if segmentation.probabilities is not None:
         image = nibabel.Nifti1Image(np.moveaxis(segmentation.probabilities, 0, -1), segmentation.image.affine)
         image.set_sform(segmentation.image.affine, code=1)
@@ -236,11 +270,11 @@ def _write_probabilities(segmentation: Segmentation, path: Path) -> None:
 def _format(path: Path, settings: Settings) -> tuple[str, Write]:
     """Return the suffix of the labels' file, and what writes it."""
     if settings.format == "nifti":
-        return ".nii.gz", _write_nifti
+        return ".nii.gz", write_nifti
     if path.is_dir() or path.suffix.lower() == ".dcm":
         return ".dcm", partial(_write_series, path, settings.series)
     suffix = path.name.lower()[len(image_name(path, SUFFIXES)) :]
-    return (suffix, _write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
+    return (suffix, write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
 
 
 def _name(path: Path) -> str:
