@@ -1,45 +1,53 @@
-"""The released `iunets` package's class, on our engine: its signature, its layout, its checkpoints.
+"""The class of the package `iunets` on our engine: its arguments, its layout, its checkpoints.
+
+There are two versions of it. The released one, 0.1, is given the channels that go in, `in_channels`; the head of the
+repository, never released, the channels of each level, `channels`, and has another default block.
 
 What is the same, so that outputs agree to rounding: couplings, splits, resampling, channel mixing and where it stands,
-padding, and the default block (convolution, leaky ReLU, normalization of all channels, the last one zero at first).
-What is right here and not there: gradients of the orthogonal matrices, `"householder"`, images whose size does not
-divide (`forward(x, crop=False)` has an inverse), 16-bit types, and memory that does not grow with depth.
+padding, and the blocks. What is right here and not there: gradients of the orthogonal matrices, `"householder"`, images
+whose size does not divide (`forward(x, crop=False)` has an inverse), 16-bit types, and memory that does not grow with
+depth.
 
-Source: the package `iunets`, versions 0.1 and the head of its repository; Etmann, Ke, Schönlieb 2020 (arXiv
-2005.05220).
+Source: the package `iunets`, version 0.1, and the head of https://github.com/cetmann/iunets; Etmann, Ke, Schönlieb 2020
+(arXiv 2005.05220).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.interop.iunets_blocks import HeadBlock, StandardBlock
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 from monai_iunet.networks.nets.iunet import IUNet
 
-__all__ = ["StandardBlock", "iUNet", "load_iunets_state_dict"]
+__all__ = ["iUNet", "load_iunets_state_dict"]
 
 ORTHOGONAL_MAPS = {"exp": "matrix_exp", "cayley": "cayley", "householder": "householder"}
 SAME_AS_IDENTITY = ("pixel_shuffle", "squeeze", "zeros")
 
 
 class iUNet(IUNet):  # noqa: N801 - the name that is replaced
-    """An `IUNet` with the arguments of the released package.
+    """An `IUNet` with the arguments of the package `iunets`, of its release 0.1 and of the head of its repository.
 
     Args:
-        in_channels: channels of the images, or their shape without the batch.
+        channels: an int, as in the release: channels of the images, from which `slice_mode` makes those of the levels;
+            or a sequence, as in the head: channels wanted at each level.
         architecture: couplings per level.
         dim: 1, 2 or 3.
         create_module_fn: `create_module_fn(in_channels, dim=, LR=, level=, module_index=, architecture=,
             **module_kwargs)` returns an invertible layer with `forward` and `inverse`; None for additive couplings.
-        module_kwargs: further arguments of it; for the default, `block_depth`, which may be called `depth`.
-        slice_mode: "double" or "constant": what downsampling makes of the number of channels.
+            With `channels` per level it is given `branch="encoder"` or `"decoder"`, not `LR="L"` or `"R"`.
+        module_kwargs: further arguments of it; for the default those of `StandardBlock`, whose `block_depth` may be
+            called `depth`, or, with `channels` per level, of `HeadBlock`.
+        slice_mode: "double", the default, or "constant": what downsampling makes of the number of channels; not with
+            `channels` per level.
         learnable_resampling: whether resampling is trained.
         resampling_stride: an int, a tuple with one per axis, or a list of either with one per downsampling.
         resampling_method: "cayley", "exp" or "householder".
@@ -54,25 +62,33 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         padding_value: of images whose size does not divide, with `padding_mode="constant"`.
         revert_input_padding: whether the output has the size of the input.
         disable_custom_gradient: whether activations are stored.
-        verbose: of no effect: there is nothing to warn of.
+        verbose: of no effect.
+        in_channels: in place of `channels`: channels of the images, or their shape without the batch.
 
     Raises:
         ValueError: for arguments that describe no network.
+
+    Warns:
+        UserWarning: when the channels wanted at a level cannot be reached; the nearest are built, those of the head.
 
     Example:
         >>> net = iUNet(in_channels=4, architecture=(2, 2), dim=2)
         >>> net(torch.zeros(1, 4, 8, 8)).shape
         torch.Size([1, 4, 8, 8])
+        >>> iUNet(channels=(4, 12, 20), architecture=(1, 1, 1), dim=2).print_layout()
+        4-(1/3)---------------(1/3)-4
+        ----12-(7/5)----(7/5)-12-----
+        -----------20--20------------
     """
 
     def __init__(
         self,
-        in_channels: int | Sequence[int],
-        architecture: Sequence[int],
-        dim: int,
+        channels: int | Sequence[int] | None = None,
+        architecture: Sequence[int] = (),
+        dim: int = 0,
         create_module_fn: Callable[..., nn.Module] | None = None,
         module_kwargs: Mapping[str, Any] | None = None,
-        slice_mode: str = "double",
+        slice_mode: str | None = None,
         learnable_resampling: bool = True,
         resampling_stride: Any = 2,
         resampling_method: str = "cayley",
@@ -87,7 +103,12 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         revert_input_padding: bool = True,
         disable_custom_gradient: bool = False,
         verbose: int = 1,
+        in_channels: int | Sequence[int] | None = None,
     ) -> None:
+        if (channels is None) == (in_channels is None):
+            raise ValueError("Give either channels, per level, or in_channels, and not both.")
+        if not architecture or dim not in (1, 2, 3):
+            raise ValueError(f"architecture, couplings per level, and dim, 1 to 3, needed; got {architecture}, {dim}.")
         for name, method in (("resampling", resampling_method), ("channel_mixing", channel_mixing_method)):
             if method not in ORTHOGONAL_MAPS:
                 raise ValueError(f"{name}_method must be one of {', '.join(ORTHOGONAL_MAPS)}, got {method!r}.")
@@ -98,23 +119,25 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
             raise ValueError(f'padding_value needs padding_mode="constant", got {padding_mode!r}.')
         if channel_mixing_freq < -1:
             raise ValueError(f"channel_mixing_freq must be -1, 0 or positive, got {channel_mixing_freq!r}.")
-        first = in_channels if isinstance(in_channels, int) else in_channels[0]
         count = len(architecture) - 1
         strides = list(resampling_stride) if isinstance(resampling_stride, list) else [resampling_stride] * count
         strides = [(stride,) * dim if isinstance(stride, int) else tuple(stride) for stride in strides]
+        per_level = not (channels is None or isinstance(channels, int))
+        built = _channels(in_channels if channels is None else channels, per_level, strides, slice_mode)
         arguments = dict(module_kwargs or {})
-        if create_module_fn is None and "depth" in arguments:
+        if create_module_fn is None and not per_level and "depth" in arguments:
             arguments["block_depth"] = arguments.pop("depth")
 
         def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
             if create_module_fn is None:
-                return StandardBlock(dims, inputs, outputs, **arguments)
-            place = {"LR": {"encoder": "L", "decoder": "R"}[stage], "level": level, "module_index": index}
+                return (HeadBlock if per_level else StandardBlock)(dims, inputs, outputs, **arguments)
+            side = {"branch": stage} if per_level else {"LR": {"encoder": "L", "decoder": "R"}[stage]}
+            place = {**side, "level": level, "module_index": index}
             return create_module_fn(inputs + outputs, dim=dims, architecture=architecture, **place, **arguments)
 
         super().__init__(
             dim,
-            _channels(first, strides, slice_mode),
+            built,
             strides=strides,
             couplings=tuple(architecture),
             channel_mixing=None,
@@ -195,37 +218,8 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         return super()._pad(x - self.padding_value) + self.padding_value  # zeros become the value
 
 
-class StandardBlock(nn.Sequential):
-    """The network in a coupling: convolutions, each followed by leaky ReLU and normalization, zero at first.
-
-    Args:
-        dim: 1, 2 or 3.
-        in_channels: channels of the half that it reads.
-        out_channels: channels of the half that it changes.
-        block_depth: number of convolutions.
-
-    Example:
-        >>> StandardBlock(2, 3, 2)(torch.rand(1, 3, 4, 4)).abs().max().item()
-        0.0
-    """
-
-    def __init__(self, dim: int, in_channels: int, out_channels: int, block_depth: int = 1) -> None:
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
-        widths = [in_channels, *[max(in_channels, out_channels)] * (block_depth - 1), out_channels]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [
-                convolution(before, after, 3, padding=1, bias=False),
-                nn.LeakyReLU(),
-                nn.GroupNorm(1, after, eps=1e-3),
-            ]
-            nn.init.kaiming_uniform_(layers[-3].weight, a=0.01, mode="fan_out")  # type: ignore[arg-type]
-        nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
-        super().__init__(*layers)
-
-
 def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load the weights of a network of the released package into ours, built with the same arguments.
+    """Load the weights of a network of the package `iunets` into ours, built with the same arguments.
 
     Args:
         network: is changed; its orthogonal matrices become functions of the weights alone, as there.
@@ -255,7 +249,7 @@ def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> 
                     moves.append((layer.matrix.weight, f"{prefix}weight"))
                     continue
                 branch = next(layer.children())
-                inner = f"{prefix}F.F." if isinstance(branch, StandardBlock) else prefix
+                inner = f"{prefix}F.F." if isinstance(branch, (StandardBlock, HeadBlock)) else prefix
                 moves += [(tensor, inner + name) for name, tensor in branch.state_dict(keep_vars=True).items()]
     for name, layers in (("downsampling_layers", network.downsamplings), ("upsampling_layers", network.upsamplings)):
         for level, layer in enumerate(layers):
@@ -279,7 +273,43 @@ def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> 
     network.train(network.training)
 
 
-def _channels(first: int, strides: Sequence[Sequence[int]], slice_mode: str) -> list[int]:
+def _channels(given: Any, per_level: bool, strides: Sequence[Sequence[int]], slice_mode: str | None) -> list[int]:
+    """Return the channels of the levels that the package would build."""
+    if not per_level:
+        return _sliced_channels(given if isinstance(given, int) else given[0], strides, slice_mode or "double")
+    if slice_mode is not None:
+        raise ValueError("slice_mode goes with in_channels; with channels per level leave it out.")
+    if len(given) != len(strides) + 1:
+        raise ValueError(f"channels must be one per level, {len(strides) + 1} as in architecture, got {given!r}.")
+    built = _nearest_channels(given, strides)
+    if min(built) < 1:
+        raise ValueError(
+            f"channels={tuple(given)}: no channels would be left at a level. Ask for more, or less stride."
+        )
+    if built != list(given):
+        warnings.warn(
+            f"channels={tuple(given)} cannot be reached with resampling_stride={strides}. Built instead, the nearest: "
+            f"{tuple(built)}.",
+            stacklevel=3,
+        )
+    return built
+
+
+def _nearest_channels(wanted: Sequence[int], strides: Sequence[Sequence[int]]) -> list[int]:
+    """Return the channels that the head of the repository builds; of two equally near ones, those that skip are even.
+
+    The operations are in its order, because the last bit decides such cases.
+    """
+    built = [wanted[0]]
+    for total, stride in zip(wanted[1:], strides):
+        values = math.prod(stride)
+        skipped = max(1, round(built[-1] * ((values - total / built[-1]) / values)))
+        built.append(values * (built[-1] - skipped))
+    return built
+
+
+def _sliced_channels(first: int, strides: Sequence[Sequence[int]], slice_mode: str) -> list[int]:
+    """Return the channels that the release builds."""
     if slice_mode not in ("double", "constant"):
         raise ValueError(f'slice_mode must be "double" or "constant", got {slice_mode!r}.')
     factor = {"double": 2, "constant": 1}[slice_mode]
@@ -308,7 +338,7 @@ def _insert_mixing(layers: nn.ModuleList, total: int, after: Iterable[int], meth
 
 
 def _resampling_init(init: Any, strides: Sequence[Sequence[int]]) -> Any:
-    """There is no Haar matrix for every stride; the released package then takes the identity, too."""
+    """There is no Haar matrix for every stride; the package then takes the identity, too."""
     if not isinstance(init, str):
         return init
     no_haar = init == "haar" and any(factor not in (1, 2, 4) for stride in strides for factor in stride)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from monai_iunet.interop.iunets import StandardBlock, iUNet, load_iunets_state_dict
+from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
+from monai_iunet.interop.iunets_blocks import StandardBlock
 from tests.interop.iunets_reference import FILE, NETWORKS, images, original
 
 TUTORIAL = Path(__file__).parents[3] / "shared" / "notes" / "iunets_tutorial_1.rst"
@@ -196,7 +197,7 @@ def test_it_is_the_identity_at_first_and_learns() -> None:
 
 
 def test_its_other_methods() -> None:
-    net = iUNet((4, 8, 8), (1, 1), 2)
+    net = iUNet(in_channels=(4, 8, 8), architecture=(1, 1), dim=2)
     x = images(2, 4, 8)
     codes = net.encode(x)
     torch.testing.assert_close(net.decode(codes), net(x))
@@ -228,6 +229,128 @@ def test_householder_works_but_cannot_be_taken_over() -> None:
     assert net(images(2, 4)).shape == (2, 4, 12, 12)
     with pytest.raises(ValueError, match="Householder"):
         load_iunets_state_dict(net, {})
+
+
+# Channels that the head of the repository built for those wanted, by its formula, worked out by hand.
+LEVELS = [
+    ((3, 8, 16, 32, 40), 2, 2, (3, 8, 16, 32, 40)),  # its tutorial
+    ((64, 128, 256, 384), 2, 2, (64, 128, 256, 384)),
+    ((4, 10, 30), 2, 2, (4, 8, 28)),  # 2.5 and 7.5 channels are wanted; those that skip are rounded to even
+    ((2, 100), 2, 2, (2, 4)),  # one channel skips at least
+    ((8, 20), 3, [(1, 2, 2)], (8, 20)),
+]
+
+
+@pytest.mark.parametrize(("wanted", "dim", "stride", "built"), LEVELS)
+@pytest.mark.filterwarnings("ignore:channels=")
+def test_channels_per_level_are_those_of_the_head(wanted: Any, dim: int, stride: Any, built: Any) -> None:
+    net = iUNet(wanted, (1,) * len(wanted), dim, resampling_stride=stride)
+    assert net.channels == built
+    # As it says it: the share of the channels that skip, rounded.
+    for total, next_wanted, skipped, values in zip(built, wanted[1:], net.skipped_channels, net.channel_multipliers):
+        assert abs(skipped - max(1, total - next_wanted / values)) <= 0.5
+
+
+def test_channels_that_cannot_be_reached_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"channels=\(4, 10\) cannot be reached .* nearest: \(4, 8\)"):
+        iUNet(channels=(4, 10), architecture=(1, 1), dim=2)
+
+
+# As its tutorial shows it.
+LAYOUT = """
+3-3-(1/2)--------------------------------------------------------(1/2)-3-3
+------8-8-(4/4)-------------------------------------------(4/4)-8-8-------
+-------------16-16-(8/8)--------------------------(8/8)-16-16-------------
+---------------------32-32-(22/10)-----(22/10)-32-32----------------------
+-------------------------------40-40--40-40-------------------------------
+"""
+
+
+def test_the_layout_of_the_head_s_tutorial(capsys: pytest.CaptureFixture[str]) -> None:
+    iUNet(channels=(3, 8, 16, 32, 40), dim=2, architecture=(2, 2, 2, 2, 2)).print_layout()
+    assert capsys.readouterr().out.strip() == LAYOUT.strip()
+
+
+def test_blocks_of_the_head_and_the_places_of_layers() -> None:
+    net = iUNet(channels=(4, 8), architecture=(2, 1), dim=2)
+    block = net.encoder[0][0].branch
+    kinds = ["Conv2d", "InstanceNorm2d", "LeakyReLU"] * 2
+    assert [type(layer).__name__ for layer in block] == kinds
+    x = images(2, 4, 8)
+    assert not torch.allclose(net(x), x, atol=0.1)  # it is not the identity at first
+    torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-4, atol=1e-4)
+    same = iUNet(channels=(4, 8), architecture=(2, 1), dim=2, module_kwargs={"zero_init": True})
+    torch.testing.assert_close(same(x), x, rtol=1e-4, atol=1e-4)
+    places: list[dict[str, Any]] = []
+
+    def create(in_channels: int, **place: Any) -> nn.Module:
+        places.append({"in_channels": in_channels, **place})
+        return Scaling(in_channels, place["level"])
+
+    iUNet(channels=(4, 8), architecture=(1, 1), dim=2, create_module_fn=create)
+    common = {"dim": 2, "module_index": 0, "architecture": (1, 1)}
+    expected = [
+        {"in_channels": 4 + 4 * level, "level": level, "branch": branch, **common}
+        for level in (0, 1)
+        for branch in ("encoder", "decoder")
+    ]
+    assert places == expected
+
+
+@pytest.mark.parametrize("normalization", ["instance", "batch", None])
+def test_gradients_and_checkpoints_of_the_head_s_blocks(normalization: str | None) -> None:
+    """Names of its checkpoints are those of the release, each weight of a block listed twice, as `seq` and as `F`."""
+    options: dict[str, Any] = {"channels": (4, 8), "architecture": (2, 1), "dim": 2}
+    options["module_kwargs"] = {"normalization": normalization, "depth": 2}
+    gradients, means = [], []
+    for disabled in (False, True):
+        torch.manual_seed(0)
+        net = iUNet(**options, disable_custom_gradient=disabled).double()
+        net(images(2, 4, 8).double()).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        means.append([b for name, b in net.named_buffers() if "running_mean" in name or "num_batches" in name])
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(*means)
+    state = {}
+    for stage, levels in (("encoder_modules", net.encoder), ("decoder_modules", net.decoder)):
+        for level, layers in enumerate(levels):
+            for index, layer in enumerate(layers):
+                prefix = f"{stage}.{level}.{index}._fn."
+                if hasattr(layer, "matrix"):
+                    state[f"{prefix}weight"] = torch.randn_like(layer.matrix.weight)
+                    continue
+                for name, tensor in layer.branch.state_dict().items():
+                    state |= {f"{prefix}F.{copy}.{name}": tensor + 1 for copy in ("seq", "F")}
+    for name, resamplings in (("downsampling_layers", net.downsamplings), ("upsampling_layers", net.upsamplings)):
+        state |= {f"{name}.{i}._fn.weight": torch.randn_like(one.matrix.weight) for i, one in enumerate(resamplings)}
+    target = iUNet(**options).double()
+    load_iunets_state_dict(target, state)
+    for name, tensor in target.encoder[0][0].branch.state_dict().items():
+        torch.testing.assert_close(tensor, state[f"encoder_modules.0.0._fn.F.F.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": (4, 8, 16)}, "channels must be one per level, 2 as in architecture"),
+        ({"channels": (4, 8), "slice_mode": "double"}, "slice_mode goes with in_channels"),
+        ({"channels": (4, 8), "in_channels": 4}, "either channels, per level, or in_channels"),
+        ({}, "either channels, per level, or in_channels"),
+        ({"channels": (4, 1)}, "no channels would be left at a level"),
+        ({"channels": (4, 8), "architecture": ()}, "architecture"),
+        ({"channels": (4, 8), "module_kwargs": {"normalization": "group"}}, "normalization must be instance, batch or"),
+    ],
+)
+def test_bad_arguments_with_channels_per_level(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        iUNet(**{"architecture": (1, 1), "dim": 2, **arguments})
+
+
+def test_what_the_head_would_leave_unread_is_refused() -> None:
+    with pytest.raises(TypeError, match="block_depth"):
+        iUNet(channels=(4, 8), architecture=(1, 1), dim=2, module_kwargs={"block_depth": 3})
+    with pytest.raises(TypeError, match="base_filters"):
+        iUNet(channels=(4, 8), architecture=(1, 1), dim=2, base_filters=3)  # type: ignore[call-arg]
 
 
 def test_the_block_has_its_depth() -> None:
