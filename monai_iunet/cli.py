@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     import torch
 
+    from monai_iunet.segmentation.files import Failure, WrittenSegmentation
+
 __all__ = ["main"]
 
 Number = TypeVar("Number", int, float)
+# Options of `bids` that take no value.
+SWITCHES = ("--probabilities", "--fail-fast", "--overwrite", "--skip-done")
 
 
 class TableFormat(str, Enum):
@@ -26,6 +30,13 @@ class TableFormat(str, Enum):
 
     csv = "csv"
     json = "json"
+
+
+class AnalysisLevel(str, Enum):
+    """Levels of a BIDS app."""
+
+    participant = "participant"
+    group = "group"
 
 
 class LabelFormat(str, Enum):
@@ -111,7 +122,7 @@ def segment(
     with _input_errors():
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
-        from monai_iunet.segmentation.files import Failure, Settings, segment_example, segment_files, write_volumes
+        from monai_iunet.segmentation.files import Settings, segment_example, segment_files, write_volumes
         from monai_iunet.segmentation.segmenter import BundleSegmenter
 
         place = None if device == "auto" else _device(device)
@@ -120,21 +131,11 @@ def segment(
         if table is not None and table.exists() and not overwrite:
             raise InputError(f"{table}: exists. Pass --overwrite to replace it, or name another --output.")
         settings = Settings(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done)
-        results, failures = [], []
-        try:
-            for result in (
-                segment_files(images, segmenter, output, settings)
-                if images
-                else [segment_example(segmenter, output, settings)]
-            ):
-                if isinstance(result, Failure):
-                    failures.append(result)
-                    continue
-                results.append(result)
-                typer.echo(f"{result.written}")
-                width = max(map(len, result.volumes))
-                for structure, volume in result.volumes.items():
-                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+        with _said(
+            segment_files(images, segmenter, output, settings)
+            if images
+            else iter([segment_example(segmenter, output, settings)])
+        ) as (results, failures):
             count = len(images) if images else 1
             left_out = count - len(results) - len(failures)
             if left_out:
@@ -142,11 +143,117 @@ def segment(
             if table is not None and results:
                 write_volumes(results, table)
                 typer.echo(f"{table}")
-        finally:  # also when a full disk ends the batch
-            for failure in failures:
-                typer.echo(f"Error: {failure.reason}", err=True)
-        if failures:
-            raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def _said(
+    outcomes: Iterator[WrittenSegmentation | Failure],
+) -> Iterator[tuple[list[WrittenSegmentation], list[Failure]]]:
+    """Print each result when it comes, and what went wrong at the end, also when a full disk ends the batch."""
+    from monai_iunet.segmentation.files import Failure
+
+    results: list[WrittenSegmentation] = []
+    failures: list[Failure] = []
+    try:
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                continue
+            results.append(outcome)
+            typer.echo(f"{outcome.written}")
+            width = max(map(len, outcome.volumes))
+            for structure, volume in outcome.volumes.items():
+                typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+        yield results, failures
+    finally:
+        for failure in failures:
+            typer.echo(f"Error: {failure.reason}", err=True)
+    if failures:
+        raise typer.Exit(2)
+
+
+class _LabelsInARow(typer.core.TyperCommand):
+    """A command whose options for labels take several in a row, as those of BIDS apps do."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each further label, once the three arguments were there."""
+        words, option, arguments, previous = [], None, 0, ""
+        for word in args:
+            if word.startswith("-"):
+                word = word.replace("_label", "-label")  # as BIDS apps write it, too
+                option = word if word.endswith("-label") else None
+            elif not previous.startswith("-") or previous in SWITCHES:
+                arguments += 1
+                if option and arguments > 3:
+                    words.append(option)
+            words.append(word)
+            previous = word
+        return super().parse_args(ctx, words)
+
+
+@app.command(cls=_LabelsInARow)
+def bids(
+    bids_dir: Annotated[Path, typer.Argument(help="Folder of the BIDS data set.")],
+    output_dir: Annotated[Path, typer.Argument(help="Folder of the derivatives; created if need be.")],
+    level: Annotated[
+        AnalysisLevel, typer.Argument(help="participant: segment; group: one table of the volumes of all.")
+    ],
+    participant_label: Annotated[
+        list[str] | None,
+        typer.Option("--participant-label", help="Participants, one or several; all by default.", show_default=False),
+    ] = None,
+    session_label: Annotated[
+        list[str] | None,
+        typer.Option("--session-label", help="Sessions, one or several; all by default.", show_default=False),
+    ] = None,
+    bids_filter_file: Annotated[
+        Path | None,
+        typer.Option(help='JSON file: {"t1w": {"acquisition": "mprage"}}.', show_default=False),
+    ] = None,
+    bundle: Annotated[
+        str, typer.Option(help='Bundle: a folder, or a name from "monai-iunet bundles".')
+    ] = "hippocampus",
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write probabilities too, probseg.nii.gz.")
+    ] = False,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")
+    ] = False,
+    skip_done: Annotated[
+        bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
+    ] = False,
+) -> None:
+    """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes.
+
+    Example: monai-iunet bids DATA DATA/derivatives/iunet participant --participant-label 01 02
+    """
+    with _input_errors():
+        from monai_iunet.bids.group import segment_participants, write_group_table
+        from monai_iunet.io.bundles import bundle_folder
+        from monai_iunet.segmentation.files import Settings
+        from monai_iunet.segmentation.segmenter import BundleSegmenter
+
+        place = None if device == "auto" else _device(device)
+        segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
+        if level is AnalysisLevel.group:
+            table, without = write_group_table(bids_dir, output_dir, segmenter)
+            typer.echo(f"{table}")
+            for subject in without:
+                typer.echo(f"Error: sub-{subject}: has no result.", err=True)
+            if without:
+                raise typer.Exit(2)
+            return
+        settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done)
+        outcomes = segment_participants(
+            *(bids_dir, output_dir, segmenter, settings),
+            *(participant_label or (), session_label or (), bids_filter_file),
+        )
+        with _said(outcomes):
+            pass
 
 
 @app.command()

@@ -29,6 +29,7 @@ ORDER = (
     "visualization",
     "training",
     "segmentation",
+    "bids",
     "bundling",
     "interop",
     "benchmark",

@@ -34,6 +34,7 @@ __all__ = [
     "Case",
     "Failure",
     "Settings",
+    "Write",
     "WrittenSegmentation",
     "check_outputs",
     "segment_cases",
