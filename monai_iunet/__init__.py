@@ -111,6 +111,7 @@ if TYPE_CHECKING:
     from monai_iunet.segmentation.result import Segmentation
     from monai_iunet.segmentation.segmenter import BundleSegmenter
     from monai_iunet.segmentation.whole_head import load_template
+    from monai_iunet.training.autocast import AutocastInferer
     from monai_iunet.training.average import WeightAverage
     from monai_iunet.training.cases import check_cases, check_images, images_to_segment
     from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
@@ -121,12 +122,14 @@ if TYPE_CHECKING:
     from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
+    from monai_iunet.transforms.synthetic import RandSyntheticImaged
     from monai_iunet.visualization.overlay import draw_overlay, save_overlay
     from monai_iunet.visualization.slices import SliceSlider, draw_slice
     from monai_iunet.visualization.surfaces import draw_surfaces
 
 __all__ = [
     "AdditiveCoupling",
+    "AutocastInferer",
     "Branch",
     "BundleSegmenter",
     "CaseReport",
@@ -147,6 +150,7 @@ __all__ = [
     "PictureHandler",
     "PlannedIUNet",
     "RandMirrord",
+    "RandSyntheticImaged",
     "SaveImageLabelsd",
     "SegIUNet",
     "Segmentation",
@@ -219,6 +223,7 @@ _NAMES = {
     "segmentation.result": ("Segmentation",),
     "segmentation.segmenter": ("BundleSegmenter",),
     "segmentation.whole_head": ("load_template",),
+    "training.autocast": ("AutocastInferer",),
     "training.average": ("WeightAverage",),
     "training.cases": ("check_cases", "check_images", "images_to_segment"),
     "training.checkpoints": ("Checkpoints", "StartFrom", "start_from"),
@@ -229,6 +234,7 @@ _NAMES = {
     "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("MirrorInferer", "RandMirrord"),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
+    "transforms.synthetic": ("RandSyntheticImaged",),
     "visualization.overlay": ("draw_overlay", "save_overlay"),
     "visualization.slices": ("SliceSlider", "draw_slice"),
     "visualization.surfaces": ("draw_surfaces",),

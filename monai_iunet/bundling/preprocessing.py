@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from monai_iunet.bundling.sections import Config
-from monai_iunet.bundling.task import Task
+from monai_iunet.bundling.task import SyntheticImages, Task
+from monai_iunet.errors import InputError
 
 __all__ = [
     "IMAGE_AND_LABEL",
@@ -14,6 +16,7 @@ __all__ = [
     "label_transforms",
     "labels_on_image_grid",
     "largest_component",
+    "loading",
     "preprocessing",
     "random_transforms",
 ]
@@ -24,16 +27,20 @@ READER = "monai_iunet.SimpleITKReader"
 Transforms = list[Config]
 
 
-def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
-    """Return the transforms before the network, of images or of images and labels."""
-    both = not isinstance(keys, str)
-    transforms: Transforms = [
+def loading(keys: str | Sequence[str]) -> Transforms:
+    """Return the transforms that load images, or images and labels, and turn them to RAS."""
+    return [
         {"_target_": "LoadImaged", "keys": keys, "reader": READER},
         # Apart, because MONAI Deploy leaves out what loads.
         {"_target_": "EnsureChannelFirstd", "keys": keys},
         # The labels of an affine that leads to RAS, as all readers give it, whatever space the meta data name.
         {"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
     ]
+
+
+def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
+    """Return the transforms before the network, of images or of images and labels."""
+    transforms = loading(keys)
     if task.modality == "CT":
         # What lies around the scanned region is air, or was never there.
         transforms.append(
@@ -50,18 +57,23 @@ def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
             "_target_": "Spacingd",
             "keys": keys,
             "pixdim": list(task.spacing),
-            "mode": ["bilinear", "nearest"] if both else "bilinear",
+            "mode": "bilinear" if isinstance(keys, str) else ["bilinear", "nearest"],
         }
     )
+    return [*transforms, *_intensities(task)]
+
+
+def _intensities(task: Task) -> Transforms:
+    """Return the transforms that bring intensities to one scale."""
     if task.modality == "CT":
         low, high = task.window
         scale = {"a_min": low, "a_max": high, "b_min": -1.0, "b_max": 1.0, "clip": True}
-        transforms.append({"_target_": "ScaleIntensityRanged", "keys": "image", **scale})
-    else:
-        scale = {"lower": 0.5, "upper": 99.5, "b_min": 0.0, "b_max": 1.0, "clip": True}
-        transforms.append({"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale})
-        transforms.append({"_target_": "NormalizeIntensityd", "keys": "image"})
-    return transforms
+        return [{"_target_": "ScaleIntensityRanged", "keys": "image", **scale}]
+    scale = {"lower": 0.5, "upper": 99.5, "b_min": 0.0, "b_max": 1.0, "clip": True}
+    return [
+        {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale},
+        {"_target_": "NormalizeIntensityd", "keys": "image"},
+    ]
 
 
 def label_transforms(task: Task) -> Transforms:
@@ -74,6 +86,8 @@ def label_transforms(task: Task) -> Transforms:
 
 def random_transforms(task: Task) -> Transforms:
     """Return the transforms of training, which vary patches at random."""
+    if task.synthetic:
+        return [_synthetic_images(task, task.synthetic), *_intensities(task)]
     keys = IMAGE_AND_LABEL
     deformation: Config = {
         "_target_": "RandAffined",
@@ -131,6 +145,21 @@ def random_transforms(task: Task) -> Transforms:
     if task.partial_labels:
         transforms.append({"_target_": "monai_iunet.OneHotContouredd", "keys": "label"})
     return transforms
+
+
+def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:
+    """Return the transform that makes images from label maps."""
+    if len(set(task.spacing)) > 1:
+        raise InputError(f"spacing {task.spacing}: images are made with the same along all axes.")
+    return {
+        "_target_": "monai_iunet.RandSyntheticImaged",
+        "keys": "image",
+        "label_key": "label",
+        "pixdim": task.spacing[0],
+        "spatial_size": "@roi_size",
+        "swap": [list(pair) for pair in task.mirrored or ()],
+        **{name: list(values) for name, values in asdict(synthetic).items()},
+    }
 
 
 def labels_on_image_grid(preprocessing: str, save_probabilities: bool = False) -> Transforms:

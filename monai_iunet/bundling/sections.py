@@ -106,10 +106,10 @@ def inferer(task: Task) -> Config:
 
 
 def sliding_window(task: Task) -> Config:
-    """Return a sliding-window inferer."""
+    """Return a sliding-window inferer; for images in one piece its window is the image."""
     return {
         "_target_": "SlidingWindowInferer",
-        "roi_size": "@roi_size",
+        "roi_size": [-1, -1, -1] if task.one_piece else "@roi_size",
         "sw_batch_size": 4,
         "overlap": 0.5,
         "mode": "gaussian",
@@ -122,6 +122,8 @@ def loss(task: Task) -> Config:
     config = {"_target_": "DiceCELoss", "softmax": True, "include_background": False}
     if task.partial_labels:
         return {"_target_": "monai_iunet.MarginalLoss", "loss": config}
+    if task.one_piece:  # many voxels, often of many classes
+        config["_target_"] = "monai_iunet.ChunkedDiceCELoss"
     return {**config, "to_onehot_y": True}
 
 

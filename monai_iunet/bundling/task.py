@@ -7,8 +7,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from monai_iunet.errors import InputError
+from monai_iunet.transforms.head_labels import FLUID, OUTSIDE, STRUCTURES, SWAP, TYPICAL
 
-__all__ = ["HEADNECK", "HIPPOCAMPUS", "TASKS", "Task"]
+__all__ = ["BRAIN", "HEADNECK", "HIPPOCAMPUS", "TASKS", "SyntheticImages", "Task"]
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """Describes the tissues of label maps that images are made from.
+
+    Attributes:
+        typical: see `RandSyntheticImaged`, as are the others.
+        outside: tissues that are taken out at times.
+        fluid: tissues that are then taken out as often as not.
+
+    Example:
+        >>> SyntheticImages(typical=(0.0, 0.8)).outside
+        ()
+    """
+
+    typical: tuple[float, ...]
+    outside: tuple[int, ...] = ()
+    fluid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,9 @@ class Task:
         largest_component: whether, unless asked otherwise, only the largest component of each structure is kept.
         max_field_of_view: longest axis, in mm, of the images that the network has learned from, if others must be
             cropped; None for any.
+        synthetic: what images are made from in training, if the training cases are label maps: their "image" is a map
+            of tissues.
+        one_piece: whether an image is segmented as a whole, not in patches of `roi_size`.
         validation_cases: whether the cases to validate on are listed in `configs/validation_cases.json`; otherwise
             they are the section "validation" of `dataset.json`.
         channels: of the network, per level.
@@ -55,6 +78,8 @@ class Task:
     partial_labels: bool = False
     largest_component: bool = False
     max_field_of_view: float | None = None
+    synthetic: SyntheticImages | None = None
+    one_piece: bool = False
     validation_cases: bool = False
     channels: tuple[int, ...] = (32, 64, 128, 256)
     couplings: tuple[int, ...] = (2, 2, 2, 2)
@@ -108,6 +133,24 @@ HEADNECK = Task(
     # Depth where it costs little: seven organs in a large field of view need more of it than one hippocampus.
     couplings=(2, 3, 4, 4),
     max_epochs=60,
+)
+
+BRAIN = Task(
+    name="iunet_brain_mri_segmentation",
+    modality="MR",
+    classes=tuple(STRUCTURES),
+    dataset="SyntheticHeads",
+    spacing=(2.0, 2.0, 2.0),
+    roi_size=(96, 112, 96),
+    mirrored=SWAP,
+    synthetic=SyntheticImages(TYPICAL, OUTSIDE, FLUID),
+    one_piece=True,
+    max_field_of_view=320.0,
+    # Few at the finest level, where a channel costs most; the place of a structure in the head is seen at the coarsest.
+    channels=(16, 64, 128, 256, 256),
+    couplings=(1, 2, 2, 2, 1),
+    max_epochs=2000,
+    batch_size=1,
 )
 
 TASKS = (HIPPOCAMPUS, HEADNECK)

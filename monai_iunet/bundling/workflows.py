@@ -8,6 +8,7 @@ from monai_iunet.bundling.preprocessing import (
     label_transforms,
     labels_on_image_grid,
     largest_component,
+    loading,
     preprocessing,
     random_transforms,
 )
@@ -91,12 +92,14 @@ def _optimization() -> Config:
 
 def _train_section(task: Task, distributed: bool) -> Config:
     not_first = {"_disabled_": "$@rank > 0"}
+    first = "train#label_maps" if task.synthetic else "deterministic_transforms"
     return {
+        **({"label_maps": loading(IMAGE_AND_LABEL)} if task.synthetic else {}),
         "label_transforms": label_transforms(task),
         "random_transforms": random_transforms(task),
         "preprocessing": {
             "_target_": "Compose",
-            "transforms": "$@deterministic_transforms + @train#label_transforms + @train#random_transforms",
+            "transforms": f"$@{first} + @train#label_transforms + @train#random_transforms",
         },
         "dataset": case_dataset("$@datalist['training']", "@train#preprocessing"),
         "dataloader": {

@@ -1,0 +1,115 @@
+"""Images that are made from label maps agree with the labels that come with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from monai_iunet import RandSyntheticImaged
+
+STILL: dict[str, Any] = {
+    "max_rotation": 0.0, "max_scale": 0.0, "max_shear": 0.0, "max_shift": 0.0, "max_displacement": 0.0,
+}  # fmt: skip
+
+
+def head(zoom: float = 1.0) -> dict[str, MetaTensor]:
+    """Tissues and labels of a ball with a left and a right half, in a layer of another tissue."""
+    size = round(48 / zoom)
+    grid = np.stack(np.meshgrid(*[(np.arange(size) - (size - 1) / 2) * zoom] * 3, indexing="ij"))
+    radius = np.sqrt((grid**2).sum(0))
+    tissues = np.select([radius < 12, radius < 18], [1, 2], 0)
+    labels = np.where(tissues == 1, np.where(grid[0] < 0, 1, 2), 0)
+    affine = torch.diag(torch.tensor([zoom] * 3 + [1.0]))
+    return {
+        key: MetaTensor(torch.tensor(volume[None], dtype=torch.uint8), affine=affine)
+        for key, volume in (("image", tissues), ("label", labels))
+    }
+
+
+def maker(**options: Any) -> RandSyntheticImaged:
+    arguments = {"pixdim": 2.0, "spatial_size": (24, 24, 24), "typical": (0.0, 0.8, 0.4), "swap": [[1, 2]],
+                 "divisor": 4, "prob_crop": 0.0, "prob_strip": 0.0}  # fmt: skip
+    return RandSyntheticImaged("image", **{**arguments, **options})
+
+
+def test_a_seed_gives_one_image_and_another_seed_another() -> None:
+    first, same, other = (maker().set_random_state(seed)(head()) for seed in (3, 3, 4))
+    assert torch.equal(first["image"], same["image"])
+    assert torch.equal(first["label"], same["label"])
+    assert not torch.equal(first["image"], other["image"])
+
+
+@pytest.mark.parametrize("zoom", [0.8, 1.0, 1.5])
+def test_without_deformation_structures_keep_place_and_size(zoom: float) -> None:
+    made = maker(**STILL).set_random_state(0)(head(zoom))["label"][0]
+    positions = (made > 0).nonzero().float()
+    assert positions.mean(0).tolist() == pytest.approx([11.5] * 3, abs=0.3)
+    volume = (made > 0).sum().item() * 8
+    assert volume == pytest.approx(4 / 3 * np.pi * 12**3, rel=0.1)
+
+
+def test_left_stays_left_however_a_head_is_mirrored() -> None:
+    make = maker(**STILL).set_random_state(0)
+    for _ in range(8):
+        made = make(head())["label"][0]
+        left, right = ((made == side).nonzero().float()[:, 0].mean() for side in (1, 2))
+        assert left + 4 < right
+
+
+def test_a_deformation_moves_image_and_labels_alike() -> None:
+    make = maker(prob_typical=1.0).set_random_state(0)
+    apart = []
+    for _ in range(10):
+        made = make(head())
+        image, inside = made["image"][0], made["label"][0] > 0
+        # However dark or bright: a threshold between the means of inside and outside tells them apart.
+        means = image[inside].mean(), image[~inside].mean()
+        found = (image - means[1]) * (means[0] - means[1]) > (means[0] - means[1]) ** 2 / 2
+        apart.append((found == inside).float().mean().item())
+    assert np.median(apart) > 0.85
+
+
+def test_what_is_taken_out_is_black_and_has_no_label() -> None:
+    make = maker(outside=[0, 2], fluid=[1], prob_strip=1.0, prob_typical=0.0).set_random_state(0)
+    emptied = []
+    for _ in range(8):
+        made = make(head())
+        assert (made["image"][made["label"] == 0] == 0).all()
+        emptied.append(not made["label"].any())
+    assert 0 < sum(emptied) < 8
+
+
+def test_fields_of_view_divide_and_lie_in_the_largest_one() -> None:
+    make = maker(prob_crop=1.0).set_random_state(0)
+    shapes = {tuple(make(head())["image"].shape[1:]) for _ in range(12)}
+    assert len(shapes) > 6
+    assert all(extent % 4 == 0 and 12 <= extent <= 24 for shape in shapes for extent in shape)
+
+
+def test_contrasts_differ_and_are_turned_round() -> None:
+    make = maker(prob_typical=1.0).set_random_state(0)
+    darker = []
+    for _ in range(20):
+        made = make(head())
+        darker.append(bool(made["image"][made["label"] > 0].mean() < made["image"][made["label"] == 0].mean()))
+    assert 0 < sum(darker) < 20
+
+
+def test_images_are_from_zero_to_one_on_the_grid_that_they_name() -> None:
+    made = maker().set_random_state(0)(head())
+    for key in ("image", "label"):
+        assert made[key].dtype == torch.float32
+        assert made[key].pixdim.tolist() == [2.0] * 3
+    assert made["image"].min() >= 0
+    assert made["image"].max() <= 1
+
+
+def test_an_empty_map_gives_an_image() -> None:
+    empty = {key: torch.zeros(1, 20, 20, 20) for key in ("image", "label")}
+    made = maker().set_random_state(0)(empty)
+    assert torch.isfinite(made["image"]).all()
+    assert not made["label"].any()
