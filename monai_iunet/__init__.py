@@ -119,6 +119,7 @@ if TYPE_CHECKING:
     from monai_iunet.training.evaluation import CaseReport
     from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.pictures import PictureHandler
+    from monai_iunet.transforms.contrast import RandIntensityCurved
     from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
@@ -149,6 +150,7 @@ __all__ = [
     "OneHotContouredd",
     "PictureHandler",
     "PlannedIUNet",
+    "RandIntensityCurved",
     "RandMirrord",
     "RandSyntheticImaged",
     "SaveImageLabelsd",
@@ -231,6 +233,7 @@ _NAMES = {
     "training.evaluation": ("CaseReport",),
     "training.handler_group": ("HandlerGroup",),
     "training.pictures": ("PictureHandler",),
+    "transforms.contrast": ("RandIntensityCurved",),
     "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("MirrorInferer", "RandMirrord"),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),

@@ -132,6 +132,8 @@ def random_transforms(task: Task) -> Transforms:
                 "swap": [list(pair) for pair in task.mirrored],
             }
         )
+    if task.any_contrast:
+        transforms.append({"_target_": "monai_iunet.RandIntensityCurved", "keys": "image", "prob": 0.7})
     if task.modality == "MR":
         transforms.append({"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.15})
         transforms.append({"_target_": "RandBiasFieldd", "keys": "image", "prob": 0.15, "coeff_range": [0.0, 0.2]})

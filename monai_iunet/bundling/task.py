@@ -51,6 +51,8 @@ class Task:
             cropped; None for any.
         synthetic: what images are made from in training, if the training cases are label maps: their "image" is a map
             of tissues.
+        any_contrast: whether intensities are mapped by random curves in training, so that a network learns from one
+            contrast to segment others.
         one_piece: whether an image is segmented as a whole, not in patches of `roi_size`.
         validation_cases: whether the cases to validate on are listed in `configs/validation_cases.json`; otherwise
             they are the section "validation" of `dataset.json`.
@@ -79,6 +81,7 @@ class Task:
     largest_component: bool = False
     max_field_of_view: float | None = None
     synthetic: SyntheticImages | None = None
+    any_contrast: bool = False
     one_piece: bool = False
     validation_cases: bool = False
     channels: tuple[int, ...] = (32, 64, 128, 256)
