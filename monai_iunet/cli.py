@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -115,39 +118,78 @@ def segment(
     skip_done: Annotated[
         bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page to look through all results, report.html.")
+    ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(help="Part of the images: K/N, or auto under torchrun and SLURM.", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
 ) -> None:
     """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
     if example == bool(images):
         raise typer.BadParameter("name images, or --example, and not both.")
     with _input_errors():
-        from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
-        from monai_iunet.segmentation.files import Settings, segment_example, segment_files, write_volumes
+        from monai_iunet.segmentation.files import Settings, image_names, segment_example, segment_files
+        from monai_iunet.segmentation.records import write_table
+        from monai_iunet.segmentation.report import write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
+        from monai_iunet.segmentation.share import Share
+        from monai_iunet.visualization.page import viewer_program
 
-        place = None if device == "auto" else _device(device)
+        part = Share.parse(share)
+        place = _own_device() if device == "auto" else _device(device)
         segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
         table = None if volumes is None else output / f"volumes.{volumes.value}"
-        if table is not None and table.exists() and not overwrite:
-            raise InputError(f"{table}: exists. Pass --overwrite to replace it, or name another --output.")
-        settings = Settings(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done)
-        with _said(
+        page = output / "report.html" if report else None
+        if page is not None:
+            viewer_program()
+        for path in (table, page):
+            _check_free(path, overwrite or skip_done or part.count > 1)
+        settings = Settings(
+            *(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done),
+            record=bool(table or page),
+            view=page is not None,
+            share=part,
+        )
+        outcomes = (
             segment_files(images, segmenter, output, settings)
             if images
             else iter([segment_example(segmenter, output, settings)])
-        ) as (results, failures):
-            count = len(images) if images else 1
-            left_out = count - len(results) - len(failures)
-            if left_out:
-                typer.echo(f"Left out: {left_out} of {count} images, whose results are there.")
-            if table is not None and results:
-                write_volumes(results, table)
+        )
+        with _said(outcomes, quiet, as_json) as (results, failures):
+            own = len(images[part.index :: part.count]) if images else 1
+            left_out = own - len(results) - len(failures)
+            quiet = quiet or as_json
+            if left_out and not quiet:
+                typer.echo(f"Left out: {left_out} of {own} images, whose results are there.")
+            names = image_names(images or [Path("mni152.nii.gz")])
+            if table is not None and write_table(output, names, table) and not quiet:
                 typer.echo(f"{table}")
+            reasons = [failure.reason for failure in failures]
+            if page is not None and write_report(output, output, page, names, reasons, _command()) and not quiet:
+                typer.echo(f"{page}")
+
+
+def _check_free(path: Path | None, replace: bool) -> None:
+    """Check that a file that sums a batch up is not there, unless it may be replaced."""
+    from monai_iunet.errors import InputError
+
+    if path is not None and path.exists() and not replace:
+        raise InputError(f"{path}: exists. Pass --overwrite to replace it, or name another --output.")
+
+
+def _command() -> str:
+    """Return the command that is running, as it is typed."""
+    return shlex.join(["monai-iunet", *sys.argv[1:]])
 
 
 @contextlib.contextmanager
 def _said(
-    outcomes: Iterator[WrittenSegmentation | Failure],
+    outcomes: Iterator[WrittenSegmentation | Failure], quiet: bool = False, as_json: bool = False
 ) -> Iterator[tuple[list[WrittenSegmentation], list[Failure]]]:
     """Print each result when it comes, and what went wrong at the end, also when a full disk ends the batch."""
     from monai_iunet.segmentation.files import Failure
@@ -158,12 +200,18 @@ def _said(
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 failures.append(outcome)
+                if as_json:
+                    typer.echo(json.dumps({"image": str(outcome.path), "error": outcome.reason}))
                 continue
             results.append(outcome)
-            typer.echo(f"{outcome.written}")
-            width = max(map(len, outcome.volumes))
-            for structure, volume in outcome.volumes.items():
-                typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+            if as_json:
+                facts = {"image": outcome.name, "labels": str(outcome.written), "volumes_mm3": outcome.volumes}
+                typer.echo(json.dumps(facts))
+            elif not quiet:
+                typer.echo(f"{outcome.written}")
+                width = max(map(len, outcome.volumes))
+                for structure, volume in outcome.volumes.items():
+                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
         yield results, failures
     finally:
         for failure in failures:
@@ -226,6 +274,11 @@ def bids(
     skip_done: Annotated[
         bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page to look through the results, report.html.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
 ) -> None:
     """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes.
 
@@ -235,9 +288,11 @@ def bids(
         from monai_iunet.bids.group import segment_participants, write_group_table
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Settings
+        from monai_iunet.segmentation.report import VIEWS, write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
+        from monai_iunet.visualization.page import viewer_program
 
-        place = None if device == "auto" else _device(device)
+        place = _own_device() if device == "auto" else _device(device)
         segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
         if level is AnalysisLevel.group:
             table, without = write_group_table(bids_dir, output_dir, segmenter)
@@ -247,13 +302,21 @@ def bids(
             if without:
                 raise typer.Exit(2)
             return
-        settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done)
+        page = output_dir / "report.html" if report else None
+        if page is not None:
+            viewer_program()
+        _check_free(page, overwrite or skip_done)
+        settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done, view=report)
         outcomes = segment_participants(
             *(bids_dir, output_dir, segmenter, settings),
             *(participant_label or (), session_label or (), bids_filter_file),
         )
-        with _said(outcomes):
-            pass
+        with _said(outcomes, quiet, as_json) as (_, failures):
+            quiet = quiet or as_json
+            reasons = [failure.reason for failure in failures]
+            views = output_dir / VIEWS
+            if page is not None and write_report(views, output_dir, page, [], reasons, _command()) and not quiet:
+                typer.echo(f"{page}")
 
 
 @app.command()
@@ -437,6 +500,15 @@ def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Num
     except ValueError as error:
         raise InputError(f"{option} {text}: three numbers with commas are needed, such as 1,1,1.") from error
     return first, second, third
+
+
+def _own_device() -> torch.device | None:
+    """Return the GPU of this process, where torchrun or SLURM started several; None for the first, or for none."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    gpus = torch.cuda.device_count()
+    return torch.device("cuda", int(local) % gpus) if local is not None and gpus else None
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,9 @@ from typing import Any
 from monai_iunet.bids.images import BidsImage
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_text
-from monai_iunet.segmentation.files import Case, Write, write_nifti, write_picture, write_probabilities
+from monai_iunet.segmentation.files import Case, Settings, Write, write_nifti, write_picture, write_probabilities
+from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
+from monai_iunet.segmentation.report import VIEWS, write_view
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.visualization.palette import label_colors
@@ -27,7 +29,7 @@ GENERATOR = "monai_iunet"
 GENERAL_WORDS = ("iunet", "segmentation", "mri", "mr", "ct")
 COLUMNS = ("index", "name", "color", "volume_mm3")
 # What BIDS does not know: pictures, and the table of the group, named as MRIQC names its own.
-IGNORED = "figures\nfigures/**\ngroup_*\n"
+IGNORED = "figures\nfigures/**\ngroup_*\nreport.html\nreport_files\nreport_files/**\n"
 README = """# Segmentations by invertible U-Nets
 
 This folder holds BIDS derivatives that were written by `monai-iunet bids`. For each image there are
@@ -94,7 +96,7 @@ def start_derivatives(output: Path, bids_dir: Path, segmenter: BundleSegmenter) 
     entry = {
         "Name": GENERATOR,
         "Version": version("monai-iunet"),
-        "Description": f"{segmenter.folder.resolve().name} {segmenter.metadata.get('version', '')}".strip(),
+        "Description": segmenter.title,
     }
     if entry not in description["GeneratedBy"]:
         description["GeneratedBy"].append(entry)
@@ -104,7 +106,7 @@ def start_derivatives(output: Path, bids_dir: Path, segmenter: BundleSegmenter) 
     _describe_label(output / "descriptions.tsv", description_label(segmenter), str(segmenter.metadata.get("task", "")))
 
 
-def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path) -> Case:
+def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
     """Return the files that the results of an image go to.
 
     The labels are `STEM_desc-LABEL_dseg.nii.gz`, beside them are the side-car, `dseg.json`, the names and volumes of
@@ -121,15 +123,17 @@ def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path) -> Cas
         text = "Probabilities of the background and the structures"
         beside[folder / f"{stem}_probseg.json"] = partial(_write_sidecar, image, segmenter, text)
         beside[folder / f"{stem}_probseg.nii.gz"] = write_probabilities
+    if settings.view:
+        beside[output / VIEWS / f"{stem}{RECORD_SUFFIX}"] = partial(write_record, image.path, segmenter.title)
+        beside[output / VIEWS / f"{stem}.json"] = partial(write_view, stem, segmenter.window)
     return Case(image.path, stem, folder / f"{stem}_dseg.nii.gz", write_nifti, beside)
 
 
 def _write_sidecar(
     image: BidsImage, segmenter: BundleSegmenter, text: str, segmentation: Segmentation, path: Path
 ) -> None:
-    bundle = f"{segmenter.folder.resolve().name} {segmenter.metadata.get('version', '')}".strip()
     sidecar: dict[str, Any] = {
-        "Description": f"{text}, by monai_iunet {version('monai-iunet')} with the bundle {bundle}.",
+        "Description": f"{text}, by monai_iunet {version('monai-iunet')} with the bundle {segmenter.title}.",
         "Sources": [f"bids:raw:{image.source}"],
         "SpatialReference": f"bids:raw:{image.source}",
         "Manual": False,

@@ -45,12 +45,9 @@ def segment_participants(
     """
     suffixes = contrasts(segmenter)
     images, missing = find_images(bids_dir, suffixes, subjects, sessions, filters)
-    cases = [bids_case(image, segmenter, output) for image in images]
+    cases = [bids_case(image, segmenter, output, settings) for image in images]
     check_outputs(cases, settings)
     start_derivatives(output, bids_dir, segmenter)
-    for case in cases:
-        for path in case.outputs:
-            path.parent.mkdir(parents=True, exist_ok=True)
     for absent in missing:
         failure = _missing(absent, bids_dir, suffixes)
         if settings.fail_fast:

@@ -1,13 +1,11 @@
-"""What `monai-iunet segment` does: an image is read, checked, segmented and written, then comes the next."""
+"""What `monai-iunet segment` does: images are read, checked, segmented and written, one after another."""
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,16 @@ from tqdm import tqdm
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import first_line
 from monai_iunet.io.dicom_series import series_files
-from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically, write_text
+from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically
 from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.io.labels import label_image
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
+from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
+from monai_iunet.segmentation.report import VIEWS, write_view
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.segmentation.share import Share
 from monai_iunet.visualization.overlay import save_overlay
 
 __all__ = [
@@ -37,23 +38,25 @@ __all__ = [
     "Write",
     "WrittenSegmentation",
     "check_outputs",
+    "image_names",
     "segment_cases",
     "segment_example",
     "segment_files",
     "write_nifti",
     "write_picture",
     "write_probabilities",
-    "write_volumes",
 ]
 
 logger = logging.getLogger(__name__)
 
 # The disk is full, the quota or the limit of a file is used up, the disk is read-only, or it fails.
 ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+SMALL = 64 * 2**20  # bytes of an image's files, up to which reading and writing overlap with segmenting
 # What a volume is written as whose own format keeps header and data in two files.
 IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 
 Write = Callable[[Segmentation, Path], object]
+ALL = Share()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Settings:
         fail_fast: raise what is wrong with an image instead of going on with the next.
         overwrite: replace files that are there.
         skip_done: leave out images whose labels are there.
+        record: write the record of each image, `NAME_seg.json`.
+        view: write what the page shows of each image.
+        share: part of the images that this process does.
+        overlap: read the next image, and write the one before, while one is segmented.
     """
 
     mirror: bool = False
@@ -77,6 +84,10 @@ class Settings:
     fail_fast: bool = False
     overwrite: bool = False
     skip_done: bool = False
+    record: bool = False
+    view: bool = False
+    share: Share = ALL
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,11 @@ class Case:
         """All files that are written."""
         return [self.labels, *self.beside]
 
+    @property
+    def started(self) -> Path:
+        """File that is there while results are written, so that what a kill leaves is not taken for somebody's own."""
+        return self.labels.with_name(f".{self.labels.name}.started")
+
 
 @dataclass(frozen=True)
 class WrittenSegmentation:
@@ -123,7 +139,7 @@ class Failure:
 def segment_files(
     images: Sequence[Path], segmenter: BundleSegmenter, output: Path, settings: Settings
 ) -> Iterator[WrittenSegmentation | Failure]:
-    """Segment image files one after another; each result is written before the next image is read.
+    """Segment image files one after another; the next one is read while one is segmented and the last one is written.
 
     Args:
         images: files, or folders with a DICOM series.
@@ -139,8 +155,8 @@ def segment_files(
         InputError: before the first image is read, when a result would replace an image, another result or, without
             `overwrite`, a file that is there, or cannot be written; with `fail_fast` when an image cannot be segmented.
     """
-    check_names([_name(path) for path in images])
-    cases = [_case(path, segmenter, output, settings) for path in images]
+    check_names(image_names(images))
+    cases = [_case(path, segmenter, output, settings) for path in images[settings.share.index :: settings.share.count]]
     check_outputs(cases, settings)
     check_folder(output)
     yield from segment_cases(cases, segmenter, settings)
@@ -149,25 +165,63 @@ def segment_files(
 def segment_cases(
     cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
 ) -> Iterator[WrittenSegmentation | Failure]:
-    """Segment cases one after another, see `segment_files`; their files were checked by `check_outputs`."""
-    cases = [case for case in cases if not (settings.skip_done and case.labels.exists())]
-    # A bar on a terminal, nothing elsewhere.
-    for case in tqdm(cases, desc="segmenting", unit="image", leave=False, disable=None):
-        try:
-            image = read_image(case.image, settings.series)
-            segmentation = segmenter.segment(image, str(case.image), settings.mirror)
-            result = _write(segmentation, case)
-        except Exception as error:
-            if _meets_every_image(error):
-                raise
-            logger.debug("%s", case.image, exc_info=True)
-            known = isinstance(error, InputError)
-            reason = str(error) if known else f"{case.image}: {type(error).__name__}: {first_line(error)}"
-            if settings.fail_fast:
-                raise InputError(reason) from error
-            yield Failure(case.image, reason)
-        else:
-            yield result
+    """Segment cases one after another, see `segment_files`; their files were checked by `check_outputs`.
+
+    While one image is segmented, the next is read and the one before is written, each in a thread of its own, if both
+    are small enough that memory for three of them does not matter.
+    """
+    left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reading: Future[nibabel.Nifti1Image] | None = None
+        writing: tuple[Case, Future[WrittenSegmentation]] | None = None
+        # A bar on a terminal, nothing elsewhere.
+        bar = tqdm(left, desc="segmenting", unit="image", leave=False, disable=None)
+        for case, following in zip(bar, [*left[1:], None]):
+            wait([current := reading or reader.submit(read_image, case.image, settings.series)])
+            overlaps = settings.overlap and _is_small(case.image)
+            reading = None
+            if following is not None and overlaps and _is_small(following.image):
+                reading = reader.submit(read_image, following.image, settings.series)
+            try:
+                segmentation = segmenter.segment(current.result(), str(case.image), settings.mirror)
+            except Exception as error:
+                result: Future[WrittenSegmentation] = Future()
+                result.set_exception(error)
+            else:
+                result = writer.submit(_write, segmentation, case)
+            del current
+            if writing is not None:
+                yield _outcome(*writing, settings)
+            writing = (case, result)
+            if not overlaps:
+                yield _outcome(*writing, settings)
+                writing = None
+        if writing is not None:
+            yield _outcome(*writing, settings)
+
+
+def _is_small(image: Path) -> bool:
+    """Return whether the files of an image are so small that several such images fit the memory."""
+    try:
+        files = list(image.iterdir()) if image.is_dir() else [image]
+        return sum(file.stat().st_size for file in files) <= SMALL
+    except OSError:
+        return False
+
+
+def _outcome(case: Case, result: Future[WrittenSegmentation], settings: Settings) -> WrittenSegmentation | Failure:
+    """Wait until a result is written, and say what went wrong otherwise."""
+    try:
+        return result.result()
+    except Exception as error:
+        if _meets_every_image(error):
+            raise
+        logger.debug("%s", case.image, exc_info=True)
+        known = isinstance(error, InputError)
+        reason = str(error) if known else f"{case.image}: {type(error).__name__}: {first_line(error)}"
+        if settings.fail_fast:
+            raise InputError(reason) from error
+        return Failure(case.image, reason)
 
 
 def _meets_every_image(error: Exception) -> bool:
@@ -195,6 +249,10 @@ def _case(image: Path, segmenter: BundleSegmenter, output: Path, settings: Setti
         beside[output / f"{name}_prob.nii.gz"] = write_probabilities
     if settings.overlay:
         beside[output / f"{name}_seg.png"] = partial(write_picture, name, segmenter.window)
+    if settings.record:
+        beside[output / f"{name}{RECORD_SUFFIX}"] = partial(write_record, image, segmenter.title)
+    if settings.view:
+        beside[output / VIEWS / f"{name}.json"] = partial(write_view, name, segmenter.window)
     return Case(image, name, output / f"{name}_seg{suffix}", write, beside)
 
 
@@ -211,29 +269,26 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
         for path in existing:
             if any(path.samefile(file) for file in inputs):
                 raise InputError(f"{path}: the result of {case.image} would replace this image. Name another --output.")
-            if not settings.overwrite and not (settings.skip_done and case.labels in existing):
+            goes_on = settings.skip_done and (case.labels in existing or case.started.exists())
+            if not settings.overwrite and not goes_on:
                 raise InputError(
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )
 
 
-def write_volumes(results: Sequence[WrittenSegmentation], path: Path) -> None:
-    """Write the volumes in mm³ of all images as a table: `.csv` with a row per structure, or `.json`."""
-    if path.suffix == ".json":
-        write_text(path, json.dumps({result.name: result.volumes for result in results}, indent=2) + "\n")
-        return
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image", "structure", "volume_mm3"])
-    writer.writerows((result.name, *row) for result in results for row in result.volumes.items())
-    write_text(path, table.getvalue())
-
-
 def _write(segmentation: Segmentation, case: Case) -> WrittenSegmentation:
     """Write what goes beside the labels, then the labels."""
-    for path, write in case.beside.items():
-        write_atomically(path, partial(write, segmentation))
-    write_atomically(case.labels, partial(case.write, segmentation))
+    for path in case.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    case.started.touch()
+    try:
+        for path, write in {**case.beside, case.labels: case.write}.items():
+            write_atomically(path, partial(write, segmentation))
+    except BaseException:
+        if not any(path.exists() for path in case.outputs):
+            case.started.unlink(missing_ok=True)
+        raise
+    case.started.unlink(missing_ok=True)
     return WrittenSegmentation(case.name, case.labels, segmentation.volumes())
 
 
@@ -276,6 +331,15 @@ def _format(path: Path, settings: Settings) -> tuple[str, Write]:
         return ".dcm", partial(_write_series, path, settings.series)
     suffix = path.name.lower()[len(image_name(path, SUFFIXES)) :]
     return (suffix, write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
+
+
+def image_names(images: Sequence[Path]) -> list[str]:
+    """Return the names of images, after which results are named.
+
+    Raises:
+        InputError: when a file has none of the suffixes of images.
+    """
+    return [_name(path) for path in images]
 
 
 def _name(path: Path) -> str:

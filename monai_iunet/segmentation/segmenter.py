@@ -138,6 +138,11 @@ class BundleSegmenter:
             raise InputError(f"{weights}: does not fit the network of the bundle: {reason}") from error
 
     @property
+    def title(self) -> str:
+        """Name and version of the bundle."""
+        return f"{self.folder.resolve().name} {self.metadata.get('version', '')}".strip()
+
+    @property
     def labels(self) -> dict[int, str]:
         """Name of each label of the network but the background."""
         channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]

@@ -109,7 +109,22 @@ def test_what_goes_wrong_with_one_image_does_not_stop_the_others(
     assert set(json.loads((tmp_path / "out" / "volumes.json").read_text())) == {"a", "c"}
 
 
-def test_each_result_is_said_before_the_next_image_is_read(
+def test_results_are_written_while_the_next_images_are_segmented(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = files.read_image, []
+
+    def note(path: Path, *arguments: Any) -> Any:
+        seen.append((path.name, [name for name in names(tmp_path / "out") if not name.startswith(".")]))
+        return read(path, *arguments)
+
+    monkeypatch.setattr(files, "read_image", note)
+    assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay")[0] == 0
+    assert [name for name, _ in seen] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert "b_seg.nii.gz" not in seen[2][1]  # the third is read before the second is done, to be there in time
+
+
+def test_of_large_images_one_is_in_memory_at_a_time(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, seen = files.read_image, []
@@ -118,6 +133,7 @@ def test_each_result_is_said_before_the_next_image_is_read(
         seen.append((path.name, names(tmp_path / "out")))
         return read(path, *arguments)
 
+    monkeypatch.setattr(files, "SMALL", 0)
     monkeypatch.setattr(files, "read_image", note)
     assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay")[0] == 0
     assert seen == [
@@ -125,6 +141,52 @@ def test_each_result_is_said_before_the_next_image_is_read(
         ("b.nii.gz", ["a_seg.nii.gz"]),
         ("c.nii.gz", ["a_seg.nii.gz", "b_seg.nii.gz"]),
     ]
+
+
+def test_what_a_kill_leaves_is_completed(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ("segment", *images[:2], "--output", out, "--volumes", "csv")
+    assert call("segment", images[0], "--output", out, "--volumes", "csv")[0] == 0
+    first = (out / "a_seg.nii.gz").read_bytes()
+    # Killed between the picture and the labels of the second image.
+    (out / "b_seg.png").write_bytes(b"half")
+    (out / ".b_seg.nii.gz.started").touch()
+    code, printed, error = call(*arguments, "--skip-done")
+    assert (code, error) == (0, "")
+    assert "Left out: 1 of 2" in printed
+    assert (out / "a_seg.nii.gz").read_bytes() == first
+    assert (out / "b_seg.png").stat().st_size > 1000
+    assert names(out) == sorted([*(f"{n}_seg.{s}" for n in "ab" for s in ("json", "nii.gz", "png")), "volumes.csv"])
+    rows = (out / "volumes.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["image", "a", "a", "b", "b"]
+
+
+def test_several_processes_share_a_folder(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = call("segment", *images, "--output", out, "--no-overlay", "--volumes", "json", "--share", "1/2")
+    assert code == 0
+    assert [line for line in printed.splitlines() if "_seg" in line] == [
+        str(out / f"{name}_seg.nii.gz") for name in ("a", "c")
+    ]
+    assert list(json.loads((out / "volumes.json").read_text())) == ["a", "c"]
+    words = ("segment", *images, "--output", out, "--no-overlay", "--volumes", "json", "--share", "2/2", "--json")
+    code, printed, _ = call(*words)
+    assert code == 0
+    assert [json.loads(line)["image"] for line in printed.splitlines()] == ["b"]
+    assert list(json.loads((out / "volumes.json").read_text())) == ["a", "b", "c"]
+
+
+def test_programs_read_lines_of_json(images: list[Path], tmp_path: Path) -> None:
+    images[1].write_bytes(b"no image")
+    code, printed, _ = call("segment", *images[:2], "--output", tmp_path / "out", "--no-overlay", "--json")
+    assert code == 2
+    first, second = map(json.loads, printed.splitlines())
+    assert first["labels"] == str(tmp_path / "out" / "a_seg.nii.gz")
+    assert set(first["volumes_mm3"]) == {"anterior hippocampus", "posterior hippocampus"}
+    assert "not a readable NIfTI file" in second["error"]
+    code, printed, _ = call("segment", images[2], "--output", tmp_path / "out", "--no-overlay", "--quiet")
+    assert (code, printed) == (0, "")
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "ascii"])
@@ -141,7 +203,9 @@ def test_every_file_name_will_do(name: str, tmp_path: Path, monkeypatch: pytest.
     image = save(tmp_path / f"{name}.nii.gz")
     code, _, error = call("segment", image, "--output", tmp_path / "out", "--volumes", "csv")
     assert (code, error) == (0, "")
-    assert names(tmp_path / "out") == sorted([f"{name}_seg.nii.gz", f"{name}_seg.png", "volumes.csv"])
+    assert names(tmp_path / "out") == sorted(
+        [*(f"{name}_seg.{suffix}" for suffix in ("json", "nii.gz", "png")), "volumes.csv"]
+    )
 
 
 def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:

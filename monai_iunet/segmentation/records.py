@@ -1,0 +1,117 @@
+"""Records of segmented images: measures and origin of each, as a small file beside its labels.
+
+A batch may be killed, go on later, or be shared by several processes. Its table and its page are therefore made of the
+records that lie in the folder, not of what one process remembers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import write_text
+from monai_iunet.segmentation.result import Segmentation
+
+__all__ = ["RECORD_SUFFIX", "Records", "read_records", "write_from_records", "write_record", "write_table"]
+
+Records = Mapping[str, Mapping[str, Any]]
+
+RECORD_SUFFIX = "_seg.json"
+
+
+def write_record(image: Path, bundle: str, segmentation: Segmentation, path: Path) -> None:
+    """Write the record of an image.
+
+    Args:
+        image: file of the image.
+        bundle: name and version of the bundle.
+        segmentation: of the image.
+        path: file to write.
+    """
+    record = {
+        "image": str(image),
+        "bundle": bundle,
+        "monai-iunet": version("monai-iunet"),
+        "labels": segmentation.names,
+        "volumes_mm3": segmentation.volumes(),
+    }
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_records(folder: Path, first: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Read the records of a folder.
+
+    Args:
+        folder: with results.
+        first: names of images whose records come first, in this order; the others follow by name.
+
+    Returns:
+        Record of each image, by its name.
+
+    Raises:
+        InputError: when a record cannot be read.
+    """
+    paths = {path.name.removesuffix(RECORD_SUFFIX): path for path in sorted(folder.glob(f"*{RECORD_SUFFIX}"))}
+    order = [name for name in first if name in paths]
+    return {name: _read(paths[name]) for name in dict.fromkeys([*order, *paths])}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        dict(record["volumes_mm3"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the record of a segmented image. Name another --output.") from error
+    return record
+
+
+def write_from_records(folder: Path, first: Sequence[str], write: Callable[[Records], object]) -> int:
+    """Write something of all records in a folder, again while other processes add records.
+
+    So whichever process writes last has seen all records, and nothing need be locked.
+
+    Args:
+        folder: see `read_records`.
+        first: see `read_records`.
+        write: writes a file of the records.
+
+    Returns:
+        Number of the records.
+    """
+    written: set[str] = set()
+    while True:
+        records = read_records(folder, first)
+        if set(records) == written:
+            return len(records)
+        write(records)
+        written = set(records)
+
+
+def write_table(folder: Path, first: Sequence[str], path: Path) -> int:
+    """Write the volumes in mm³ of all records as a table: `.csv` with a row per structure, or `.json`.
+
+    Args:
+        folder: see `read_records`.
+        first: see `read_records`.
+        path: file to write.
+
+    Returns:
+        Number of the images in the table.
+    """
+    return write_from_records(folder, first, lambda records: write_text(path, _as_table(records, path.suffix)))
+
+
+def _as_table(records: Records, suffix: str) -> str:
+    if suffix == ".json":
+        return json.dumps({name: record["volumes_mm3"] for name, record in records.items()}, indent=2) + "\n"
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "structure", "volume_mm3"])
+    writer.writerows((name, *row) for name, record in records.items() for row in record["volumes_mm3"].items())
+    return table.getvalue()

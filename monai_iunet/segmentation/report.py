@@ -1,0 +1,62 @@
+"""The page of a folder of results, see `monai_iunet.visualization.page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from monai_iunet.segmentation.records import Records, write_from_records
+from monai_iunet.segmentation.result import Segmentation
+from monai_iunet.system import describe_system
+from monai_iunet.visualization.page import image_view, write_page
+
+__all__ = ["VIEWS", "write_report", "write_view"]
+
+VIEWS = "report_files"  # folder of what the page shows of each image
+
+
+def write_view(name: str, window: tuple[float, float] | None, segmentation: Segmentation, path: Path) -> None:
+    """Write what the page shows of an image.
+
+    Args:
+        name: of the image.
+        window: see `image_view`.
+        segmentation: of the image.
+        path: file to write, in the folder `VIEWS`.
+    """
+    view = image_view(name, segmentation.image, segmentation.labels, segmentation.names, window)
+    path.write_text(json.dumps(view), encoding="utf-8")
+
+
+def write_report(
+    folder: Path, output: Path, path: Path, first: Sequence[str], warnings: Sequence[str], command: str
+) -> int:
+    """Write the page of all images that have a record.
+
+    Args:
+        folder: with the records.
+        output: folder of the results, with the folder `VIEWS`.
+        path: file to write.
+        first: see `read_records`.
+        warnings: lines at the top.
+        command: the command that was run.
+
+    Returns:
+        Number of the images in the page.
+
+    Raises:
+        InputError: when a record cannot be read, or the viewer is not installed.
+    """
+    return write_from_records(folder, first, lambda records: _write_page(records, output, path, warnings, command))
+
+
+def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[str], command: str) -> None:
+    measures = {
+        name: {f"{structure}, mm³": f"{volume:.0f}" for structure, volume in record["volumes_mm3"].items()}
+        for name, record in records.items()
+    }
+    views = {name: file for name in records if (file := output / VIEWS / f"{name}.json").exists()}
+    used = sorted({str(record["bundle"]) for record in records.values()})
+    versions = {"bundle": ", ".join(used), **describe_system()}
+    write_page(path, "Segmentations", measures, views, warnings, command=command, versions=versions)
