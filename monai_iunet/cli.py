@@ -357,24 +357,44 @@ def benchmark(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("benchmark"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small networks, few rounds: whether everything runs, in a minute.")
+        bool, typer.Option("--quick", help="Small networks, one round: whether everything runs, in a minute.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing new after this time. The most telling comes first.", min=0)
+    ] = None,
+    section: Annotated[
+        list[str] | None, typer.Option(help="Measure only this, such as memory; may be repeated.", show_default=False)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Measure again what is in the output folder; else it is kept.")
     ] = False,
 ) -> None:
-    """Measure memory and speed: ours, and others side by side; writes benchmark.json and benchmark.png."""
+    """Measure memory and speed: ours, and others side by side; writes benchmark.json and benchmark.png.
+
+    Results are saved as they come; the same command goes on where it was interrupted.
+    """
     with _input_errors():
         from monai_iunet.io.files import check_folder
 
         place = _device(device)
         check_folder(output)
 
-    from rich.console import Console
+        from rich.console import Console
 
-    from monai_iunet.benchmark import run
+        from monai_iunet.benchmark.figure import draw
+        from monai_iunet.benchmark.run import run_benchmark
 
-    console = Console()
-    console.width = max(console.width, 150)  # the tables are wide; better cut by the terminal than wrapped
-    run.run_benchmark(place, peers, run.QUICK if quick else run.FULL, output, console)
-    typer.echo(f"{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
+        console = Console()
+        console.width = max(console.width, 150)  # the tables are wide; better cut by the terminal than wrapped
+        file = output / "benchmark.json"
+        failures = run_benchmark(place, file, console, peers, quick, minutes, section or (), overwrite)
+        typer.echo(file)
+        if draw(file, file.with_suffix(".png")):
+            typer.echo(file.with_suffix(".png"))
+        for failure in failures:
+            typer.echo(f"Error: {failure}", err=True)
+        if failures:
+            raise typer.Exit(1)
 
 
 @app.command()

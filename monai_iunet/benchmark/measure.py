@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from monai_iunet.planning.live_bytes import LiveBytes
 from monai_iunet.planning.plan import Loss
 
 __all__ = [
+    "DTYPES",
     "Spread",
+    "allocated_on_cpu",
+    "allocated_on_gpu",
+    "autocast",
     "forward_macs",
     "peak_of_inference",
     "peak_of_training",
@@ -24,6 +32,15 @@ __all__ = [
     "ratio",
     "time_alternately",
 ]
+
+
+# What networks compute in, by the name in tables; in 16 bits it is under autocast, with parameters in float32.
+DTYPES = {"float32": torch.float32, "bf16 autocast": torch.bfloat16}
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast to a type; none for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @dataclass(frozen=True)
@@ -50,23 +67,30 @@ class Spread:
 
 
 def time_alternately(
-    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, deadline: float = math.inf
 ) -> dict[str, list[float]]:
     """Measure the seconds of each action in each round.
 
     In every round each action runs once, in turn, forwards and backwards alternating, so that whatever else the machine
-    does meets all of them alike. One round to warm up is not counted.
+    does meets all of them alike. One round to warm up is not counted. After `deadline`, a moment of
+    `time.monotonic()`, no further round begins, but for the first that counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
-        for name in list(actions)[:: 1 if number % 2 else -1]:
-            gc.collect()
-            _synchronize(device)
-            start = time.perf_counter()
-            actions[name]()
-            _synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+    gc.freeze()  # so that collecting the garbage of an action is quick
+    try:
+        for number in range(rounds + 1):
+            if number > 1 and time.monotonic() > deadline:
+                break
+            for name in list(actions)[:: 1 if number % 2 else -1]:
+                gc.collect()
+                _synchronize(device)
+                start = time.perf_counter()
+                actions[name]()
+                _synchronize(device)
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
@@ -92,6 +116,33 @@ def peak_of_inference(net: nn.Module, run: Callable[[], object]) -> int:
     return live.peak
 
 
+def allocated_on_gpu(device: torch.device, action: Callable[[], object]) -> int:
+    """Bytes that an action allocates on a GPU at most, beside what was allocated before."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def allocated_on_cpu(action: Callable[[], object]) -> int:
+    """Bytes that an action allocates on the CPU at most, as PyTorch's profiler reports it.
+
+    This sees into compiled code, which `LiveBytes` does not.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    changes: list[tuple[int, int]] = []  # moments, and bytes that were allocated or freed then
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag.name == "Allocation":
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    changes.sort(key=lambda change: change[0])
+    return max(accumulate((size for _, size in changes), initial=0))
+
+
 def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: torch.dtype, loss: Loss) -> int:
     """Peak bytes of a whole step of training with AdamW, the second one: parameters, optimizer and all.
 
@@ -100,7 +151,7 @@ def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: t
     optimizer = torch.optim.AdamW(net.parameters())
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(images.device, dtype):
             value = loss(net(images), target)
         value.backward()
         del value

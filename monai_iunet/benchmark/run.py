@@ -1,106 +1,149 @@
-"""The benchmark as a whole: which sections, at which sizes, and where the results go."""
+"""The benchmark as a whole: which sections run, until when, and where the results go."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
-from monai_iunet.benchmark import report, sections
-from monai_iunet.benchmark.peers import CONTESTANTS, INSTALL, PEERS, available_peers
+from monai_iunet.benchmark import report
+from monai_iunet.benchmark.peers import INSTALL, PEERS, available_peers
+from monai_iunet.benchmark.section import FULL_CPU, FULL_GPU, QUICK, Job, Row, Section, Settings, SkippedError
+from monai_iunet.benchmark.sections import SECTIONS
+from monai_iunet.errors import InputError
 
-__all__ = ["FULL", "QUICK", "Sizes", "run_benchmark"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is measured."""
-
-    depths: tuple[int, ...]
-    depth_channels: tuple[int, ...]
-    depth_size: int
-    voxels_size: int
-    resampling_channels: int
-    resampling_size: int
-    loss_size: int
-    rounds: int
+__all__ = ["run_benchmark"]
 
 
-FULL = Sizes((5, 10, 20, 30), (32, 64, 128), 32, 64, 32, 64, 96, rounds=5)
-QUICK = Sizes((2, 4), (8, 16, 32), 16, 32, 8, 32, 32, rounds=2)
-WHOLE_VOLUME = (512, 512, 304)
+def run_benchmark(
+    device: torch.device,
+    output: Path,
+    console: Console,
+    peers: bool = False,
+    quick: bool = False,
+    minutes: float | None = None,
+    sections: Sequence[str] = (),
+    overwrite: bool = False,
+) -> list[str]:
+    """Measure, show, and save what was found after each job, so that whatever ends the run loses no more than one.
 
-
-def run_benchmark(device: torch.device, peers: bool, sizes: Sizes, output: Path, console: Console) -> dict[str, Any]:
-    """Measure, show and write `benchmark.json` and `benchmark.png`.
+    What is in `output` already, from the same machine, versions and code, is not measured again.
 
     Args:
         device: where the networks run.
-        peers: whether other packages take part, those that can be imported.
-        sizes: how much is measured.
-        output: folder of the results, which exists.
+        output: JSON file of the results, in a folder that exists.
         console: where the tables go.
+        peers: whether other packages take part, those that can be imported.
+        quick: whether everything is small.
+        minutes: after which no further job begins.
+        sections: which to run; all by default.
+        overwrite: whether to measure again what is in `output`, and to replace what comes from elsewhere.
 
     Returns:
-        What `benchmark.json` holds.
+        What failed, a line each.
+
+    Raises:
+        InputError: for unknown sections, and for results in `output` that belong to something else.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="memcnn")
-        return _run_sections(device, peers, sizes, output, console)
-
-
-def _run_sections(device: torch.device, peers: bool, sizes: Sizes, output: Path, console: Console) -> dict[str, Any]:
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise InputError(f"--section {', '.join(unknown)}: not one of {', '.join(SECTIONS)}.")
+    sizes = QUICK if quick else FULL_GPU if device.type == "cuda" else FULL_CPU
     versions = available_peers() if peers else {}
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    settings = Settings(device, sizes, tuple(versions), deadline)
+    header = {**report.header(device, versions), "sizes": dataclasses.asdict(sizes)}
+    results = _continued(header, output, overwrite)
     missing = [name for name in PEERS if name not in versions]
     if peers and missing:
         console.print(f"Not importable, so left out: {', '.join(missing)}. Install with: {INSTALL}")
-    results: dict[str, Any] = report.header(device, versions)
     console.print(f"{results['device']}, {results['threads']} threads, {results['system']}, {results['date']}")
     console.print(f"Python {results['python']}, " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()))
-    console.print(f"Times: median (range) of {sizes.rounds} rounds, in which all take turns.\n")
+    console.print(f"Times: median (range) of up to {sizes.rounds} rounds, in which all take turns.\n")
+    failures: list[str] = []
+    for name in sections or SECTIONS:
+        section = SECTIONS[name]
+        if section.needs_gpu and device.type != "cuda":
+            console.print(f"{name}: left out, needs a GPU")
+            continue
+        if overwrite and sections:
+            results["sections"].pop(name, None)
+        failures += _run_section(section, settings, results, output, console)
+        if results["sections"].get(name):
+            report.show(section, results["sections"][name], console)
+        if time.monotonic() > deadline:
+            console.print(f"{minutes:g} minutes are over. The same command goes on from here.")
+            break
+    return failures
 
-    def finish(section: str, rows: list[sections.Row]) -> None:
-        results[section] = rows
-        report.show(section, rows, console)
-        report.write_json(results, output / "benchmark.json")
 
-    names = [name for name in CONTESTANTS if name not in PEERS or name in versions]
-    rows: list[sections.Row] = []
-    for couplings in sizes.depths:
-        with console.status(f"{couplings} couplings per level"):
-            rows += sections.depth(names, couplings, sizes.rounds, device, sizes.depth_channels, sizes.depth_size)
-    finish("depth", rows)
-    with console.status("networks of equal cost"):
-        finish("per_voxel", sections.per_voxel(sections.EQUAL_COST, sizes.voxels_size, sizes.rounds, device))
-    with console.status("activations by budget"):
-        make = sections.EQUAL_COST["SegIUNet"]
-        finish("choices", sections.choices(make, sizes.voxels_size, sizes.rounds, device))
-    with console.status("plans"):
-        finish("plans", sections.plans(sections.EQUAL_COST, sizes.voxels_size, device))
-    with console.status("losses"):
-        finish("losses", sections.losses(sizes.loss_size, sizes.rounds, device))
-    report.draw(results, _caption(results, sizes), output / "benchmark.png")
-    with console.status("resampling"):
-        finish(
-            "resampling",
-            sections.resampling(4 * sizes.rounds, device, sizes.resampling_channels, sizes.resampling_size),
+def _run_section(
+    section: Section, settings: Settings, results: dict[str, Any], output: Path, console: Console
+) -> list[str]:
+    failures = []
+    rows: list[Row] = results["sections"].setdefault(section.name, [])
+    for job in section.jobs(settings):
+        if any(row["job"] == job.name and "failed" not in row for row in rows):
+            continue
+        if time.monotonic() > settings.deadline:
+            break
+        with console.status(f"{section.name}: {job.name}"):
+            found = _measure(job)
+        rows[:] = [row for row in rows if row["job"] != job.name] + found
+        for row in found:
+            for kind in ("skipped", "failed"):
+                if kind in row:
+                    console.print(f"{section.name}, {job.name}: {kind}, {escape(row[kind])}")
+            if "failed" in row:
+                failures.append(f"{section.name}, {job.name}: {row['failed']}")
+        report.write_json(results, output)
+    return failures
+
+
+def _measure(job: Job) -> list[Row]:
+    """Return the rows of a job. What fails does not take the others along."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="memcnn")
+            return [{"job": job.name, **row} for row in job.measure()]
+    except SkippedError as reason:
+        return [{"job": job.name, "skipped": str(reason)}]
+    except torch.OutOfMemoryError:
+        return [{"job": job.name, "skipped": "out of memory"}]
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return [{"job": job.name, "failed": f"{type(error).__name__}: {first}"}]
+    finally:
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _continued(header: dict[str, Any], output: Path, overwrite: bool) -> dict[str, Any]:
+    """Return the results so far, none if there are none."""
+    new: dict[str, Any] = {**header, "sections": {}}
+    if not output.exists():
+        return new
+    try:
+        found = report.read_json(output)
+        differing = [key for key in header if key != "date" and found.get(key) != report.for_json(header[key])]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if overwrite:
+            return new
+        raise InputError(f"{output}: holds no results of a benchmark. Name another --output.") from error
+    if not differing and not overwrite:
+        return found
+    if differing and not overwrite:
+        raise InputError(
+            f"{output}: its results come from another {', '.join(differing)}. Pass --overwrite to replace them, or "
+            "name another --output."
         )
-    if device.type == "cuda":
-        with console.status("largest cubes"):
-            finish("largest_cubes", sections.largest_cubes(sections.EQUAL_COST, device))
-        with console.status("whole volume"):
-            whole = sections.whole_volume(sections.EQUAL_COST["SegIUNet"], WHOLE_VOLUME, device)
-            finish("whole_volume", [whole])
-    return results
-
-
-def _caption(results: dict[str, Any], sizes: Sizes) -> str:
-    versions = results["versions"]
-    return (
-        f"top: 3D, input {sizes.depth_channels[0]} x {sizes.depth_size} cubed, channels {sizes.depth_channels}; "
-        f"{results['device']}; torch {versions['torch']}; {results['date']}"
-    )
+    return {**found, "date": header["date"]} if not differing else new

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from matplotlib.image import imread
 from torch import nn
 from typer.testing import CliRunner
 
 from monai_iunet import SegIUNet
-from monai_iunet.benchmark import run, sections
-from monai_iunet.benchmark.measure import Spread, peak_of_inference, peak_of_training, ratio, time_alternately
+from monai_iunet.benchmark import run
+from monai_iunet.benchmark.measure import (
+    Spread,
+    allocated_on_cpu,
+    peak_of_inference,
+    peak_of_training,
+    ratio,
+    time_alternately,
+)
+from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
+from monai_iunet.benchmark.section import Job, Row, Section, Sizes, SkippedError
+from monai_iunet.benchmark.sections import SECTIONS
+from monai_iunet.benchmark.sections.depth import AUTO_UNITS
 from monai_iunet.cli import app
 
 CPU = torch.device("cpu")
-TINY = run.Sizes((1, 2), (4, 8), 8, 8, 2, 8, 8, rounds=2)
+TINY = Sizes((1, 2), 1, (4, 8), 8, 8, 8, 2, 8, 8, (16, 16, 16), rounds=1)
 
 
 def test_spread_and_ratio() -> None:
@@ -64,35 +77,148 @@ def test_peers_have_as_many_parameters_and_all_get_gradients(name: str) -> None:
     assert sum(map(torch.numel, net.parameters())) == sum(map(torch.numel, ours.parameters()))
 
 
-def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in small."""
     monkeypatch.setattr(run, "QUICK", TINY)
-    small = {"SegIUNet": lambda: SegIUNet(3, 1, 2, (4, 8)), "convolution": lambda: nn.Conv3d(1, 2, 3, padding=1)}
-    monkeypatch.setattr(sections, "EQUAL_COST", small)
-    result = CliRunner().invoke(app, ["benchmark", "--quick", "--peers", "--output", str(tmp_path / "new")])
+    networks = {"SegIUNet": lambda: SegIUNet(3, 1, 2, (4, 8)), "DynUNet": lambda: nn.Conv3d(1, 2, 3, padding=1)}
+    for name in list(EQUAL_COST):
+        monkeypatch.delitem(EQUAL_COST, name)
+    for name, make in networks.items():
+        monkeypatch.setitem(EQUAL_COST, name, make)
+
+
+def benchmark(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["benchmark", "--quick", "--output", str(folder), *options])
+
+
+def sections_of(folder: Path) -> dict[str, list[Row]]:
+    return json.loads((folder / "benchmark.json").read_text())["sections"]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path) -> None:
+    result = benchmark(tmp_path / "new", "--peers")
     assert result.exit_code == 0, result.output
     for name in ("ours, invert", "torch checkpoint", "SegIUNet", "strided grouped convolution"):
         assert name in result.output
     for name in set(PEERS) - set(available_peers()):
         assert name in result.output.split("left out: ")[1].splitlines()[0]
-    found = json.loads((tmp_path / "new" / "benchmark.json").read_text())
-    assert found["versions"]["torch"] == torch.__version__
-    memory = {(row["network"], row["couplings"]): row["training_memory"] for row in found["depth"]}
-    assert memory["ours, invert", 2] < 1.05 * memory["ours, invert", 1]
-    assert memory["ours, store", 2] > 1.2 * memory["ours, store", 1]
-    assert memory["ours, invert", 2] < memory["ours, auto", 2] <= sections.AUTO_UNITS
-    assert memory["ours, invert", 2] < memory["ours, exact", 2] < 1.2 * memory["ours, invert", 2]
-    bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["choices"]]
-    assert bytes_per_voxel == sorted(bytes_per_voxel)
-    assert [found["choices"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
+    assert "save_on_cpu moves nothing where the network is on the CPU" in result.output
+    assert json.loads((tmp_path / "new" / "benchmark.json").read_text())["versions"]["torch"] == torch.__version__
+    found = sections_of(tmp_path / "new")
+    for dtype in ("float32", "bf16 autocast"):
+        memory = {
+            (row["network"], row["couplings"]): row["training_memory"]
+            for row in found["depth_memory"]
+            if row.get("dtype") == dtype
+        }
+        assert memory["ours, invert", 2] < 1.1 * memory["ours, invert", 1]
+        assert memory["ours, store", 2] > 1.2 * memory["ours, store", 1]
+        assert memory["ours, invert", 2] < memory["ours, auto", 2] <= AUTO_UNITS
+        bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["budgets"] if row["dtype"] == dtype]
+        assert bytes_per_voxel == sorted(bytes_per_voxel)
+    assert [found["budgets"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
     for row in found["plans"]:
         assert row["planned_over_measured"] == pytest.approx(1, abs=0.1)
     for row in found["losses"]:
-        assert (row["memory"] < 3) == (row["loss"] == "ours, chunked")
-    convolution = found["per_voxel"][1]
+        if row["dtype"] == "float32":
+            assert (row["memory"] < 3) == (row["loss"] == "ours, chunked")
+    convolution = next(row for row in found["memory"] if row["network"] == "DynUNet")
     assert convolution["kmac_per_voxel"] == pytest.approx(2 * 27 / 1e3)
     assert convolution["inference_bytes_per_voxel"] == 12
-    assert found["resampling"][-1]["backward_milliseconds"]["median"] is None
+    assert found["resampling"][-1]["backward_milliseconds"] is None
     assert imread(tmp_path / "new" / "benchmark.png").std() > 0.05
+
+
+def section_of(*jobs: Job, needs_gpu: bool = False) -> Section:
+    return Section("made", "A table", (("value", "value", str),), lambda settings: iter(jobs), needs_gpu)
+
+
+def test_what_is_saved_is_kept_and_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def measure(name: str, error: Exception | None = None) -> list[Row]:
+        calls.append(name)
+        if error is not None:
+            raise error
+        return [{"value": 2.5}]
+
+    def interrupted() -> list[Row]:
+        saved = sections_of(tmp_path)["made"]
+        assert saved == [{"job": "first", "value": 2.5}, {"job": "second", "failed": "ValueError: no [luck]"}]
+        raise KeyboardInterrupt
+
+    first = Job("first", lambda: measure("first"))
+    second = Job("second", lambda: measure("second", ValueError("no [luck]\nat all")))
+    monkeypatch.setitem(SECTIONS, "made", section_of(first, second, Job("third", interrupted)))
+    assert benchmark(tmp_path, "--section", "made").exit_code != 0
+    assert calls == ["first", "second"]
+
+    left_out = Job("third", lambda: measure("third", SkippedError("needs luck")))
+    monkeypatch.setitem(SECTIONS, "made", section_of(first, second, left_out))
+    result = benchmark(tmp_path, "--section", "made")
+    assert calls == ["first", "second", "second", "third"]
+    assert result.exit_code == 1
+    assert "made, third: skipped, needs luck" in result.stdout
+    assert "Error: made, second: ValueError: no [luck]" in result.stderr
+
+    monkeypatch.setitem(SECTIONS, "made", section_of(first, Job("second", lambda: measure("second"))))
+    assert benchmark(tmp_path, "--section", "made").exit_code == 0
+    assert calls[4:] == ["second"]
+    assert benchmark(tmp_path, "--section", "made", "--overwrite").exit_code == 0
+    assert calls[5:] == ["first", "second"]
+
+
+def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def measure(number: int) -> list[Row]:
+        done.append(number)
+        time.sleep(0.4)
+        return [{"value": number}]
+
+    monkeypatch.setitem(SECTIONS, "made", section_of(*(Job(str(n), partial(measure, n)) for n in range(5))))
+    result = benchmark(tmp_path, "--section", "made", "--section", "losses", "--minutes", "0.01")
+    assert result.exit_code == 0
+    assert "0.01 minutes are over. The same command goes on from here." in result.output
+    assert 1 <= len(done) <= 3
+    assert "losses" not in sections_of(tmp_path)
+
+
+def test_results_from_elsewhere_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SECTIONS, "made", section_of(Job("only", lambda: [{"value": 1}])))
+    file = tmp_path / "benchmark.json"
+    assert benchmark(tmp_path, "--section", "made").exit_code == 0
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "code": "other", "sections": {"losses": []}}))
+    result = benchmark(tmp_path, "--section", "made")
+    assert result.exit_code == 2
+    assert "its results come from another code. Pass --overwrite" in result.stderr
+    assert benchmark(tmp_path, "--section", "made", "--overwrite").exit_code == 0
+    assert json.loads(file.read_text()) == found
+    file.write_text("[]")
+    result = benchmark(tmp_path, "--section", "made")
+    assert result.exit_code == 2
+    assert "holds no results of a benchmark" in result.stderr
+
+
+def test_sections_for_a_gpu_and_unknown_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SECTIONS, "made", section_of(needs_gpu=True))
+    assert "made: left out, needs a GPU" in benchmark(tmp_path, "--section", "made").output
+    result = benchmark(tmp_path, "--section", "unknown")
+    assert result.exit_code == 2
+    assert "--section unknown: not one of memory, " in result.stderr
+
+
+def test_memory_that_the_profiler_sees() -> None:
+    def action() -> None:
+        x = torch.zeros(1000)
+        y = x + 1
+        del x
+        (y + 1).sum()
+
+    assert 8000 <= allocated_on_cpu(action) < 8300
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
@@ -100,21 +226,3 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "--device cuda:99: not available here" in result.output
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(("largest", "found"), [(0, 0), (31, 0), (32, 32), (100, 96), (512, 512), (9999, 512)])
-def test_bisection(largest: int, found: int) -> None:
-    assert sections._largest(lambda size: size <= largest, limit=512) == found
-
-
-@pytest.mark.gpu
-def test_the_command_on_a_gpu(tmp_path: Path) -> None:
-    """The whole benchmark: the largest cubes and the whole volume among it."""
-    result = CliRunner().invoke(app, ["benchmark", "--device", "cuda", "--peers", "--output", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "benchmark.json").read_text())
-    cubes = {row["network"]: row["largest_cube"] for row in found["largest_cubes"]}
-    assert cubes["SegIUNet"] > cubes["DynUNet"] > 0
-    assert found["whole_volume"][0]["fits"]
-    for row in found["plans"]:
-        assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)

@@ -7,7 +7,7 @@ import torch
 
 from monai_iunet import IUNet
 from monai_iunet.benchmark.measure import forward_macs, peak_of_training
-from monai_iunet.benchmark.sections import EQUAL_COST
+from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.planning.live_bytes import LiveBytes
 
 

@@ -1,0 +1,42 @@
+"""The sections of the benchmark, in the order of their worth: what comes first is measured when time is short.
+
+To add one, write a file here with a function that yields jobs, and list its `SECTION` below:
+
+    def _jobs(settings: Settings) -> Iterator[Job]:
+        for dtype in DTYPES:
+            yield Job(dtype, partial(_measure, settings, dtype))
+
+    def _measure(settings: Settings, dtype: str) -> list[Row]:
+        ...  # on settings.device, in the sizes of settings.sizes, which are small with --quick
+        return [{"inferer": "streaming", "dtype": dtype, "bytes": peak, "seconds": Spread.of(times)}]
+
+    SECTION = Section(
+        "inference",
+        "Title of the table",
+        (("inferer", "inferer", str), ("dtype", "dtype", str), ("bytes", "bytes", number(0))),  # columns
+        _jobs,
+    )
+
+A job is measured as a whole, and its rows are saved before the next one begins, so a job should last seconds. Where it
+cannot be measured it raises `SkippedError` with the reason. `time_alternately` takes times. Nothing else is needed: the
+command runs the section, also alone (`--section inference`), prints its table and saves its rows.
+"""
+
+from monai_iunet.benchmark.section import Section
+from monai_iunet.benchmark.sections import budgets, depth, equal_cost, losses, plans, resampling
+
+__all__ = ["SECTIONS"]
+
+SECTIONS: dict[str, Section] = {
+    section.name: section
+    for section in (
+        equal_cost.MEMORY,
+        depth.MEMORY,
+        equal_cost.TIME,
+        plans.SECTION,
+        resampling.SECTION,
+        losses.SECTION,
+        budgets.SECTION,
+        depth.TIME,
+    )
+}

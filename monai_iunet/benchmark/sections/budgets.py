@@ -1,0 +1,82 @@
+"""Our network between rebuilding all activations and storing all, by memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from monai_iunet.benchmark.measure import DTYPES, Spread, peak_of_training, ratio, time_alternately
+from monai_iunet.benchmark.networks import EQUAL_COST
+from monai_iunet.benchmark.section import Job, Row, Section, Settings, number, spread
+from monai_iunet.benchmark.sections.equal_cost import train
+from monai_iunet.planning.budget import best_activations
+from monai_iunet.planning.plan import plan_training
+
+__all__ = ["SECTION"]
+
+PARTS = (0.2, 0.4, 0.6, 0.8)
+
+
+def _jobs(settings: Settings) -> Iterator[Job]:
+    for dtype in DTYPES:
+        yield Job(dtype, partial(_measure, settings, dtype))
+
+
+def _measure(settings: Settings, dtype: str) -> Iterator[Row]:
+    """Measure at budgets that are parts of the way from the memory of the one end to that of the other.
+
+    The line is that between the two ends in memory and time; what lies below it does better than mixing the two.
+    """
+    device, size, kind = settings.device, settings.sizes.time_size, DTYPES[dtype]
+    x = torch.rand(1, 1, *[size] * 3, device=device)
+    ends = {activations: _with_activations(activations).to(device) for activations in ("invert", "store")}
+    peaks = [plan_training(net, x.shape[2:], dtype=kind, optimizer=None).training_peak for net in ends.values()]
+    nets = {"invert": ends["invert"]}
+    for part in PARTS:
+        chosen = best_activations(ends["invert"], int(peaks[0] + part * (peaks[1] - peaks[0])), x.shape, kind)
+        nets.setdefault(_short(chosen), _with_activations(chosen).to(device))
+    nets["store"] = ends["store"]
+    actions = {name: partial(train, net, x, kind) for name, net in nets.items()}
+    memory = {name: peak_of_training(net, actions[name]) for name, net in nets.items()}
+    seconds = time_alternately(actions, settings.sizes.rounds, device, settings.deadline)
+    for name in nets:
+        part = (memory[name] - memory["invert"]) / (memory["store"] - memory["invert"])
+        line = [(1 - part) * low + part * high for low, high in zip(seconds["invert"], seconds["store"])]
+        yield {
+            "activations": name,
+            "dtype": dtype,
+            "training_bytes_per_voxel": memory[name] / size**3,
+            "training_microseconds_per_voxel": Spread.of(1e6 * time / size**3 for time in seconds[name]),
+            "training_over_store": ratio(seconds[name], seconds["store"]),
+            "training_over_line": ratio(seconds[name], line),
+        }
+
+
+def _with_activations(activations: str | Sequence[str]) -> Any:
+    net: Any = EQUAL_COST["SegIUNet"]()
+    net.activations = activations
+    return net
+
+
+def _short(chosen: Sequence[str]) -> str:
+    """Return text such as `store levels 2, 3`, the finest level being 1."""
+    stored = [str(level) for level, activations in enumerate(chosen, 1) if activations == "store"]
+    return f"store levels {', '.join(stored)}" if stored else "invert"
+
+
+SECTION = Section(
+    "budgets",
+    "SegIUNet with activations rebuilt, stored, or as a memory budget allows; the line joins the two ends",
+    (
+        ("activations", "activations", str),
+        ("dtype", "dtype", str),
+        ("training, B/voxel", "training_bytes_per_voxel", number(0)),
+        ("training step, µs/voxel", "training_microseconds_per_voxel", spread()),
+        ("over store", "training_over_store", spread()),
+        ("over the line", "training_over_line", spread()),
+    ),
+    _jobs,
+)
