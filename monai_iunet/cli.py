@@ -60,10 +60,21 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _show_slicer_module(wanted: bool) -> None:
+    if wanted:
+        from monai_iunet.interop.slicer import module_description
+
+        typer.echo(module_description(), nl=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    xml: Annotated[
+        bool, typer.Option("--xml", callback=_show_slicer_module, is_eager=True, help="Show the module for 3D Slicer.")
     ] = False,
 ) -> None:
     pass
@@ -510,6 +521,18 @@ def nnunet_plans(
         from monai_iunet.interop.nnunet import add_configurations
 
         typer.echo("\n".join(add_configurations(plans, configuration, couplings)))
+
+
+@app.command()
+def slicer(
+    folder: Annotated[Path, typer.Argument(help="Folder to add to the module paths of 3D Slicer.")],
+) -> None:
+    """Write a module for 3D Slicer: a program that segments in this environment what Slicer hands over."""
+    with _input_errors():
+        from monai_iunet.interop.slicer import write_module
+
+        typer.echo(write_module(folder))
+        typer.echo(f"Add {folder.resolve()} in Slicer: Edit, Application Settings, Modules, Additional module paths.")
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:
