@@ -32,6 +32,12 @@ def headneck_data() -> Path:
     return _beside_the_checkout("OpenKBP_HeadNeck")
 
 
+@pytest.fixture
+def head_label_maps() -> Path:
+    """Label maps of whole heads, where they lie beside the checkout."""
+    return _beside_the_checkout("HeadLabelMaps")
+
+
 def _beside_the_checkout(name: str) -> Path:
     folder = SHARED_DATA / name
     if not folder.is_dir():

@@ -60,7 +60,11 @@ def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
             "mode": "bilinear" if isinstance(keys, str) else ["bilinear", "nearest"],
         }
     )
-    return [*transforms, *_intensities(task)]
+    transforms += _intensities(task)
+    if task.one_piece:  # the network needs a voxel at its coarsest level
+        least = 2 ** (len(task.channels) - 1)
+        transforms.append({"_target_": "SpatialPadd", "keys": keys, "spatial_size": [least] * 3})
+    return transforms
 
 
 def _intensities(task: Task) -> Transforms:

@@ -112,7 +112,7 @@ def sliding_window(task: Task) -> Config:
         "roi_size": [-1, -1, -1] if task.one_piece else "@roi_size",
         "sw_batch_size": 4,
         "overlap": 0.5,
-        "mode": "gaussian",
+        "mode": "constant" if task.one_piece else "gaussian",
         "cval": -1.0 if task.modality == "CT" else 0.0,  # air, or the mean
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.weights import weights_file
 
 __all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles"]
 
@@ -18,7 +19,7 @@ DEFAULT_BUNDLE = "iunet_hippocampus_mri_segmentation"
 
 
 def installed_bundles() -> dict[str, Path]:
-    """Return name and folder of each bundle in the installed package, or beside it in a checkout.
+    """Return name and folder of each bundle in the installed package, or beside it in a checkout; those with weights.
 
     Example:
         >>> sorted(installed_bundles())
@@ -28,7 +29,8 @@ def installed_bundles() -> dict[str, Path]:
     for parent in (package, package.parent):
         metadata = sorted((parent / "bundles").glob("*/configs/metadata.json"))
         if metadata:
-            return {path.parents[1].name: path.parents[1] for path in metadata}
+            folders = [path.parents[1] for path in metadata]
+            return {folder.name: folder for folder in folders if weights_file(folder).is_file()}
     return {}
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from monai_iunet.segmentation.regions import RegionFinder
+from monai_iunet.segmentation.regions import CoarseSegmenter, RegionFinder
+from monai_iunet.segmentation.segmented_head import SegmentedHead
 from monai_iunet.segmentation.whole_head import WholeHead
 
 __all__ = ["REGION_FINDERS"]
 
-# Each is made from the names of a crop's labels.
-REGION_FINDERS: Mapping[str, Callable[[dict[int, str]], RegionFinder]] = {"whole_head": WholeHead}
+# Each is made from the names of a crop's labels, and what opens the brain bundle.
+REGION_FINDERS: Mapping[str, Callable[[dict[int, str], Callable[[], CoarseSegmenter]], RegionFinder]] = {
+    "whole_head": lambda parts, open_brain: WholeHead(parts),
+    "segmented_head": SegmentedHead,
+}

@@ -8,10 +8,24 @@ from typing import Protocol
 import nibabel
 import numpy as np
 
-__all__ = ["RegionFinder", "SegmentCrop"]
+__all__ = ["CoarseSegmenter", "RegionFinder", "SegmentCrop"]
 
 # Segments a crop, mirrored if the second argument says so; returns labels and, if asked for, probabilities.
 SegmentCrop = Callable[[nibabel.Nifti1Image, bool], tuple[np.ndarray, np.ndarray | None]]
+
+
+class CoarseSegmenter(Protocol):
+    """Segments an image at the resolution of its network, as `BundleSegmenter` does.
+
+    Attributes:
+        labels: name of each label but the background.
+    """
+
+    @property
+    def labels(self) -> dict[int, str]: ...
+
+    def segment_coarsely(self, image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+        """Return labels, uint8, and the affine of their grid."""
 
 
 class RegionFinder(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from monai.utils import MetaKeys
 from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
@@ -169,7 +171,7 @@ class BundleSegmenter:
                 f"{self.folder}: metadata.json names the region finder {name!r}, there is {', '.join(REGION_FINDERS)}. "
                 "Install a newer version of this package, or leave the entry out."
             )
-        return REGION_FINDERS[name](self.labels)
+        return REGION_FINDERS[name](self.labels, partial(_brain_segmenter, self.device))
 
     def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
         """Return an image that comes with the package, and the region to pass to `segment`.
@@ -249,12 +251,7 @@ class BundleSegmenter:
         axis = next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
         if mirrored:
             data = np.flip(data, axis)
-        tensor = MetaTensor(
-            torch.from_numpy(data.copy())[None],
-            affine=torch.from_numpy(image.affine),
-            meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0},
-        )
-        item = self.preprocessing({"image": tensor})
+        item = self._preprocessed(data, image.affine)
         item["pred"] = self.inferer(item["image"][None].to(self.device), self.network)[0]
         item = self.postprocessing(item)
         labels = item["pred"][0].cpu().numpy().astype(np.uint8)
@@ -263,6 +260,34 @@ class BundleSegmenter:
             labels = np.flip(labels, axis)
             probabilities = None if probabilities is None else np.flip(probabilities, 1 + axis)
         return labels, probabilities
+
+    @torch.no_grad()
+    def segment_coarsely(self, image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+        """Segment an image on the grid of the network, in one piece: what is needed to find structures.
+
+        Returns:
+            Labels, uint8, and the affine of their grid.
+        """
+        preprocessed = self._preprocessed(image.get_fdata(dtype=np.float32), image.affine)["image"]
+        logits = self.network(preprocessed.as_tensor()[None].to(self.device))
+        labels = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+        return labels, preprocessed.affine.cpu().numpy().astype(float)
+
+    def _preprocessed(self, data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
+        """Return what the preprocessing makes of an image."""
+        tensor = MetaTensor(
+            torch.from_numpy(data.copy())[None],
+            affine=torch.from_numpy(affine),
+            meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0},
+        )
+        item: dict[str, Any] = self.preprocessing({"image": tensor})
+        return item
+
+
+@cache
+def _brain_segmenter(device: torch.device) -> BundleSegmenter:
+    """Return the brain bundle, opened once."""
+    return BundleSegmenter(bundle_folder("iunet_brain_mri_segmentation"), device)
 
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:

@@ -8,7 +8,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from monai_iunet.bundling.task import TASKS
+
 BUNDLES = Path(__file__).parents[2] / "bundles"
+# Bundles whose weights are there; the others are recipes so far.
+TRAINED = [task for task in TASKS if (BUNDLES / task.name / "models" / "model.pt").is_file()]
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
 # Now and then PyTorch's gloo threads abort a process on a CPU that has done its work and is about to exit.
 GLOO_ABORT = "terminate called without an active exception"

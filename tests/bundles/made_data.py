@@ -12,6 +12,7 @@ from monai_iunet.bundling.task import Task
 from tests.bundles.helpers import BUNDLES
 
 HIPPOCAMPUS = BUNDLES / "iunet_hippocampus_mri_segmentation"
+BRAIN = BUNDLES / "iunet_brain_mri_segmentation"
 HEADNECK = BUNDLES / "iunet_headneck_ct_segmentation"
 
 # For a bundle that learns `make_hippocampus_data` quickly.
@@ -90,4 +91,23 @@ def make_headneck_data(folder: Path, training: int = 4, validation: int = 1) -> 
         case = save(folder, "Tr", f"pt_{number}.nii.gz", image.astype(np.int16), labels, affine)
         sections[section].append(case)
     (folder / "dataset.json").write_text(json.dumps(sections))
+    return folder
+
+
+def make_head_label_maps(folder: Path, heads: int = 4) -> Path:
+    """Maps with FreeSurfer's numbers: in skin, skull and fluid two hemispheres with a ball as hippocampus in each."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shape = np.array([64, 72, 64])
+    for number in range(heads):
+        middle = shape / 2 + rng.uniform(-2, 2, 3)
+        labels = np.zeros(shape, np.int32)
+        for value, radius in ((511, 30), (515, 27), (24, 24)):
+            labels[ball(shape, middle, radius)] = value
+        inner = ball(shape, middle, 21)
+        right = np.arange(shape[0])[:, None, None] >= middle[0]
+        labels[inner & ~right], labels[inner & right] = 2, 41
+        for value, side in ((17, -1), (53, 1)):
+            labels[ball(shape, middle + [9 * side, 0, -4], 6)] = value
+        nibabel.save(nibabel.Nifti1Image(labels, np.diag([2.0, 2.0, 2.0, 1.0])), folder / f"head_{number}.nii.gz")
     return folder

@@ -22,12 +22,12 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, SaveImaged
 from monai.utils import MetaKeys, SpaceKeys
 
-from monai_iunet.bundling.task import TASKS, Task
+from monai_iunet.bundling.task import Task
 from monai_iunet.segmentation.segmenter import BundleSegmenter
-from tests.bundles.helpers import BUNDLES
+from tests.bundles.helpers import BUNDLES, TRAINED
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 
-BY_NAME = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+BY_NAME = pytest.mark.parametrize("task", TRAINED, ids=lambda task: task.name)
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""The brain bundle: from label maps to weights that segment images, through its scripts and MONAI's entry points."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from monai_iunet.errors import InputError
+from monai_iunet.transforms.head_labels import STRUCTURES
+from tests.bundles.helpers import losses, run
+from tests.bundles.made_data import BRAIN as BUNDLE
+from tests.bundles.made_data import make_head_label_maps
+
+LEFT, RIGHT = (list(STRUCTURES).index(f"{side} hippocampus") + 1 for side in ("left", "right"))
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BUNDLE / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def made_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    script("convert_label_maps").convert(make_head_label_maps(folder / "maps"), folder / "data")
+    return folder / "data"
+
+
+def test_label_maps_become_a_data_set(made_heads: Path) -> None:
+    dataset = json.loads((made_heads / "dataset.json").read_text())
+    assert len(dataset["training"]) == 1
+    assert len(dataset["validation"]) == 6
+    assert list(dataset["labels"].values()) == ["background", *STRUCTURES]
+    tissues, labels = (nibabel.load(made_heads / dataset["training"][0][key]) for key in ("image", "label"))
+    assert tissues.shape == labels.shape
+    found = np.asarray(labels.dataobj)
+    centers = [np.argwhere(found == side).mean(0)[0] for side in (LEFT, RIGHT)]
+    assert centers[0] + 10 < centers[1]
+    image, truth = (nibabel.load(made_heads / dataset["validation"][0][key]) for key in ("image", "label"))
+    assert image.get_data_dtype() == np.float32
+    assert {LEFT, RIGHT} <= set(np.unique(np.asarray(truth.dataobj)))
+
+
+def test_too_few_label_maps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="more than 3 label maps"):
+        script("convert_label_maps").convert(make_head_label_maps(tmp_path / "maps", heads=2), tmp_path / "data")
+
+
+def test_each_step_makes_another_image_of_the_same_head(made_heads: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config(BUNDLE / "configs" / "train.json")
+    parser.update({"bundle_root": str(BUNDLE), "dataset_dir": str(made_heads), "check_data": False})
+    parser["roi_size"] = [48, 48, 48]
+    dataset = parser.get_parsed_content("train#dataset")
+    first, second = dataset[0], dataset[0]
+    for item in (first, second):
+        assert item["image"].shape == item["label"].shape
+        assert item["image"].mean().item() == pytest.approx(0, abs=1e-3)
+        assert item["image"].std().item() == pytest.approx(1, abs=1e-2)
+        assert item["label"].max() < len(STRUCTURES) + 1
+    assert first["image"].shape != second["image"].shape or not torch.equal(first["image"], second["image"])
+
+
+def test_the_weights_of_a_running_training_are_taken(tmp_path: Path) -> None:
+    weights = {"head.weight": torch.rand(3, 4), "head.bias": torch.rand(3)}
+    torch.save({"model": weights, "epoch": 7, "optimizer": {}}, tmp_path / "last.pt")
+    take = script("take_weights").take
+    assert take(tmp_path / "last.pt", tmp_path / "model.pt") == 7
+    taken = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(taken[name], tensor.half()) for name, tensor in weights.items())
+    (tmp_path / "last.pt").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"not the last\.pt of a training"):
+        take(tmp_path / "last.pt", tmp_path / "model.pt")
+
+
+@pytest.mark.slow
+def test_learns_from_label_maps_to_segment_images(made_heads: Path, tmp_path: Path) -> None:
+    small = {"network_def__channels": [8, 32, 64], "network_def__couplings": 1, "dataset_dir": made_heads, "amp": False}
+    weights = tmp_path / "weights"
+    log = run(
+        BUNDLE, "train.json", **small, max_epochs=300, val_interval=150, learning_rate=0.01, seed=3,
+        roi_size=[48, 48, 48], average__momentum=0.05, ckpt_dir=weights, output_dir=tmp_path / "log",
+    )  # fmt: skip
+    found = losses(log)
+    assert np.mean(found[-20:]) < 0.7 * np.mean(found[:20])
+    run(BUNDLE, "evaluate.json", **small, checkpoint=weights / "model.pt", output_dir=tmp_path / "eval")
+    with (tmp_path / "eval" / "summary.csv").open() as file:
+        dice = {row["structure"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
+    assert min(dice["left hippocampus"], dice["right hippocampus"]) > 0.4
+    image = made_heads / "imagesTr" / "head_3_0.nii.gz"
+    shutil.copy(image, tmp_path / "scan.nii.gz")
+    options = {**small, "dataset_dir": tmp_path / "scan.nii.gz", "checkpoint": weights / "model.pt"}
+    run(BUNDLE, "inference.json", **options, output_dir=tmp_path / "out")
+    labels = np.asarray(nibabel.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj)
+    left, right = (np.argwhere(labels == side)[:, 0].mean() for side in (LEFT, RIGHT))
+    assert left + 8 < right
