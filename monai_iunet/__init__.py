@@ -15,9 +15,11 @@ importing the package is light.
   `bundle_facts`; the template that `--example` segments: `load_template`.
 - Read images and write labels: `read_image`, `SimpleITKReader`, `list_series`, `series_files`, `label_image`,
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
+- Make a bundle from images and labels: `fit`.
 - Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
-- Run a training by MONAI's engines: `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`, `StartFrom`,
-  `start_from`, `EarlyStop`, `WeightAverage`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
+- Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`,
+  `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
+- Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
 - Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
   `LabelsOnImageGridd`, `SaveImageLabelsd`, `is_scanned`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from monai_iunet.bundling.verify import verify_bundle
     from monai_iunet.engine.reversible import InvertibleLayer
     from monai_iunet.errors import InputError
+    from monai_iunet.fitting.fit import fit
     from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
     from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
     from monai_iunet.io.bundles import bundle_facts, bundle_folder, installed_bundles
@@ -115,10 +118,13 @@ if TYPE_CHECKING:
     from monai_iunet.training.average import WeightAverage
     from monai_iunet.training.cases import check_cases, check_images, images_to_segment
     from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
+    from monai_iunet.training.dataset import list_cases
     from monai_iunet.training.early_stop import EarlyStop
     from monai_iunet.training.evaluation import CaseReport
     from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.pictures import PictureHandler
+    from monai_iunet.training.record import check_training, trained_value, training_record
+    from monai_iunet.training.time_limit import TimedDecay
     from monai_iunet.transforms.contrast import RandIntensityCurved
     from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
@@ -160,6 +166,7 @@ __all__ = [
     "SliceSlider",
     "StartFrom",
     "Task",
+    "TimedDecay",
     "TrainingPlan",
     "WeightAverage",
     "add_configurations",
@@ -168,9 +175,11 @@ __all__ = [
     "bundle_folder",
     "check_cases",
     "check_images",
+    "check_training",
     "draw_overlay",
     "draw_slice",
     "draw_surfaces",
+    "fit",
     "from_simpleitk",
     "iUNet",
     "images_to_segment",
@@ -178,6 +187,7 @@ __all__ = [
     "is_scanned",
     "label_image",
     "largest_patch",
+    "list_cases",
     "list_series",
     "load_iunets_state_dict",
     "load_template",
@@ -190,6 +200,8 @@ __all__ = [
     "series_files",
     "start_from",
     "to_simpleitk",
+    "trained_value",
+    "training_record",
     "verify_bundle",
     "write_bundle",
     "write_dicom_seg",
@@ -201,6 +213,7 @@ _NAMES = {
     "bundling.verify": ("verify_bundle",),
     "engine.reversible": ("InvertibleLayer",),
     "errors": ("InputError",),
+    "fitting.fit": ("fit",),
     "interop.iunets": ("iUNet", "load_iunets_state_dict"),
     "interop.nnunet": ("PlannedIUNet", "add_configurations"),
     "io.bundles": ("bundle_facts", "bundle_folder", "installed_bundles"),
@@ -229,10 +242,13 @@ _NAMES = {
     "training.average": ("WeightAverage",),
     "training.cases": ("check_cases", "check_images", "images_to_segment"),
     "training.checkpoints": ("Checkpoints", "StartFrom", "start_from"),
+    "training.dataset": ("list_cases",),
     "training.early_stop": ("EarlyStop",),
     "training.evaluation": ("CaseReport",),
     "training.handler_group": ("HandlerGroup",),
     "training.pictures": ("PictureHandler",),
+    "training.record": ("check_training", "trained_value", "training_record"),
+    "training.time_limit": ("TimedDecay",),
     "transforms.contrast": ("RandIntensityCurved",),
     "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("MirrorInferer", "RandMirrord"),

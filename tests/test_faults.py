@@ -114,7 +114,7 @@ def test_a_training_that_is_killed_again_and_again(
     if done < recipe["max_epochs"]:
         run(BUNDLE, "train.json", **recipe, ckpt_dir=folder, resume=True)
     assert trained(folder) == recipe["max_epochs"]
-    assert sorted(path.name for path in folder.iterdir()) == ["last.pt", "model.pt", "model_final.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["last.pt", "model.pt", "model_final.pt", "training.json"]
     for name in ("last.pt", "model.pt"):
         whole, killed = (torch.load(tmp_path / part / name, weights_only=True) for part in ("whole", "killed"))
         whole, killed = (part.get("network", part) for part in (whole, killed))

@@ -31,6 +31,7 @@ ORDER = (
     "segmentation",
     "bids",
     "bundling",
+    "fitting",
     "interop",
     "benchmark",
     "cli",

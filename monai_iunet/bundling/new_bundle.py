@@ -86,7 +86,7 @@ def _metadata(task: Task) -> Config:
         "copyright": "",
         "data_source": task.dataset,
         "data_type": "nifti",
-        "image_classes": f"single channel {task.modality}",
+        "image_classes": f"{task.in_channels} channel{'s' if task.in_channels > 1 else ''}, {task.modality}",
         "label_classes": "single channel, " + ", ".join(f"{value} {name}" for value, name in enumerate(names)),
         "pred_classes": f"{len(names)} channels of logits: {', '.join(names)}",
         "eval_metrics": {},
@@ -98,9 +98,9 @@ def _metadata(task: Task) -> Config:
                     **patch,
                     "format": kind,
                     "modality": task.modality,
-                    "num_channels": 1,
+                    "num_channels": task.in_channels,
                     "value_range": [-5, 5] if task.modality == "MR" else [-1, 1],
-                    "channel_def": {"0": "image"},
+                    "channel_def": {str(channel): "image" for channel in range(task.in_channels)},
                 }
             },
             "outputs": {
@@ -137,9 +137,9 @@ Tags: segmentation, {task.modality}, {", ".join(task.classes)}, invertible U-Net
 
 ## Data
 
-{task.dataset}: a folder with a `dataset.json` like those of the Medical Segmentation Decathlon, with the sections
-"training" and "validation", each a list of entries with an "image" and a "label". To complete: how many cases, from
-where, by which license.
+{task.dataset}: a folder of the Medical Segmentation Decathlon or of nnU-Net, or one with `images` and `labels` of equal
+names. Where its `dataset.json` has no section "validation", every fifth case is for validation. To complete: how many
+cases, from where, by which license.
 
 ## Input and output
 

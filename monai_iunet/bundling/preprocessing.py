@@ -17,6 +17,7 @@ __all__ = [
     "labels_on_image_grid",
     "largest_component",
     "loading",
+    "map_labels",
     "preprocessing",
     "random_transforms",
 ]
@@ -40,7 +41,8 @@ def loading(keys: str | Sequence[str]) -> Transforms:
 
 def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
     """Return the transforms before the network, of images or of images and labels."""
-    transforms = loading(keys)
+    both = not isinstance(keys, str)
+    transforms = [*loading(keys), *(map_labels(task, "label") if both else [])]
     if task.modality == "CT":
         # What lies around the scanned region is air, or was never there.
         transforms.append(
@@ -56,8 +58,8 @@ def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
         {
             "_target_": "Spacingd",
             "keys": keys,
-            "pixdim": list(task.spacing),
-            "mode": "bilinear" if isinstance(keys, str) else ["bilinear", "nearest"],
+            "pixdim": "@spacing",
+            "mode": ["bilinear", "nearest"] if both else "bilinear",
         }
     )
     transforms += _intensities(task)
@@ -70,14 +72,25 @@ def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
 def _intensities(task: Task) -> Transforms:
     """Return the transforms that bring intensities to one scale."""
     if task.modality == "CT":
-        low, high = task.window
+        low, high = ("$@intensity_window[0]", "$@intensity_window[1]")
         scale = {"a_min": low, "a_max": high, "b_min": -1.0, "b_max": 1.0, "clip": True}
         return [{"_target_": "ScaleIntensityRanged", "keys": "image", **scale}]
-    scale = {"lower": 0.5, "upper": 99.5, "b_min": 0.0, "b_max": 1.0, "clip": True}
+    channel_wise = {"channel_wise": True} if task.in_channels > 1 else {}
+    low, high = ("$@intensity_percentiles[0]", "$@intensity_percentiles[1]")
+    scale = {"lower": low, "upper": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
     return [
-        {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale},
-        {"_target_": "NormalizeIntensityd", "keys": "image"},
+        {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale, **channel_wise},
+        {"_target_": "NormalizeIntensityd", "keys": "image", **channel_wise},
     ]
+
+
+def map_labels(task: Task, key: str) -> Transforms:
+    """Return the transform that numbers structures 1, 2, ... whose labels in the files have other values."""
+    if task.label_values is None:
+        return []
+    numbers = list(range(1, task.num_classes))
+    values = {"orig_labels": list(task.label_values), "target_labels": numbers}
+    return [{"_target_": "MapLabelValued", "keys": key, **values}]
 
 
 def label_transforms(task: Task) -> Transforms:
@@ -97,21 +110,27 @@ def random_transforms(task: Task) -> Transforms:
         "_target_": "RandAffined",
         "keys": keys,
         "prob": 0.7,
-        "rotate_range": [0.3, 0.3, 0.3],
+        "rotate_range": [0.0, 0.0, 0.3] if task.in_plane else [0.3, 0.3, 0.3],
         "scale_range": [0.15, 0.15, 0.15],
         "shear_range": [0.05, 0.05, 0.05],
         "mode": ["bilinear", "nearest"],
         "padding_mode": "border",
     }
     pad: Config = {"_target_": "SpatialPadd", "keys": keys, "spatial_size": "@roi_size"}
-    if task.modality == "CT":
+    at_structures = task.modality == "CT" if task.sampling is None else task.sampling == "at structures"
+    elastic = task.modality == "MR" if task.elastic is None else task.elastic
+    if elastic:
+        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
+        shifts: Config = {"sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
+        deformation = {**deformation, "_target_": "Rand3DElasticd", **shifts}
+    if at_structures:
         # Structures in a large field of view: look where they are, each class as often as the background, with a margin
         # that the deformation takes what it moves in from. Padding with the least value adds air, and background.
         larger = "$[extent * 5 // 4 for extent in @roi_size]"
         # Seldom: voxels of some 4 mm are not many across a parotid, and interpolation blurs them.
         shift: Config = {"prob": 0.2, "translate_range": [6.0, 6.0, 6.0], "spatial_size": "@roi_size"}
         transforms: Transforms = [
-            {**pad, "spatial_size": larger, "mode": "minimum"},
+            {**pad, "spatial_size": larger, **({"mode": "minimum"} if task.modality == "CT" else {})},
             {
                 "_target_": "RandCropByLabelClassesd",
                 "keys": keys,
@@ -123,10 +142,8 @@ def random_transforms(task: Task) -> Transforms:
             {**deformation, **shift},
         ]
     else:
-        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
-        elastic = {"_target_": "Rand3DElasticd", "sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
         crop = {"_target_": "RandSpatialCropd", "keys": keys, "roi_size": "@roi_size", "random_size": False}
-        transforms = [pad, {**deformation, **elastic}, crop]
+        transforms = [pad, deformation, crop]
     if task.mirrored is not None:
         transforms.append(
             {
@@ -192,9 +209,10 @@ def labels_on_image_grid(preprocessing: str, save_probabilities: bool = False) -
 
 def largest_component(task: Task) -> Config:
     """Return the transform that keeps the largest component of each structure, if it is asked for."""
+    every = list(range(1, task.num_classes))
     return {
         "_target_": "KeepLargestConnectedComponentd",
         "keys": "pred",
-        "applied_labels": list(range(1, task.num_classes)),
+        "applied_labels": f"$@largest_component if isinstance(@largest_component, list) else {every}",
         "_disabled_": "$not @largest_component",
     }

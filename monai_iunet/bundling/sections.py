@@ -11,24 +11,59 @@ __all__ = [
     "begin",
     "case_dataset",
     "case_loader",
+    "check_record",
     "datalist",
     "end",
     "evaluator",
+    "given_values",
     "header",
     "inferer",
     "load_checkpoint",
     "log_of_loss",
     "loss",
+    "record",
     "sliding_window",
     "trained_network",
 ]
 
 Config = dict[str, Any]
+PERCENTILES = [0.5, 99.5]  # of an MR image, beyond which intensities are clipped
 IMPORTS = ("ignite", "json", "monai_iunet", "os", "pathlib", "torch")
 
 
-def header(task: Task, distributed: bool) -> Config:
-    """Return what every config begins with: imports, folders, device, network."""
+def given_values(task: Task) -> Config:
+    """Return what a training is given and an override may change: the patch, the voxels and the intensities."""
+    intensities = (
+        {"intensity_window": list(task.window)} if task.modality == "CT" else {"intensity_percentiles": PERCENTILES}
+    )
+    return {"roi_size": list(task.roi_size), "spacing": list(task.spacing), **intensities}
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _trained(name: str, value: Any) -> str:
+    """Return the expression of the value that the training of the weights was given."""
+    return f"$monai_iunet.trained_value(@checkpoint, '{name}', {value})"
+
+
+def record(task: Task, transforms: str) -> str:
+    """Return the expression of what a training is given; see `monai_iunet.training.record`."""
+    values = ", ".join(f"{name}=@{name}" for name in ("num_classes", *given_values(task)))
+    return f"monai_iunet.training_record(@network_def, {transforms}, {values})"
+
+
+def check_record(task: Task, transforms: str) -> str:
+    """Return the expression that compares what weights were trained with and what they are used with."""
+    return f"$monai_iunet.check_training(@checkpoint, {record(task, transforms)})"
+
+
+def header(task: Task, distributed: bool, training: bool = False) -> Config:
+    """Return what every config begins with: imports, folders, device, network.
+
+    What weights were trained with is taken from beside them, unless the config is one to train with.
+    """
     device = "'cuda:' + os.environ['LOCAL_RANK']" if distributed else "'cuda'"
     return {
         "imports": [f"$import {module}" for module in IMPORTS],
@@ -39,14 +74,16 @@ def header(task: Task, distributed: bool) -> Config:
         "amp": "$torch.device(@device).type == 'cuda'",
         "num_workers": 0,
         "num_classes": task.num_classes,
-        "roi_size": list(task.roi_size),
+        **{name: value if training else _trained(name, value) for name, value in given_values(task).items()},
         "network_def": {
             "_target_": "monai_iunet.SegIUNet",
             "spatial_dims": 3,
-            "in_channels": 1,
+            "in_channels": task.in_channels,
             "out_channels": "@num_classes",
             "channels": list(task.channels),
             "couplings": list(task.couplings),
+            **({} if task.strides is None else {"strides": [list(stride) for stride in task.strides]}),
+            **({} if task.activations == "invert" else {"activations": _as_list(task.activations)}),
         },
     }
 
@@ -135,21 +172,23 @@ def log_of_loss() -> Config:
 def datalist(task: Task) -> Config:
     """Return the lists of training and validation cases, checked."""
 
-    def section(name: str) -> str:
-        # The command line makes a number of a folder that is named 2024.
-        path = "os.path.join(str(@dataset_dir), 'dataset.json')"
-        return f"monai.data.load_decathlon_datalist({path}, True, '{name}', str(@dataset_dir))"
+    folds = "None, 0" if task.validation_cases else "@fold, @folds"
+
+    def section(name: str | None) -> str:
+        return f"monai_iunet.list_cases(@dataset_dir, {name!r}, {folds}, @skip_bad_cases)"
 
     def check(cases: str) -> str:
-        return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases)"
+        values = "" if task.label_values is None else f", {[0, *task.label_values]}"
+        return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases{values})"
 
     if not task.validation_cases:
-        return {"datalist": {name: check(section(name)) for name in ("training", "validation")}}
+        sections = {name: check(section(name)) for name in ("training", "validation")}
+        return {"fold": task.fold, "folds": task.folds, "datalist": sections}
     names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
     kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
     return {
         "validation_cases": f"${names}",
-        "cases": f"${section('training')}",
+        "cases": f"${section(None)}",
         "datalist": {"training": check(kept.format("not in")), "validation": check(kept.format("in"))},
     }
 

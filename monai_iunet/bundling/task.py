@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +47,8 @@ class Task:
         mirrored: pairs of labels that change places when left and right do; None if the side matters, so that
             images are not mirrored.
         partial_labels: whether structures that are there may not be contoured in some cases.
-        largest_component: whether, unless asked otherwise, only the largest component of each structure is kept.
+        largest_component: whether, unless asked otherwise, only the largest component of each structure is kept; or
+            the labels of those of which it is.
         max_field_of_view: longest axis, in mm, of the images that the network has learned from, if others must be
             cropped; None for any.
         synthetic: what images are made from in training, if the training cases are label maps: their "image" is a map
@@ -61,6 +63,17 @@ class Task:
         max_epochs: epochs of the full training.
         batch_size: cases per step.
         learning_rate: at the beginning.
+        in_channels: channels of an image.
+        label_values: value of each structure in the label files, where they are not 1, 2, ...
+        strides: of the network, per downsampling the factor of each axis.
+        activations: of the network, "invert" or "store" per level or for all.
+        sampling: whether patches are cut "at structures", each class as often as the background, or "anywhere"; by
+            default at structures in CT, where they are small in a large field of view.
+        elastic: whether images are deformed elastically in training; by default MR images are.
+        in_plane: whether images are only rotated about the axis of their thick slices, the last.
+        max_seconds: of the training, if it is to last for a time and not for `max_epochs`.
+        fold: which part of the training cases is for validation; None for the data set's own validation cases.
+        folds: number of such parts.
 
     Example:
         >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
@@ -78,7 +91,7 @@ class Task:
     window: tuple[float, float] = (-160.0, 240.0)
     mirrored: tuple[tuple[int, int], ...] | None = None
     partial_labels: bool = False
-    largest_component: bool = False
+    largest_component: bool | tuple[int, ...] = False
     max_field_of_view: float | None = None
     synthetic: SyntheticImages | None = None
     any_contrast: bool = False
@@ -89,6 +102,16 @@ class Task:
     max_epochs: int = 60
     batch_size: int = 2
     learning_rate: float = 2e-3
+    in_channels: int = 1
+    label_values: tuple[int, ...] | None = None
+    strides: tuple[tuple[int, int, int], ...] | None = None
+    activations: str | tuple[str, ...] = "invert"
+    sampling: Literal["at structures", "anywhere"] | None = None
+    elastic: bool | None = None
+    in_plane: bool = False
+    max_seconds: float | None = None
+    fold: int | None = None
+    folds: int = 5
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):
@@ -101,9 +124,21 @@ class Task:
             raise InputError(f"spacing {self.spacing}: must be positive.")
         if len(self.couplings) != len(self.channels):
             raise InputError(f"couplings {self.couplings}: must be one per level, as channels {self.channels} are.")
-        factor = 2 ** (len(self.channels) - 1)
-        if any(extent <= 0 or extent % factor for extent in self.roi_size):
-            raise InputError(f"roi_size {self.roi_size}: must be multiples of {factor}.")
+        if self.strides is not None and len(self.strides) != len(self.channels) - 1:
+            raise InputError(f"strides {self.strides}: must be one less than channels {self.channels}.")
+        if any(extent <= 0 or extent % factor for extent, factor in zip(self.roi_size, self.factors)):
+            one = len(set(self.factors)) == 1
+            raise InputError(
+                f"roi_size {self.roi_size}: must be multiples of {self.factors[0] if one else self.factors}."
+            )
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        """Factor of each axis by which the network downsamples in all."""
+        if self.strides is None:
+            return (2 ** (len(self.channels) - 1),) * 3
+        first, second, third = (math.prod(stride[axis] for stride in self.strides) for axis in range(3))
+        return first, second, third
 
     @property
     def num_classes(self) -> int:

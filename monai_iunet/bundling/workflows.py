@@ -9,6 +9,7 @@ from monai_iunet.bundling.preprocessing import (
     labels_on_image_grid,
     largest_component,
     loading,
+    map_labels,
     preprocessing,
     random_transforms,
 )
@@ -17,6 +18,7 @@ from monai_iunet.bundling.sections import (
     begin,
     case_dataset,
     case_loader,
+    check_record,
     datalist,
     end,
     evaluator,
@@ -25,6 +27,7 @@ from monai_iunet.bundling.sections import (
     load_checkpoint,
     log_of_loss,
     loss,
+    record,
     sliding_window,
     trained_network,
 )
@@ -36,7 +39,7 @@ __all__ = ["evaluate_config", "inference_config", "train_config"]
 def train_config(task: Task, distributed: bool = False) -> Config:
     """Return `train.json`, or `multi_gpu_train.json`."""
     return {
-        **header(task, distributed),
+        **header(task, distributed, training=True),
         "network": _network_in_training(distributed),
         "ckpt_dir": "$os.path.join(@bundle_root, 'models')",
         "output_dir": "$os.path.join(@bundle_root, 'train')",
@@ -52,12 +55,12 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "learning_rate": task.learning_rate,
         "cache_rate": 1.0,
         "loss": loss(task),
-        **_optimization(),
+        **_optimization(task),
         **datalist(task),
         "deterministic_transforms": preprocessing(task, IMAGE_AND_LABEL),
         "train": _train_section(task, distributed),
         "validate": _validate_section(task, distributed),
-        **_saving(),
+        **_saving(task),
         # Nothing here that reads data: `monai.bundle.load` initializes too.
         "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
         "run": ["$@train#trainer.run()"],
@@ -70,21 +73,27 @@ def _network_in_training(distributed: bool) -> str:
     return f"$torch.nn.parallel.DistributedDataParallel({network})" if distributed else f"${network}"
 
 
-def _optimization() -> Config:
+def kept_components(task: Task) -> bool | list[int]:
+    """Return of which structures the largest component alone is kept, as the configs say it."""
+    kept = task.largest_component
+    return kept if isinstance(kept, bool) else list(kept)
+
+
+def _optimization(task: Task) -> Config:
     """Return the optimizer, its schedule, and the average of the weights."""
+    schedule: Config = {"_target_": "torch.optim.lr_scheduler.PolynomialLR", "total_iters": "@max_epochs"}
+    if task.max_seconds is not None:
+        timed = {"max_seconds": "@max_seconds", "validator": "@validate#evaluator"}
+        schedule = {"_target_": "monai_iunet.TimedDecay", **timed}
     return {
+        **({} if task.max_seconds is None else {"max_seconds": task.max_seconds}),
         "optimizer": {
             "_target_": "torch.optim.AdamW",
             "params": "$@network.parameters()",
             "lr": "@learning_rate",
             "weight_decay": 0.01,
         },
-        "lr_scheduler": {
-            "_target_": "torch.optim.lr_scheduler.PolynomialLR",
-            "optimizer": "@optimizer",
-            "total_iters": "@max_epochs",
-            "power": 0.9,
-        },
+        "lr_scheduler": {**schedule, "optimizer": "@optimizer", "power": 0.9},
         # The average of the weights over about the last 300 steps is validated and saved.
         "average": {"_target_": "monai_iunet.WeightAverage", "model": "@network", "momentum": 0.003},
     }
@@ -127,7 +136,10 @@ def _train_section(task: Task, distributed: bool) -> Config:
             {"_target_": "StatsHandler", **log_of_loss(), **not_first},
             {"_target_": "TensorBoardStatsHandler", "log_dir": "@output_dir", **log_of_loss(), **not_first},
             # Last, so that what the others do at the end of an epoch is in what is saved.
-            {"_target_": "monai_iunet.HandlerGroup", "handlers": ["@average", "@checkpoints"]},
+            {
+                "_target_": "monai_iunet.HandlerGroup",
+                "handlers": ["@average", *(["@lr_scheduler"] if task.max_seconds else []), "@checkpoints"],
+            },
         ],
         "trainer": {
             "_target_": "SupervisedTrainer",
@@ -175,7 +187,7 @@ def _validate_section(task: Task, distributed: bool) -> Config:
     }
 
 
-def _saving() -> Config:
+def _saving(task: Task) -> Config:
     """Return what stops a training early and saves its state."""
     return {
         "early_stop": {
@@ -197,6 +209,7 @@ def _saving() -> Config:
             "writes": "$@rank == 0",
             "validator": "@validate#evaluator",
             "early_stop": "@early_stop",
+            "record": f"${record(task, '@deterministic_transforms')}",
         },
     }
 
@@ -214,7 +227,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "structures": list(task.classes),
         **datalist(task),
         **inferer(task),
-        "largest_component": task.largest_component,
+        "largest_component": kept_components(task),
         "validate": {
             "preprocessing": {
                 "_target_": "Compose",
@@ -222,6 +235,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
                     # The labels as they are in the file, beside those on the grid of the network.
                     {"_target_": "CopyItemsd", "keys": "label", "names": "reference"},
                     {"_target_": "LoadImaged", "keys": "reference", "reader": READER, "ensure_channel_first": True},
+                    *map_labels(task, "reference"),
                     *preprocessing(task, IMAGE_AND_LABEL),
                 ],
             },
@@ -251,7 +265,11 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         # By these names programs for inference find them.
         "dataset": "@validate#dataset",
         "evaluator": "@validate#evaluator",
-        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=0)"],
+        "initialize": [
+            *begin(distributed),
+            "$monai.utils.set_determinism(seed=0)",
+            check_record(task, "@validate#preprocessing"),
+        ],
         "run": ["$@validate#evaluator.run()"],
         "finalize": end(distributed),
     }
@@ -263,7 +281,7 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         **header(task, distributed),
         **trained_network(),
         "skip_done": True,
-        "largest_component": task.largest_component,
+        "largest_component": kept_components(task),
         "save_probabilities": False,
         "check_data": True,
         "skip_bad_cases": False,
@@ -291,7 +309,11 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
             {"_target_": "StatsHandler", "iteration_log": False, "_disabled_": "$@rank > 0"},
         ],
         "evaluator": evaluator("@", "@network"),
-        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=0)"],
+        "initialize": [
+            *begin(distributed),
+            "$monai.utils.set_determinism(seed=0)",
+            check_record(task, "@preprocessing"),
+        ],
         "run": ["$@evaluator.run()"],
         "finalize": end(distributed),
     }

@@ -22,11 +22,14 @@ from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import RegionFinder
 from monai_iunet.segmentation.result import Segmentation
+from monai_iunet.training.record import check_training, training_record
 
 __all__ = ["BundleSegmenter"]
 
 REQUIRED = ("configs/inference.json", "configs/metadata.json")
 SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
+# What a training is given by these names.
+GIVEN = ("num_classes", "roi_size", "spacing", "intensity_window", "intensity_percentiles")
 SOFT_TISSUE = (-160.0, 240.0)
 
 
@@ -74,6 +77,7 @@ class BundleSegmenter:
                 "Segment with `python -m monai.bundle run`, as its README says."
             ) from error
         self._load_weights()
+        self._check_training(parser)
         self.network.to(self.device).eval()
         if progress and hasattr(self.inferer, "progress"):
             self.inferer.progress = True
@@ -88,11 +92,17 @@ class BundleSegmenter:
             if not all(str(value).isdigit() and isinstance(name, str) for value, name in classes.items()):
                 raise ValueError("channel_def must name each class by its number")
             formats["inputs"]["image"]["format"]
+            channels = formats["inputs"]["image"].get("num_channels", 1)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: does not describe a segmentation of `image` into the classes of `pred` ({error!r}). Add "
                 "network_data_format with inputs, outputs and channel_def, as in the bundles of this package."
             ) from error
+        if channels != 1:
+            raise InputError(
+                f"{self.folder}: its network takes {channels} channels, images of one are segmented here. Segment with "
+                "`python -m monai.bundle run`, as its README says."
+            )
         return metadata
 
     def _check_files(self) -> None:
@@ -138,6 +148,11 @@ class BundleSegmenter:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{weights}: does not fit the network of the bundle: {reason}") from error
+
+    def _check_training(self, parser: ConfigParser) -> None:
+        """Compare the config with what the weights were trained with."""
+        values = {name: parser.get_parsed_content(name) for name in GIVEN if name in parser.get()}
+        check_training(weights_file(self.folder), training_record(self.network, self.preprocessing, **values))
 
     @property
     def title(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
@@ -16,21 +17,26 @@ from monai_iunet.io.checks import check_extent, check_not_constant
 from monai_iunet.io.files import NIFTI, check_folder, check_names, image_name
 from monai_iunet.io.read import read_image
 
-__all__ = ["check_cases", "check_images", "images_to_segment"]
+__all__ = ["check_cases", "check_images", "images_to_segment", "read_case"]
 
 logger = logging.getLogger(__name__)
 
 
 def check_cases(
-    cases: Sequence[dict[str, Any]], num_classes: int, check: bool = True, skip_bad: bool = False
+    cases: Sequence[dict[str, Any]],
+    num_classes: int,
+    check: bool = True,
+    skip_bad: bool = False,
+    label_values: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Check that the cases of a data set can be learned from; all problems are listed together.
 
     Args:
-        cases: dictionaries with paths "image" and "label".
+        cases: dictionaries with paths "image", one per channel if there are several, and "label".
         num_classes: labels are 0 to `num_classes - 1`.
         check: whether to look at all; every file is read.
         skip_bad: leave bad cases out, saying so, instead of stopping.
+        label_values: the labels, where they are others.
 
     Returns:
         The good cases.
@@ -51,7 +57,8 @@ def check_cases(
     """
     if not check:
         return list(cases)
-    good = _without_bad(cases, lambda case: _problem(case, num_classes), skip_bad)
+    values = range(num_classes) if label_values is None else label_values
+    good = _without_bad(cases, lambda case: _problem(case, values), skip_bad)
     if not good:
         raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
     return good
@@ -112,29 +119,57 @@ def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None
     return None
 
 
-def _problem(case: dict[str, Any], num_classes: int) -> str | None:
+def _problem(case: dict[str, Any], label_values: Sequence[int]) -> str | None:
     """Return what is wrong with a case, in one line; None if nothing is."""
-    if not case.get("label"):
-        return f"{case['image']}: has no label."
     try:
-        image, label = read_image(case["image"]), read_image(case["label"])
+        read_case(case, label_values)
     except InputError as error:
         return str(error)
-    if image.shape != label.shape:
-        return f"{case['label']}: has the shape {label.shape}, its image {image.shape}."
-    voxel = voxel_sizes(image.affine).min()
-    corners = np.array([[0, 0, 0, 1], [*image.shape, 1]])
-    apart = np.abs(corners @ (image.affine - label.affine).T).max()
-    if apart > 0.1 * voxel:
-        return f"{case['label']}: its grid and that of its image are up to {apart:.3g} mm apart."
+    return None
+
+
+def read_case(
+    case: dict[str, Any], label_values: Sequence[int]
+) -> tuple[list[nibabel.Nifti1Image], nibabel.Nifti1Image]:
+    """Read a case and check that it can be learned from.
+
+    Args:
+        case: with "image", a path or one per channel, and "label".
+        label_values: what labels may be.
+
+    Returns:
+        The channels of the image, and the labels.
+
+    Raises:
+        InputError: naming the file that cannot be used.
+    """
+    paths = case["image"] if isinstance(case["image"], list) else [case["image"]]
+    if not case.get("label"):
+        raise InputError(f"{paths[0]}: has no label.")
+    channels = [read_image(path) for path in paths]
+    label = read_image(case["label"])
+    for path, channel in zip(paths[1:], channels[1:]):
+        _check_same_grid(path, channel, "the first channel", channels[0])
+    _check_same_grid(case["label"], label, "its image", channels[0])
     values = np.unique(label.get_fdata(dtype=np.float32))
-    wrong = [value for value in values if value not in range(num_classes)]
+    wrong = [value for value in values if value not in label_values]
     if wrong:
         some = ", ".join(f"{value:g}" for value in wrong[:5])
-        return f"{case['label']}: has the values {some}, labels are 0 to {num_classes - 1}."
+        consecutive = list(label_values) == list(range(len(label_values)))
+        known = f"0 to {len(label_values) - 1}" if consecutive else ", ".join(map(str, label_values))
+        raise InputError(f"{case['label']}: has the values {some}, labels are {known}.")
     if len(values) < 2:
-        return f"{case['label']}: is empty, all voxels are {values[0]:g}."
-    return None
+        raise InputError(f"{case['label']}: is empty, all voxels are {values[0]:g}.")
+    return channels, label
+
+
+def _check_same_grid(path: str, image: nibabel.Nifti1Image, other: str, reference: nibabel.Nifti1Image) -> None:
+    if image.shape != reference.shape:
+        raise InputError(f"{path}: has the shape {image.shape}, {other} {reference.shape}.")
+    corners = np.array([[0, 0, 0, 1], [*reference.shape, 1]])
+    apart = np.abs(corners @ (image.affine - reference.affine).T).max()
+    if apart > 0.1 * voxel_sizes(reference.affine).min():
+        raise InputError(f"{path}: its grid and that of {other} are up to {apart:.3g} mm apart.")
 
 
 def images_to_segment(

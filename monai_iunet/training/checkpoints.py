@@ -26,6 +26,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.weights import read_weights
 from monai_iunet.training.early_stop import EarlyStop
+from monai_iunet.training.record import differences, write_record
 
 __all__ = ["Checkpoints", "StartFrom", "start_from"]
 
@@ -49,9 +50,10 @@ class Checkpoints:
         writes: whether this process writes; one of a distributed training.
         validator: the evaluator that validates the network; may be named when attaching instead.
         early_stop: what stops the training early; gets its trainer, and its state is saved.
+        record: what the training is given, written beside the weights; see `training_record`.
 
     Raises:
-        InputError: when `last.pt` is of another training.
+        InputError: when `last.pt` is of another training, or of one that was given something else.
 
     Example:
         >>> import tempfile
@@ -71,6 +73,7 @@ class Checkpoints:
         writes: bool = True,
         validator: Engine | None = None,
         early_stop: EarlyStop | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(str(folder))  # the command line makes a number of a folder that is named 2024
         self.model = model
@@ -82,6 +85,7 @@ class Checkpoints:
         self.seed = seed
         self.resume = resume
         self.writes = writes
+        self.record = dict(record or {})
 
     @property
     def last(self) -> Path:
@@ -139,6 +143,7 @@ class Checkpoints:
             "best": [float(validator.state.best_metric), int(validator.state.best_metric_epoch)],
             "scaler": scaler.state_dict() if scaler is not None else {},
             "model": self.model.state_dict(),
+            "record": self.record,
             **{name: part.state_dict() for name, part in self.state.items()},
         }
         _write(saved, self.last)
@@ -153,6 +158,8 @@ class Checkpoints:
             self._save_weights(self.folder / "model_final.pt")
 
     def _save_weights(self, path: Path) -> None:
+        if self.record:
+            write_record(self.record, path)
         _write({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
@@ -162,10 +169,17 @@ class Checkpoints:
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
             epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
+            record = saved.get("record", {})
         except Exception as error:
             raise InputError(
                 f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
             ) from error
+        changed = [f"{name} is {now}, was {before}" for name, before, now in differences(record, self.record)]
+        if changed:
+            raise InputError(
+                f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
+                "start without resuming."
+            )
         if epoch >= trainer.state.max_epochs:
             raise InputError(
                 f"{self.last}: this training has finished its {epoch} epochs. Raise max_epochs to go on, or start "

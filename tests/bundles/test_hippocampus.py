@@ -34,7 +34,7 @@ def test_trains_evaluates_and_segments_what_it_has_learned(tmp_path: Path) -> No
     found = losses(log)
     assert len(found) == 12 * 4
     assert np.mean(found[-4:]) < 0.8 * np.mean(found[:4])
-    assert {path.name for path in weights.iterdir()} == {"model.pt", "model_final.pt", "last.pt"}
+    assert {path.name for path in weights.iterdir()} == {"model.pt", "model_final.pt", "last.pt", "training.json"}
 
     run(BUNDLE, "evaluate.json", **small, checkpoint=weights / "model.pt", output_dir=tmp_path / "eval")
     with (tmp_path / "eval" / "cases.csv").open() as file:

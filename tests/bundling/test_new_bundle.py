@@ -6,12 +6,16 @@ import csv
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.bundle import verify_metadata
 from typer.testing import CliRunner
 
+from monai_iunet import BundleSegmenter, read_image
 from monai_iunet.cli import app
+from monai_iunet.training.evaluation import compare
 from tests.bundles.helpers import SCHEMA, losses, run
 from tests.bundles.made_data import make_hippocampus_data
 
@@ -33,9 +37,7 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
     for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "configs/logging.conf"):
         assert (bundle / name).stat().st_size > 0, name
     verify_metadata(bundle / "configs" / "metadata.json", str(SCHEMA))
-    data = make_hippocampus_data(tmp_path / "data")
-    cases = json.loads((data / "dataset.json").read_text())["training"]
-    (data / "dataset.json").write_text(json.dumps({"training": cases[:-1], "validation": cases[-1:]}))
+    data = make_hippocampus_data(tmp_path / "data", training=5, validation=0)  # without a section "validation"
     small = {"network_def__channels": [8, 16], "network_def__couplings": 1, "dataset_dir": data}
     log = run(
         bundle,
@@ -45,13 +47,29 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         val_interval=4,
         batch_size=1,
         learning_rate=0.02,
+        roi_size=[32, 48, 32],
+        spacing=[1.2, 1.1, 1.3],
+        intensity_percentiles=[2, 98],
     )
+    assert "of its 5 cases, 1 are for validation, every 5th by name" in log
     assert np.mean(losses(log)[-4:]) < np.mean(losses(log)[:4])
-    run(bundle, "evaluate.json", **small)
+    assert "trained with" not in run(bundle, "evaluate.json", **small)
     with (bundle / "eval" / "cases.csv").open() as file:
-        assert {row["structure"] for row in csv.DictReader(file)} == {"front", "back"}
-    run(bundle, "inference.json", **{**small, "dataset_dir": data / "imagesTr" / "made_0.nii.gz"})
-    assert (bundle / "eval" / "made_0_seg.nii.gz").is_file()
+        dice = {row["structure"]: float(row["dice"]) for row in csv.DictReader(file)}
+    # What the training was given is used, and the same everywhere, though no command was told of it.
+    image = data / "imagesTr" / "made_0.nii.gz"
+    run(bundle, "inference.json", **{**small, "dataset_dir": image})
+    labels = nibabel.load(bundle / "eval" / "made_0_seg.nii.gz")
+    for config in (bundle / "configs").glob("inference.json"):
+        content = json.loads(config.read_text())
+        content["network_def"] |= {"channels": [8, 16], "couplings": 1}
+        config.write_text(json.dumps(content))
+    segmenter = BundleSegmenter(bundle, "cpu")
+    assert tuple(segmenter.inferer.roi_size) == (32, 48, 32)
+    np.testing.assert_array_equal(labels.get_fdata(), segmenter.segment(read_image(image)).labels)
+    truth = torch.from_numpy(nibabel.load(data / "labelsTr" / "made_0.nii.gz").get_fdata())
+    measured = compare(torch.from_numpy(labels.get_fdata()), truth, (1, 1, 1), list(dice))
+    assert {row["structure"]: row["dice"] for row in measured} == pytest.approx(dice, abs=1e-4)
 
 
 @pytest.mark.parametrize(

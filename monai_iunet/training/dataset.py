@@ -1,0 +1,278 @@
+"""Data sets as people have them: of the Medical Segmentation Decathlon, of nnU-Net, or two folders of files.
+
+What a data set consists of is found here; whether its files can be learned from is found in `cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai_iunet.errors import InputError
+from monai_iunet.io.files import SUFFIXES, image_name
+
+__all__ = ["LabeledData", "list_cases", "read_labeled_data", "split_cases"]
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]
+FOLDS = 5
+# Names of the two folders, where no file describes a data set.
+FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
+LAYOUTS = (
+    "a dataset.json of the Medical Segmentation Decathlon or of nnU-Net, or folders images and labels with files of "
+    "the same names"
+)
+
+
+@dataclass(frozen=True)
+class LabeledData:
+    """A data set: its cases, channels and labels.
+
+    Attributes:
+        folder: of the data set.
+        training: cases with "image", a path or one per channel, and "label".
+        validation: its own validation cases; None if it has none.
+        channels: names of the channels of an image.
+        labels: value of each structure in the label files, by its name; None if nothing names them.
+        parts: names of labels that are parts of larger regions, as text; empty if there are none.
+        problems: what is wrong, a line each.
+
+    Example:
+        >>> LabeledData(Path("data"), [], None, ("CT",), {"liver": 1}).labels
+        {'liver': 1}
+    """
+
+    folder: Path
+    training: list[Case]
+    validation: list[Case] | None
+    channels: tuple[str, ...]
+    labels: dict[str, int] | None
+    parts: str = ""
+    problems: tuple[str, ...] = ()
+
+
+def read_labeled_data(folder: str | Path) -> LabeledData:
+    """Find the cases of a data set; no image is read.
+
+    Args:
+        folder: with `dataset.json`, as the Medical Segmentation Decathlon or nnU-Net has it, or with `images` and
+            `labels`, files of the same names; channels are files NAME_0000, NAME_0001, ...
+
+    Raises:
+        InputError: when nothing of that kind is there.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("images/a.nii.gz", "images/b.nii.gz", "labels/a.nii.gz"):
+        ...     (folder / name).parent.mkdir(exist_ok=True)
+        ...     (folder / name).touch()
+        >>> data = read_labeled_data(folder)
+        >>> len(data.training), [problem.replace(str(folder), "") for problem in data.problems]
+        (1, ['/images/b.nii.gz: has no label.'])
+    """
+    folder = Path(str(folder))  # the command line of MONAI makes a number of a folder that is named 2024
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. Name that of a data set: {LAYOUTS}.")
+    description = _description(folder / "dataset.json")
+    channels = _channels(description)
+    labels, parts = _labels(description, folder / "dataset.json")
+    if isinstance(description.get("training"), list):
+        training, problems = _listed(folder, description["training"])
+        validation = None
+        if isinstance(description.get("validation"), list):
+            validation, more = _listed(folder, description["validation"])
+            problems += more
+    else:
+        training, problems = _paired(folder)
+        validation = None
+    counts = {len(case["image"]) if isinstance(case["image"], list) else 1 for case in training}
+    if len(counts) == 1 and len(channels) not in counts:
+        channels = tuple(f"channel {number}" for number in range(counts.pop()))
+    return LabeledData(folder, training, validation, channels, labels, parts, tuple(problems))
+
+
+def list_cases(
+    dataset_dir: str | Path,
+    section: str | None = None,
+    fold: int | None = None,
+    folds: int = FOLDS,
+    skip_bad: bool = False,
+) -> list[Case]:
+    """Return cases of a data set: all of them, those to train on, or those to validate on.
+
+    Args:
+        dataset_dir: see `read_labeled_data`.
+        section: "training", "validation", or None for all that are labeled.
+        fold: which part of the training cases is for validation; None for the data set's own validation cases, and
+            the first part if it has none.
+        folds: number of parts.
+        skip_bad: leave out images without labels, labels without images and the like, saying so, instead of stopping.
+
+    Raises:
+        InputError: when there are none, and naming each bad entry in a line, unless `skip_bad`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> cases = [{"image": f"{number}.nii.gz", "label": f"{number}_seg.nii.gz"} for number in range(10)]
+        >>> _ = (folder / "dataset.json").write_text(json.dumps({"training": cases}))
+        >>> [Path(case["image"]).name for case in list_cases(folder, "validation")]
+        ['0.nii.gz', '5.nii.gz']
+    """
+    data = read_labeled_data(dataset_dir)
+    listed = "\n".join(data.problems)
+    if data.problems and not skip_bad:
+        raise InputError(
+            f"{len(data.problems)} files of {data.folder} cannot be used:\n{listed}\nMend them, or leave them out with "
+            "--skip_bad_cases true."
+        )
+    if data.problems:
+        logger.warning("%d files of %s are left out:\n%s", len(data.problems), data.folder, listed)
+    if section is None:
+        return [*data.training, *(data.validation or [])]
+    if fold is None and data.validation is not None:
+        return data.training if section == "training" else data.validation
+    training, validation = split_cases(data.training, fold or 0, folds)
+    if fold is None and section == "validation":
+        logger.info(
+            "%s has no validation cases of its own: of its %d cases, %d are for validation, every %dth by name",
+            data.folder,
+            len(data.training),
+            len(validation),
+            folds,
+        )
+    return training if section == "training" else validation
+
+
+def split_cases(cases: Sequence[Case], fold: int, folds: int = FOLDS) -> tuple[list[Case], list[Case]]:
+    """Split cases into those to train on and those to validate on: every so many, by the names of their labels.
+
+    Raises:
+        InputError: when there are fewer cases than parts, or no such part.
+
+    Example:
+        >>> training, validation = split_cases([{"image": name, "label": name} for name in "abcdef"], fold=1, folds=3)
+        >>> [case["image"] for case in validation]
+        ['b', 'e']
+    """
+    if not 0 <= fold < folds:
+        raise InputError(f"fold {fold}: of {folds} folds, one from 0 to {folds - 1} is needed.")
+    if folds < 2 or len(cases) < folds:
+        raise InputError(f"{len(cases)} cases cannot be split into {folds} folds. Use more cases, or 2 folds or more.")
+    ordered = sorted(cases, key=lambda case: str(case["label"]))
+    return [case for number, case in enumerate(ordered) if number % folds != fold], ordered[fold::folds]
+
+
+def _description(path: Path) -> Mapping[str, Any]:
+    """Return what a `dataset.json` says; nothing if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}). Mend it, or copy it again.") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{path}: must hold a dictionary, as dataset.json of the Decathlon does.")
+    return description
+
+
+def _channels(description: Mapping[str, Any]) -> tuple[str, ...]:
+    names = description.get("channel_names", description.get("modality", {}))
+    if isinstance(names, str):
+        return (names,)
+    values = names.values() if isinstance(names, Mapping) else names if isinstance(names, list) else ()
+    return tuple(map(str, values)) or ("image",)
+
+
+def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] | None, str]:
+    """Return the values of structures by their names, and what regions they are parts of.
+
+    The Decathlon writes `{"1": "liver"}`, nnU-Net `{"liver": 1}` and `{"whole tumor": [1, 2]}` for a region.
+    """
+    entries = description.get("labels")
+    if not entries:
+        return None, ""
+    try:
+        by_name = {
+            str(value if str(name).isdigit() else name): int(name) if str(name).isdigit() else value
+            for name, value in entries.items()
+        }
+        regions = {name: [int(part) for part in value] for name, value in by_name.items() if isinstance(value, list)}
+        values = {name: int(value) for name, value in by_name.items() if name not in regions and name != "ignore"}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f'{path}: "labels" must give each structure a number, such as {{"liver": 1}}.') from error
+    parts = ""
+    if regions:
+        # A label map holds each voxel once: what is learned is each value, named after the smallest region with it.
+        by_size = sorted(regions, key=lambda name: len(regions[name]))
+        for value in sorted({value for region in regions.values() for value in region} - set(values.values())):
+            name = next(name for name in by_size if value in regions[name])
+            values[name if name not in values else f"{name} {value}"] = value
+        parts = "; ".join(f"{name}: labels {', '.join(map(str, region))}" for name, region in regions.items())
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    if len({value for _, value in ordered}) < len(ordered):
+        raise InputError(f'{path}: "labels" gives several structures the same number. Give each its own.')
+    return {name: value for name, value in ordered if value > 0}, parts
+
+
+def _listed(folder: Path, entries: Sequence[Any]) -> tuple[list[Case], list[str]]:
+    """Return the cases of a list, with paths, and what is wrong with entries."""
+    cases, problems = [], []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not entry.get("image"):
+            problems.append(f"{folder / 'dataset.json'}: entry {number} names no image: {str(entry)[:80]}.")
+            continue
+        image = entry["image"]
+        paths = [str(folder / str(part)) for part in (image if isinstance(image, list) else [image])]
+        if not entry.get("label"):
+            problems.append(f"{paths[0]}: has no label.")
+            continue
+        case = {"image": paths if len(paths) > 1 else paths[0], "label": str(folder / str(entry["label"]))}
+        cases.append(case)
+    return cases, problems
+
+
+def _paired(folder: Path) -> tuple[list[Case], list[str]]:
+    """Return the cases of two folders, by the names of files, and what has no counterpart."""
+    found = next(
+        ((folder / a, folder / b) for a, b in FOLDERS if (folder / a).is_dir() and (folder / b).is_dir()), None
+    )
+    if found is None:
+        raise InputError(f"{folder}: not a data set. It must have {LAYOUTS}.")
+    images, labels = (_files(part) for part in found)
+    of_case: dict[str, dict[int, Path]] = {}
+    channels = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
+    # Names that end in four digits are channels where the labels are named without them.
+    for name, path in images.items():
+        match = channels[name]
+        if match and (name not in labels or match[1] in labels):
+            of_case.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            of_case.setdefault(name, {})[0] = path
+    counts = [len(parts) for parts in of_case.values()]
+    usual = max(set(counts), key=counts.count) if counts else 1
+    cases, problems = [], []
+    for name, parts in sorted(of_case.items()):
+        paths = [str(parts[number]) for number in sorted(parts)]
+        if name not in labels:
+            problems.append(f"{paths[0]}: has no label.")
+        elif sorted(parts) != list(range(usual)):
+            problems.append(f"{paths[0]}: has the channels {sorted(parts)}, other images have {list(range(usual))}.")
+        else:
+            cases.append({"image": paths if usual > 1 else paths[0], "label": str(labels[name])})
+    problems += [f"{path}: has no image." for name, path in labels.items() if name not in of_case]
+    return cases, problems
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the image files of a folder by their names without suffix."""
+    # Files that begin with a dot are not images: macOS adds `._scan.nii.gz` to a copied `scan.nii.gz`.
+    files = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return {image_name(path, SUFFIXES): path for path in files if path.name.lower().endswith(SUFFIXES)}

@@ -1,0 +1,84 @@
+"""A training that lasts for a given time, however often it is interrupted, on whichever machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["TimedDecay"]
+
+logger = logging.getLogger(__name__)
+
+
+class TimedDecay(LRScheduler):
+    """Lowers the learning rate as the time of a training passes, and ends the training when it has passed.
+
+    At a share `t` of the time the learning rate is `(1 - t) ** power` times that of the beginning. The time that a
+    training was interrupted does not count: the state holds the seconds that were used, and is saved with the training.
+    The network is validated once more at the end.
+
+    Args:
+        optimizer: whose learning rate is lowered, once per epoch.
+        max_seconds: of the training with its validations.
+        power: of the decay.
+        validator: the evaluator that validates the network.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> schedule = TimedDecay(optimizer, max_seconds=3600)
+        >>> schedule.used = 1800.0
+        >>> optimizer.step()
+        >>> schedule.step()
+        >>> round(optimizer.param_groups[0]["lr"], 2)
+        0.54
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, max_seconds: float, power: float = 0.9, validator: Evaluator | None = None
+    ) -> None:
+        self.max_seconds = max_seconds
+        self.power = power
+        self.used = 0.0
+        self._validator = validator
+        self._since: float | None = None  # when seconds were last added
+        super().__init__(optimizer)
+
+    @property
+    def share(self) -> float:
+        """Share of the time that has passed, from 0 to 1."""
+        return min(self.used / self.max_seconds, 1.0)
+
+    def get_lr(self) -> list[float | Any]:
+        """Return the learning rate of each group of parameters."""
+        return [rate * (1 - self.share) ** self.power for rate in self.base_lrs]
+
+    def attach(self, trainer: Engine) -> None:
+        """Attach to a trainer, after what steps this schedule."""
+        trainer.add_event_handler(Events.STARTED, self._begin)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, the seconds that were used among it."""
+        state = super().state_dict()
+        return {name: value for name, value in state.items() if name not in ("_validator", "_since", "max_seconds")}
+
+    def _begin(self, _: Engine) -> None:
+        self._since = time.monotonic()
+
+    def _end_epoch(self, trainer: Engine) -> None:
+        now = time.monotonic()
+        self.used += now - (self._since if self._since is not None else now)
+        self._since = now
+        if self.share == 1:
+            if self._validator is not None:
+                self._validator.run(trainer.state.epoch)
+            trainer.terminate()
+        left = max(self.max_seconds - self.used, 0) / 60
+        logger.info("Epoch %d, %.0f %% of the time, %.0f minutes left", trainer.state.epoch, 100 * self.share, left)

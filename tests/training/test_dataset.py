@@ -1,0 +1,119 @@
+"""Data sets as people have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monai_iunet import InputError, list_cases
+from monai_iunet.training.dataset import read_labeled_data
+
+
+def make(folder: Path, files: Sequence[str], description: Any = None) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    if description is not None:
+        (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+def names(cases: Sequence[dict[str, Any]]) -> list[str]:
+    return [Path(case["label"]).name.split(".")[0] for case in cases]
+
+
+def decathlon(count: int, **more: Any) -> dict[str, Any]:
+    entries = [{"image": f"./imagesTr/c{n:02}.nii.gz", "label": f"./labelsTr/c{n:02}.nii.gz"} for n in range(count)]
+    return {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver"}, "training": entries, **more}
+
+
+def test_a_decathlon_folder_without_validation_cases_is_split(tmp_path: Path) -> None:
+    folder = make(tmp_path, [], decathlon(10))
+    parts = [list_cases(folder, "validation", fold) for fold in range(5)]
+    assert sorted(name for part in parts for name in names(part)) == names(list_cases(folder))
+    assert list_cases(folder, "validation") == parts[0]
+    for fold, part in enumerate(parts):
+        training = list_cases(folder, "training", fold)
+        assert len(training) == 8
+        assert not set(names(training)) & set(names(part))
+
+
+def test_validation_cases_of_its_own_are_used(tmp_path: Path) -> None:
+    description = decathlon(6)
+    description["validation"] = description["training"][4:]
+    description["training"] = description["training"][:4]
+    folder = make(tmp_path, [], description)
+    assert names(list_cases(folder, "validation")) == ["c04", "c05"]
+    assert names(list_cases(folder, "training")) == ["c00", "c01", "c02", "c03"]
+    # Folds are made of the training cases alone.
+    assert names(list_cases(folder, "validation", 1, 2)) == ["c01", "c03"]
+
+
+def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:
+    files = [f"imagesTr/p{n}_000{channel}.nii.gz" for n in range(3) for channel in range(2)]
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
+    description = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": labels, "file_ending": ".nii.gz"}
+    data = read_labeled_data(make(tmp_path, [*files, *(f"labelsTr/p{n}.nii.gz" for n in range(3))], description))
+    assert data.channels == ("T1", "FLAIR")
+    assert data.labels == {"whole": 1, "core": 2, "enhancing": 3}
+    assert data.parts == "whole: labels 1, 2, 3; core: labels 2, 3; enhancing: labels 3"
+    assert [[Path(path).name for path in case["image"]] for case in data.training][1] == [
+        "p1_0000.nii.gz",
+        "p1_0001.nii.gz",
+    ]
+    assert data.problems == ()
+
+
+def test_two_folders_of_files_are_read(tmp_path: Path) -> None:
+    files = [f"{part}/scan_{n:04}.nii.gz" for part in ("images", "labels") for n in range(3)]
+    data = read_labeled_data(make(tmp_path, [*files, "images/._scan_0000.nii.gz", "labels/notes.txt"]))
+    # Four digits are part of the name where labels have them too.
+    assert names(data.training) == ["scan_0000", "scan_0001", "scan_0002"]
+    assert data.channels == ("image",)
+    assert data.labels is None
+
+
+def test_labels_with_gaps_keep_their_values(tmp_path: Path) -> None:
+    labels = {"0": "background", "5": "tumor", "2": "liver"}
+    assert read_labeled_data(make(tmp_path, [], decathlon(1, labels=labels))).labels == {"liver": 2, "tumor": 5}
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    files = ["images/a_0000.nii.gz", "images/a_0001.nii.gz", "images/b_0000.nii.gz", "images/b_0001.nii.gz"]
+    files += ["images/c_0001.nii.gz", "images/d_0000.nii.gz", "images/d_0001.nii.gz"]
+    folder = make(tmp_path, [*files, *(f"labels/{name}.nii.gz" for name in "ace")])
+    with pytest.raises(InputError) as error:
+        list_cases(folder, "training")
+    text = str(error.value)
+    assert "4 files" in text
+    for part in ("b_0000.nii.gz: has no label", "c_0001.nii.gz: has the channels [1]", "e.nii.gz: has no image"):
+        assert part in text
+    assert names(list_cases(folder, skip_bad=True)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must hold a dictionary"),
+        ('{"training": [], "labels": {"liver": "one"}}', "must give each structure a number"),
+        ('{"training": [], "labels": {"liver": 1, "tumor": 1}}', "the same number"),
+        ("{}", "not a data set"),
+    ],
+)
+def test_what_is_no_data_set_is_an_error_in_a_line(description: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(description)
+    with pytest.raises(InputError, match=message) as error:
+        read_labeled_data(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_cases_are_not_split(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="3 cases cannot be split into 5 folds"):
+        list_cases(make(tmp_path, [], decathlon(3)), "training")
+    with pytest.raises(InputError, match="fold 5"):
+        list_cases(tmp_path, "training", fold=5)
