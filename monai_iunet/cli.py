@@ -469,6 +469,58 @@ def report(
         typer.echo("\n".join(map(str, written)))
 
 
+@app.command()
+def fit(
+    dataset: Annotated[
+        Path, typer.Argument(help="Folder of the Decathlon or of nnU-Net, or with images and labels of the same names.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle; called again, the command goes on with it.")],
+    gpu_memory: Annotated[
+        str | None, typer.Option(help='That a training step may take: "24 GiB". Default: what there is.')
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="That everything may take, such as 12h or 90min.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=1, help="Folds that are trained. Default: 5 if the time is enough, else 1.")
+    ] = None,
+    fold: Annotated[int | None, typer.Option(min=0, help="The only fold to train.")] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="MR or CT. Default: what the data set says, or looks like.")
+    ] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    skip_bad_cases: Annotated[
+        bool,
+        typer.Option("--skip-bad-cases", help="Leave out cases that cannot be learned from; else they are an error."),
+    ] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop when the plan is made and printed.")] = False,
+) -> None:
+    """Make a bundle from images and labels: plan, train, evaluate; nothing else need be chosen."""
+    with _input_errors():
+        import logging
+
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        from monai_iunet.fitting.fit import fit as run
+
+        log = logging.getLogger("monai_iunet")
+        log.setLevel(logging.INFO)
+        log.addHandler(RichHandler(show_path=False))
+        bundle = run(
+            dataset,
+            output,
+            gpu_memory=gpu_memory,
+            time=time,
+            folds=folds,
+            fold=fold,
+            modality=modality,
+            device=None if device == "auto" else str(_device(device)),
+            skip_bad_cases=skip_bad_cases,
+            plan_only=plan_only,
+            console=Console(),
+        )
+        typer.echo(bundle)
+
+
 @app.command("init-bundle")
 def new_bundle(
     name: Annotated[

@@ -1,0 +1,410 @@
+"""From images and labels to a bundle: fingerprint, plan, folds, cross-validation, and the best of the networks.
+
+All state is in the folder of the bundle, so a fit that was killed goes on when it is called again: the fingerprint and
+the plan are read, folds that are done are left out, and the training of the others goes on after its last epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from rich.console import Console
+
+from monai_iunet.bundling.new_bundle import write_bundle, write_configs
+from monai_iunet.bundling.report import draw_cases, draw_training
+from monai_iunet.errors import InputError
+from monai_iunet.fitting.cross_validation import (
+    Score,
+    choose_clean_up,
+    mean_dice,
+    read_scores,
+    score_table,
+    summarize,
+)
+from monai_iunet.fitting.fingerprint import (
+    Fingerprint,
+    draw_fingerprint,
+    fingerprint_tables,
+    read_fingerprint,
+    take_fingerprint,
+    write_fingerprint,
+)
+from monai_iunet.fitting.page import write_page
+from monai_iunet.fitting.plan import FitPlan, Limits, make_plan, measure_speed, plan_table, read_plan
+from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.planning.budget import parse_bytes
+from monai_iunet.training.dataset import LabeledData, read_labeled_data
+from monai_iunet.training.record import record_file
+
+__all__ = ["FitOptions", "fit", "parse_seconds"]
+
+logger = logging.getLogger(__name__)
+
+MOST_RESTARTS = 3  # of a training that diverges, each with half of the learning rate
+BYTES_PER_VOXEL = 8  # of a case in memory: image and label, float32
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a fit may take and which folds it trains; see `fit`.
+
+    Example:
+        >>> FitOptions(seconds=3600).folds is None
+        True
+    """
+
+    memory: int | None = None
+    seconds: float | None = None
+    folds: int | None = None
+    fold: int | None = None
+    modality: str | None = None
+    device: str | None = None
+    skip_bad_cases: bool = False
+
+
+def fit(
+    dataset: str | Path,
+    output: str | Path,
+    *,
+    gpu_memory: int | str | None = None,
+    time: float | str | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
+    modality: str | None = None,
+    device: str | None = None,
+    skip_bad_cases: bool = False,
+    plan_only: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train and evaluate a bundle from images and labels, without another choice.
+
+    Called again after an interruption it goes on.
+
+    Args:
+        dataset: folder of a data set, see `list_cases`.
+        output: folder of the bundle; its name becomes the bundle's.
+        gpu_memory: bytes that a training step may hold, or such as "24 GiB"; by default what the GPU has, or half of
+            the memory of the machine.
+        time: seconds that everything may take, or such as "12h" or "90min"; by default as long as about 10,000 steps of
+            each fold take.
+        folds: number of folds that are trained; by default five where the time is enough, else one of five.
+        fold: the only fold to train.
+        modality: "MR" or "CT", where the names of the channels do not say it.
+        device: where the network is trained; by default the first GPU, or the CPU if there is none.
+        skip_bad_cases: leave out cases that cannot be learned from, saying so.
+        plan_only: stop when the plan is made.
+        console: where tables are printed; nowhere by default.
+
+    Returns:
+        The folder of the bundle.
+
+    Raises:
+        InputError: when the data set or an option cannot be used; all bad cases are listed together.
+
+    Example:
+        >>> import tempfile
+        >>> fit(tempfile.mkdtemp(), "bundle")
+        Traceback (most recent call last):
+            ...
+        monai_iunet.errors.InputError: ...: not a data set. It must have ...
+    """
+    try:
+        memory = None if gpu_memory is None else parse_bytes(gpu_memory)
+    except ValueError as error:
+        raise InputError(f"gpu_memory {gpu_memory}: {error}") from error
+    seconds = None if time is None else parse_seconds(time)
+    options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases)
+    run = _Fit(Path(dataset), Path(output), options, console or Console(quiet=True))
+    run.prepare()
+    if not plan_only:
+        run.train()
+        run.evaluate()
+        run.finish()
+    return Path(output)
+
+
+def parse_seconds(duration: float | str) -> float:
+    """Return seconds, from a number or from text such as "12h" or "90 min".
+
+    Raises:
+        InputError: for anything else.
+
+    Example:
+        >>> parse_seconds("1.5h"), parse_seconds("90 min"), parse_seconds("1h 30min")
+        (5400.0, 5400.0, 5400.0)
+    """
+    units = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1}
+    text = f"{duration}s" if isinstance(duration, (int, float)) else duration.strip()
+    parts = re.findall(r"([0-9.]+)\s*(d|h|min|m|s)\b\s*", text)
+    try:
+        seconds = sum(float(number) * units[unit] for number, unit in parts)
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0 or re.sub(r"([0-9.]+)\s*(d|h|min|m|s)\b\s*", "", text):
+        raise InputError(f"time {duration}: must be such as 12h, 90min or 1h 30min.")
+    return seconds
+
+
+class _Fit:
+    """A fit, step by step."""
+
+    def __init__(self, dataset: Path, output: Path, options: FitOptions, console: Console) -> None:
+        self.dataset = dataset
+        self.folder = output
+        self.options = options
+        self.console = console
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.plan: FitPlan
+        self.fingerprint: Fingerprint
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "fit.json"
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+        return state
+
+    def _note(self, **changes: Any) -> None:
+        write_text(self._state_file, json.dumps({**self._state(), **changes}, indent=1) + "\n")
+
+    def prepare(self) -> None:
+        """Take the fingerprint and make the plan, or read both."""
+        docs = self.folder / "docs"
+        asked = {
+            "dataset": str(self.dataset.resolve()),
+            "seconds": self.options.seconds,
+            "folds": self.options.folds,
+            "fold": self.options.fold,
+            "modality": self.options.modality,
+        }
+        if self._state_file.is_file():
+            changed = [name for name, value in self._state()["asked"].items() if asked[name] != value]
+            if changed:
+                raise InputError(
+                    f"{self.folder}: a fit with another {' and another '.join(changed)} is there. Ask for the same to "
+                    "go on with it, or name another --output."
+                )
+            self.plan, self.fingerprint = read_plan(docs / "plan.json"), read_fingerprint(docs / "fingerprint.json")
+            logger.info("%s: going on with the fit that is there", self.folder)
+        else:
+            data = read_labeled_data(self.dataset)
+            self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
+            self.plan = self._make_plan(data)
+            write_bundle(self.plan.task, self.folder)
+            write_fingerprint(self.fingerprint, docs / "fingerprint.json")
+            draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
+            write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
+            # Last: what is there before it is written is not gone on with.
+            write_text(self._state_file, json.dumps({"asked": asked, "trained": [], "evaluated": []}) + "\n")
+        self.console.print(fingerprint_tables(self.fingerprint))
+        self.console.print(plan_table(self.plan))
+
+    def _make_plan(self, data: LabeledData) -> FitPlan:
+        amp = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        speed = measure_speed(self.device, amp) if self.options.seconds is not None else None
+        limits = Limits(self.options.memory or _memory(self.device), self.options.seconds, speed, amp)
+        name = re.sub(r"\W+", "_", self.folder.resolve().name)
+        return make_plan(
+            self.fingerprint,
+            name,
+            self.dataset.resolve().name,
+            limits,
+            self.options.folds,
+            self.options.fold,
+            has_validation=bool(data.validation),
+        )
+
+    def train(self) -> None:
+        """Train each fold that is not done."""
+        for fold in self.plan.folds:
+            if _name(fold) not in self._state()["trained"]:
+                if not (self._models(fold) / "model_final.pt").is_file():
+                    self._train_fold(fold)
+                self._note(trained=[*self._state()["trained"], _name(fold)])
+
+    def _train_fold(self, fold: int | None) -> None:
+        for restart in range(MOST_RESTARTS + 1):
+            factor = self._state().get("learning_rate_factors", {}).get(_name(fold), 1.0)
+            try:
+                self._run_training(fold, factor)
+                return
+            except FloatingPointError as error:
+                if restart == MOST_RESTARTS:
+                    raise InputError(f"{_name(fold)}: still diverges after {restart} restarts. {error}") from error
+                logger.warning("%s: %s It goes on with half of its learning rate.", _name(fold), error)
+                factors = {**self._state().get("learning_rate_factors", {}), _name(fold): factor / 2}
+                self._note(learning_rate_factors=factors)
+
+    def _run_training(self, fold: int | None, factor: float) -> None:
+        parser = self._parser("train.json", fold)
+        parser.update(
+            {
+                "ckpt_dir": str(self._models(fold)),
+                "output_dir": str(self.folder / "train" / _name(fold)),
+                "resume": True,
+                "patience": 1_000_000,
+                "cache_rate": self._cache_rate(),
+            }
+        )
+        for handler in parser["train"]["handlers"]:
+            if isinstance(handler, dict) and handler["_target_"].endswith("ProgressBar"):
+                handler["disable"] = not sys.stderr.isatty()
+        trainer, validator = _parsed(parser, "train#trainer"), _parsed(parser, "validate#evaluator")
+        _parsed(parser, "initialize")
+        self._lower_learning_rate(_parsed(parser, "optimizer"), _parsed(parser, "lr_scheduler"), factor)
+
+        def report(engine: Any) -> None:
+            state = engine.state
+            logger.info(
+                "%s, epoch %d: Dice %.3f, best %.3f after epoch %d",
+                _name(fold),
+                trainer.state.epoch,
+                state.metrics["val_mean_dice"],
+                state.best_metric,
+                state.best_metric_epoch,
+            )
+
+        validator.add_event_handler(Events.COMPLETED, report)
+        trainer.run()
+        if not (self._models(fold) / "model.pt").is_file():
+            raise InputError(f"{_name(fold)}: no network was better than none. Check the labels, or give it more time.")
+
+    def _lower_learning_rate(self, optimizer: Any, schedule: Any, factor: float) -> None:
+        """Lower the learning rate of a training that has diverged before."""
+        rate = self.plan.task.learning_rate * factor
+        if rate >= schedule.base_lrs[0]:
+            return
+        schedule.base_lrs = [rate for _ in schedule.base_lrs]
+        for group in optimizer.param_groups:
+            group["initial_lr"] = rate
+            group["lr"] = min(group["lr"], rate)
+
+    def _cache_rate(self) -> float:
+        """Return the share of the cases that half of the machine's memory holds."""
+        spacing = self.plan.task.spacing
+        voxels = sum(
+            float(torch.tensor(case.extent).prod() / torch.tensor(spacing).prod()) for case in self.fingerprint.cases
+        )
+        needed = voxels * BYTES_PER_VOXEL * self.plan.task.in_channels
+        return min(1.0, _memory(torch.device("cpu")) / needed)
+
+    def evaluate(self) -> None:
+        """Evaluate each fold on the cases that it was not trained on, with and without clean-up."""
+        for fold in self.plan.folds:
+            if _name(fold) in self._state()["evaluated"]:
+                continue
+            for largest in (False, True):
+                parser = self._parser("evaluate.json", fold)
+                parser.update(
+                    {
+                        "checkpoint": str(self._models(fold) / "model.pt"),
+                        "output_dir": str(self._evaluation(fold, largest)),
+                        "largest_component": largest,
+                    }
+                )
+                _parsed(parser, "initialize")
+                _parsed(parser, "validate#evaluator").run()
+            self._note(evaluated=[*self._state()["evaluated"], _name(fold)])
+
+    def finish(self) -> None:
+        """Choose clean-up and network, and write the bundle's configs, weights, pictures and page."""
+        structures = self.fingerprint.structures
+        as_is, largest = (
+            {fold: read_scores([self._evaluation(fold, kind) / "cases.csv"]) for fold in self.plan.folds}
+            for kind in (False, True)
+        )
+        kept = choose_clean_up(_joined(as_is), _joined(largest), structures)
+        cleaned = [structures[label - 1] for label in kept]
+        scores = {
+            fold: [after if after.structure in cleaned else before for before, after in zip(as_is[fold], largest[fold])]
+            for fold in self.plan.folds
+        }
+        rows = summarize(_joined(scores), structures)
+        best = max(self.plan.folds, key=lambda fold: mean_dice(scores[fold], structures))
+        task = replace(self.plan.task, largest_component=tuple(kept), fold=best)
+        write_configs(task, self.folder)
+        for source in (self._models(best) / "model.pt", record_file(self._models(best) / "model.pt")):
+            shutil.copyfile(source, self.folder / "models" / source.name)
+        _write_table(self.folder / "eval" / "cross_validation.csv", rows)
+        docs = self.folder / "docs"
+        draw_training(self.folder / "train" / _name(best), docs / "training.png")
+        if task.in_channels == 1:
+            draw_cases(self.folder, self.dataset, self._evaluation(best, False) / "cases.csv", docs / "cases.png")
+        members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
+        write_page(self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), cleaned)
+        self._note(finished=True)
+        self.console.print(score_table(rows))
+
+    def _parser(self, config: str, fold: int | None) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config(str(self.folder / "configs" / config))
+        parser.update(
+            {
+                "bundle_root": str(self.folder),
+                "dataset_dir": str(self.dataset),
+                "device": self.device,
+                "fold": fold,
+                # They were checked for the fingerprint.
+                "check_data": False,
+                "skip_bad_cases": self.options.skip_bad_cases,
+            }
+        )
+        return parser
+
+    def _models(self, fold: int | None) -> Path:
+        return check_folder(self.folder / "models" / _name(fold))
+
+    def _evaluation(self, fold: int | None, largest: bool) -> Path:
+        return self.folder / "eval" / f"{_name(fold)}{'_largest' if largest else ''}"
+
+
+def _name(fold: int | None) -> str:
+    return "training" if fold is None else f"fold_{fold}"
+
+
+def _joined(scores: dict[Any, list[Score]]) -> list[Score]:
+    return [score for part in scores.values() for score in part]
+
+
+def _parsed(parser: ConfigParser, name: str) -> Any:
+    """Return an entry of a config; what a file of the user has caused is one line."""
+    try:
+        return parser.get_parsed_content(name)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes of a GPU, or half of those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * 0.9)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, str | float]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
+    write_text(path, text.getvalue())

@@ -1,0 +1,199 @@
+"""The page and the metadata of a bundle that was made by `fit`: what was chosen and why, and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monai_iunet.bundling.task import Task
+from monai_iunet.fitting.fingerprint import Fingerprint
+from monai_iunet.fitting.plan import FitPlan
+from monai_iunet.io.files import write_text
+
+__all__ = ["write_page"]
+
+
+def write_page(
+    folder: Path,
+    task: Task,
+    plan: FitPlan,
+    fingerprint: Fingerprint,
+    rows: Sequence[Mapping[str, Any]],
+    members: Mapping[str, float],
+    best: str,
+    cleaned: Sequence[str],
+) -> None:
+    """Write `docs/README.md`, and the results into `configs/metadata.json`.
+
+    Args:
+        folder: of the bundle.
+        task: of the bundle.
+        plan: with the reasons of the choices.
+        fingerprint: of the data set.
+        rows: of the cross-validation, see `summarize`.
+        members: mean Dice of each fold's network on the cases that it was not trained on.
+        best: name of the network that the bundle has.
+        cleaned: structures of which the largest component alone is kept.
+    """
+    write_text(folder / "docs" / "README.md", _page(task, plan, fingerprint, rows, members, best, cleaned, folder))
+    path = folder / "configs" / "metadata.json"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata["eval_metrics"] = {
+        f"{'' if row['structure'] == 'mean' else 'dice_'}{_key(row['structure'])}": round(float(row["dice"]), 4)
+        for row in rows
+    }
+    metadata["eval_metrics"]["mean_dice"] = round(float(rows[-1]["dice"]), 4)
+    metadata["eval_metrics"].pop("mean", None)
+    image = metadata["network_data_format"]["inputs"]["image"]
+    image["num_channels"] = task.in_channels
+    image["channel_def"] = {str(number): name for number, name in enumerate(fingerprint.channels)}
+    write_text(path, json.dumps(metadata, indent=4) + "\n")
+
+
+def _key(structure: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in structure)
+
+
+def _page(
+    task: Task,
+    plan: FitPlan,
+    fingerprint: Fingerprint,
+    rows: Sequence[Mapping[str, Any]],
+    members: Mapping[str, float],
+    best: str,
+    cleaned: Sequence[str],
+    folder: Path,
+) -> str:
+    names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
+    values = (
+        ""
+        if task.label_values is None
+        else " In the label files of the data set they have the values "
+        f"{', '.join(map(str, task.label_values))}, in this order."
+    )
+    shape, spacing = (
+        np.median([getattr(case, name) for case in fingerprint.cases], axis=0) for name in ("shape", "spacing")
+    )
+    choices = "\n".join(f"| {choice.name} | {choice.value} | {choice.reason} |" for choice in plan.choices)
+    table = "\n".join(
+        f"| {row['structure']} | {row['cases']} | {row['dice']:.3f} | {row['dice_low']:.3f} to {row['dice_high']:.3f} "
+        f"| {row['hausdorff95_mm']:.2f} | "
+        f"{row['surface_distance_mm']:.2f} |"
+        for row in rows
+    )
+    training, inference = (held / 2**20 for held in (plan.step.training_peak, plan.step.inference_peak))
+    of_members = "\n".join(f"| {name} | {dice:.3f} |" for name, dice in members.items())
+    clean_up = (
+        f"Of {', '.join(cleaned)} the largest component alone is kept: in the validation this made them better."
+        if cleaned
+        else "Keeping the largest component of a structure alone made none better in the validation: all are kept."
+    )
+    cases_picture = "\n![Best, median and worst case](cases.png)\n" if (folder / "docs" / "cases.png").is_file() else ""
+    return f"""# {task.name}
+
+Segments {", ".join(task.classes)} in {task.modality} with an invertible U-Net, whose training rebuilds its
+activations instead of storing them. Made by `monai-iunet fit`: everything below was chosen and measured by it.
+
+Authors: whoever trained it.
+
+Tags: segmentation, {task.modality}, {", ".join(task.classes)}, invertible U-Net.
+
+## Data
+
+{task.dataset}: {len(fingerprint.cases)} labeled cases, of {_times(shape)} voxels of {_times(spacing)} mm at the
+median. The whole fingerprint is `fingerprint.json`.
+
+![Fingerprint of the data set](fingerprint.png)
+
+## Input and output
+
+### Input
+
+{"One channel" if task.in_channels == 1 else f"{task.in_channels} channels"}: {", ".join(fingerprint.channels)}; in any
+orientation and spacing.
+
+### Output
+
+{task.num_classes} channels of logits, turned into a label map on the grid of the image: {names}.{values}
+
+## Plan
+
+| choice | value | because |
+|---|---|---|
+{choices}
+
+## System configuration
+
+A training step holds {training:.0f} MiB, an inference pass {inference:.0f} MiB; `monai-iunet plan --bundle .` says it
+part by part.
+
+## Preprocessing
+
+Images are brought to RAS and voxels of {_times(task.spacing)} mm, and their intensities are normalized. What the
+training was given is in `models/training.json`, and is what evaluation, inference and `segment` use.
+
+## Performance
+
+Each network was evaluated on the cases that it was not trained on. The best of its validations was kept, so the figures
+are somewhat too good; the intervals are those of the mean over such cases.
+
+| structure | cases | Dice | 95 % interval | HD95, mm | surface, mm |
+|---|---|---|---|---|---|
+{table}
+
+{clean_up}
+
+| network | mean Dice |
+|---|---|
+{of_members}
+
+The bundle has the network of {best}. An ensemble was not evaluated: each case was in the training of all but one of
+its members.
+
+![Training](training.png)
+{cases_picture}
+## Commands
+
+Install the package `monai-iunet`. In this folder:
+
+```bash
+monai-iunet segment IMAGE --bundle .
+
+python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
+
+# TorchScript, for images of any size
+python -m monai.bundle ckpt_export network_def --filepath model.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json
+
+# TensorRT, on a machine with a GPU, torch-tensorrt and onnx; not tested
+python -m monai.bundle trt_export network_def --filepath model_trt.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json --use_onnx true --use_trace true
+```
+
+## Limitations
+
+For research. Not a medical device, not for diagnosis or treatment. It knows images like those that it was trained on.
+
+## Citation
+
+Cite the paper that introduced the architecture, and the data set.
+
+## References
+
+1. Etmann, Ke, Schönlieb, iUNets, 2020, arXiv:2005.05220.
+2. Isensee et al., nnU-Net, Nature Methods, 2021, whose rules the plan begins with.
+
+## License
+
+Configs: Apache-2.0. For the data see `data_license.txt`.
+"""
+
+
+def _times(values: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)

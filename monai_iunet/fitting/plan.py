@@ -1,0 +1,510 @@
+"""A plan for a data set: what the bundle's network sees, what it is and how it learns, each choice with its reason.
+
+Spacing, size and depth follow the rules that nnU-Net found to hold for most data sets (Isensee et al., Nature Methods
+2021). The patch does not have to be as small as there: where the memory of a training step, which is counted, and the
+time allow it, the patch is the whole image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.losses import DiceCELoss
+from rich.table import Table
+
+from monai_iunet.bundling.task import Task
+from monai_iunet.errors import InputError
+from monai_iunet.fitting.fingerprint import Fingerprint, side_pairs
+from monai_iunet.fitting.nnunet_rules import plan_like_nnunet, target_spacing
+from monai_iunet.io.checks import first_line
+from monai_iunet.networks.nets.architecture import reachable_channels
+from monai_iunet.networks.nets.seg_iunet import SegIUNet
+from monai_iunet.planning.budget import best_activations, largest_patch
+from monai_iunet.planning.plan import TrainingPlan, plan_training
+
+__all__ = ["Choice", "FitPlan", "Limits", "make_plan", "measure_speed", "plan_table", "read_plan"]
+
+CHANNELS = (32, 64, 128, 256, 320)
+WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
+LONG_STEPS = 10_000  # without a limit of time
+TRAINING_SHARE = 0.85  # of the time; the rest is evaluation
+FEWEST_VOXELS = 1000  # of the smallest structure, if voxels are made larger
+COARSEST = 2.0  # times the voxels of the images
+SMALLEST_MAP = 4  # voxels along an axis of the coarsest level
+MOST_BATCH = 8
+VOXELS_OF_BATCH = 60_000
+DEEPER_FROM = 96  # voxels along each axis that is downsampled: a fifth level sees enough there
+ELASTIC_UP_TO = 500_000  # voxels; elastic deformation of larger ones takes longer than their training step
+SHORTEST = 32  # voxels along an axis of a patch, unless the image is shorter
+LARGE_PATCH = 128**3  # voxels
+THICK = 2.0  # slices, times the size of voxels in them
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice of a plan, with its reason.
+
+    Example:
+        >>> Choice("patch", "112 x 96 x 64", "the whole image at the median size fits").nnunet
+        ''
+    """
+
+    name: str
+    value: str
+    reason: str
+    nnunet: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a training may take.
+
+    Attributes:
+        memory: bytes of a training step.
+        seconds: of everything, all folds and evaluations; None for as long as it takes.
+        speed: voxels per second in training; None if it was not measured.
+        dtype: of autocast; float32 for none.
+
+    Example:
+        >>> Limits(memory=8 * 2**30).seconds is None
+        True
+    """
+
+    memory: int
+    seconds: float | None = None
+    speed: float | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """A plan: the task that bundles are made from, which folds are trained, and the reasons.
+
+    Attributes:
+        task: of the bundle.
+        folds: that are trained.
+        choices: the reasons.
+        step: bytes of a training step.
+    """
+
+    task: Task
+    folds: tuple[int | None, ...]
+    choices: tuple[Choice, ...]
+    step: TrainingPlan
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan in what JSON knows."""
+        return {
+            "task": asdict(self.task),
+            "folds": list(self.folds),
+            "choices": [asdict(choice) for choice in self.choices],
+            "step": asdict(self.step),
+        }
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    name: str,
+    dataset: str,
+    limits: Limits,
+    folds: int | None = None,
+    fold: int | None = None,
+    has_validation: bool = False,
+) -> FitPlan:
+    """Plan a bundle for a data set.
+
+    Args:
+        fingerprint: of the data set.
+        name: of the bundle.
+        dataset: name of the data set's folder.
+        limits: memory and time.
+        folds: number of folds that are trained; by default five where the time is enough, else one.
+        fold: the only fold to train.
+        has_validation: whether the data set has validation cases of its own.
+
+    Raises:
+        InputError: when there are too few cases, or not even the smallest network fits.
+    """
+    return _Planner(fingerprint, limits).plan(name, dataset, folds, fold, has_validation)
+
+
+def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Return how many voxels per second a device trains, from a step of a small patch.
+
+    Of a CPU the time that the process gets is counted, so that other programs do not change the plan.
+    """
+    network = SegIUNet(3, 1, 2, CHANNELS[:4]).to(device).train()
+    images, labels = torch.rand(1, 1, 48, 48, 48, device=device), torch.zeros(1, 1, 48, 48, 48, device=device)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    seconds = []
+
+    def now() -> float:
+        return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
+
+    for _ in range(3):
+        start = now()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(network(images), labels)
+        value.backward()
+        float(value)  # waits for a GPU
+        seconds.append(now() - start)
+    return images.numel() / float(min(seconds[1:]))
+
+
+class _Planner:
+    """Makes the choices of a plan, one after another, and notes the reason of each."""
+
+    def __init__(self, fingerprint: Fingerprint, limits: Limits) -> None:
+        self.data = fingerprint
+        self.limits = limits
+        self.choices: list[Choice] = []
+        self.least: TrainingPlan  # of a step that stores nothing
+        self.spacings = [case.spacing for case in fingerprint.cases]
+        self.shapes = [case.shape for case in fingerprint.cases]
+        self.nnunet = plan_like_nnunet(self.spacings, self.shapes, len(fingerprint.structures) + 1)
+        self.in_channels = len(fingerprint.channels)
+        self.num_classes = len(fingerprint.structures) + 1
+        deep = len(fingerprint.structures) >= 5
+        self.couplings = (2, 3, 4, 4, 4) if deep else (2, 2, 2, 2, 2)
+
+    def plan(self, name: str, dataset: str, folds: int | None, fold: int | None, has_validation: bool) -> FitPlan:
+        """Make all choices."""
+        trained, parts = self._folds(folds, fold, has_validation)
+        seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / len(trained)
+        spacing = self._spacing(seconds)
+        size = np.median(np.array([case.extent for case in self.data.cases]), axis=0) / spacing
+        strides = self._strides(spacing, size)
+        batch = self._batch(size, len(self.data.cases))
+        patch = self._patch(spacing, size, strides, batch, seconds)
+        step, activations = self._memory(patch, strides, batch)
+        low, high = self._intensities()
+        mirrored = self._mirroring()
+        whole = all(extent >= length for extent, length in zip(patch, size))
+        elastic = self._deformation(patch, spacing)
+        levels = len(strides) + 1
+        uniform = all(stride == (2, 2, 2) for stride in strides)
+        values = self.data.label_values
+        steps = LONG_STEPS if seconds is None else None
+        epochs = max(1, round(LONG_STEPS / max(1, len(self.data.cases) * (parts - 1) / parts / batch)))
+        task = Task(
+            name=name,
+            modality=self.data.modality,  # type: ignore[arg-type] # it checks
+            classes=self.data.structures,
+            dataset=dataset,
+            spacing=spacing,
+            roi_size=patch,
+            window=(low, high),
+            mirrored=mirrored,
+            channels=self._channels(strides),
+            couplings=self.couplings[:levels],
+            strides=None if uniform else strides,
+            activations=activations,
+            batch_size=batch,
+            max_epochs=epochs if steps else 100_000,
+            in_channels=self.in_channels,
+            label_values=None if values == tuple(range(1, len(values) + 1)) else values,
+            sampling=self._sampling(whole),
+            elastic=elastic,
+            in_plane=max(spacing) > THICK * min(spacing),
+            max_seconds=seconds,
+            fold=trained[0],
+            folds=parts,
+        )
+        self._length(seconds, patch, batch, epochs)
+        return FitPlan(task, trained, tuple(self.choices), step)
+
+    def _note(self, name: str, value: Any, reason: str, nnunet: Any = "") -> None:
+        self.choices.append(Choice(name, str(value), reason, str(nnunet)))
+
+    def _folds(self, folds: int | None, fold: int | None, has_validation: bool) -> tuple[tuple[int | None, ...], int]:
+        """Choose which folds are trained, and into how many parts the cases are split."""
+        count = len(self.data.cases)
+        parts = folds if folds and folds > 1 else FOLDS
+        if has_validation and folds is None and fold is None:
+            self._note("folds", "1", "the data set has validation cases of its own", 5)
+            return (None,), parts
+        if count < parts and folds is None:
+            parts = max(2, count)
+        if count < 2 or count < parts:
+            raise InputError(f"{count} cases cannot be split into {parts} folds. At least 2 cases are needed.")
+        if fold is not None:
+            self._note("folds", f"fold {fold} of {parts}", "as asked", 5)
+            return (fold,), parts
+        if folds == 1:
+            self._note("folds", f"fold 0 of {parts}", "as asked", 5)
+            return (0,), parts
+        if folds is None and self.limits.seconds is not None:
+            needed = WANTED_STEPS * self._voxels_of_step() * parts
+            if needed > self._voxels_in(TRAINING_SHARE * self.limits.seconds):
+                self._note("folds", f"fold 0 of {parts}", f"the time is not enough for {parts} trainings", 5)
+                return (0,), parts
+        self._note("folds", parts, "as asked" if folds else "each case is validated once, by a network without it", 5)
+        return tuple(range(parts)), parts
+
+    def _voxels_of_step(self) -> float:
+        """Count about how many voxels a step takes: two images of the median size, or parts of larger ones."""
+        spacing = np.array(target_spacing(self.spacings, self.shapes))
+        extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
+        return 2 * min(float(np.prod(extent / spacing)), LARGE_PATCH)
+
+    def _voxels_in(self, seconds: float) -> float:
+        return math.inf if self.limits.speed is None else seconds * self.limits.speed
+
+    def _spacing(self, seconds: float | None) -> tuple[float, float, float]:
+        """Choose the spacing: that of the images, or a coarser one where the time is short."""
+        target = np.array(target_spacing(self.spacings, self.shapes))
+        extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
+        volumes = [
+            float(np.median(found))
+            for number in range(len(self.data.structures))
+            if (found := [case.volumes[number] for case in self.data.cases if case.volumes[number] > 0])
+        ]
+        reason = "the median of the images"
+        chosen = target
+        if seconds is not None:
+            for factor in np.arange(1.0, COARSEST + 0.01, 0.05):
+                coarser = np.maximum(target, target.min() * factor)
+                if factor > 1 and min(volumes) / coarser.prod() < FEWEST_VOXELS:
+                    break
+                chosen = coarser
+                if 2 * np.prod(extent / coarser) * WANTED_STEPS <= self._voxels_in(seconds):
+                    break
+            if (chosen > target).any():
+                reason = (
+                    f"coarser than the images' {_times(target)}: so many voxels can be trained in the time, and the "
+                    f"smallest structure has {min(volumes) / chosen.prod():.0f} of them"
+                )
+        first, second, third = (round(float(size), 3) for size in chosen)
+        self._note("spacing, mm", _times((first, second, third)), reason, _times(self.nnunet.spacing))
+        return first, second, third
+
+    def _strides(self, spacing: Sequence[float], size: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+        """Choose the strides: an axis is halved while its voxels are not thicker than the others', and enough."""
+        sizes, voxels = np.array(size, dtype=float), np.array(spacing, dtype=float)
+        strides: list[tuple[int, int, int]] = []
+        while len(strides) < len(CHANNELS) - 1:
+            possible = sizes >= 2 * SMALLEST_MAP
+            if not possible.any() or (len(strides) == 3 and sizes.max() * 8 < DEEPER_FROM):
+                break
+            halved = possible & (voxels < 2 * voxels[possible].min())
+            strides.append(tuple(2 if part else 1 for part in halved))  # type: ignore[arg-type] # three axes
+            sizes, voxels = np.where(halved, np.ceil(sizes / 2), sizes), np.where(halved, 2 * voxels, voxels)
+        if not strides:
+            raise InputError(f"Images of {_times(np.round(size))} voxels are too small: at least 8 along an axis.")
+        self._note(
+            "levels",
+            f"{len(strides) + 1}, strides {_strides_text(strides)}",
+            "an axis is halved as long as its voxels are the smaller ones and 4 remain",
+            f"{len(self.nnunet.strides) + 1}, strides {_strides_text(self.nnunet.strides)}",
+        )
+        channels, couplings = self._channels(strides), self.couplings[: len(strides) + 1]
+        self._note(
+            "channels, couplings",
+            f"{', '.join(map(str, channels))}; {', '.join(map(str, couplings))}",
+            "depth costs no activations: more of it for five structures or more"
+            if self.couplings[1] > 2
+            else "what the bundles of this package were trained with",
+            "32 to 320 channels, 2 convolutions per stage",
+        )
+        return tuple(strides)
+
+    def _channels(self, strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        return reachable_channels(CHANNELS[: len(strides) + 1], strides)
+
+    def _network(self, strides: Sequence[Sequence[int]], **options: Any) -> SegIUNet:
+        return SegIUNet(
+            3,
+            self.in_channels,
+            self.num_classes,
+            self._channels(strides),
+            strides=strides,
+            couplings=self.couplings[: len(strides) + 1],
+            **options,
+        )
+
+    def _batch(self, size: np.ndarray, cases: int) -> int:
+        """Choose the patches per step: two, and more of small images."""
+        batch = int(min(max(2, VOXELS_OF_BATCH // np.prod(size)), MOST_BATCH, max(1, cases // 2)))
+        self._note("batch", batch, "two, more only where images are small", self.nnunet.batch_size)
+        return batch
+
+    def _patch(
+        self,
+        spacing: Sequence[float],
+        size: np.ndarray,
+        strides: Sequence[Sequence[int]],
+        batch: int,
+        seconds: float | None,
+    ) -> tuple[int, int, int]:
+        """Choose the patch: the whole image, or the largest that memory and time allow."""
+        factors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+        whole = [math.ceil(round(length, 3) / factor) * factor for length, factor in zip(size, factors)]
+        chosen, reason = whole, "the whole image at the median size fits"
+        options = {"batch_size": batch, **self._step_options}
+        in_time = math.inf if seconds is None else self._voxels_in(seconds) / WANTED_STEPS / batch
+        if math.prod(whole) > 2 * in_time:  # half of the steps, of whole images, are better than parts of images
+            # Of the same length in mm along each axis.
+            cube = (in_time * math.prod(spacing)) ** (1 / 3)
+            chosen = [
+                min(max(round(cube / part / factor), math.ceil(SHORTEST / factor)) * factor, most)
+                for part, factor, most in zip(spacing, factors, whole)
+            ]
+            reason = f"the image at the median size is {_times(whole)}, the time is enough for this part of it"
+        network = self._network(strides)
+        self.least = plan_training(network, chosen, **options)
+        if self.least.training_peak > self.limits.memory:
+            extent = size * np.array(spacing)
+            # Of images that are long along one axis no longer a part than twice the shortest.
+            aspect = np.minimum(extent, 2 * extent.min()) / np.array(spacing)
+            memory = self.limits.memory
+            try:
+                self.least = largest_patch(network, memory, aspect.tolist(), factors, largest=chosen, **options)
+            except ValueError as error:
+                raise InputError(f"--gpu-memory: {error}") from error
+            chosen = list(self.least.spatial_size)
+            reason = (
+                f"the image at the median size is {_times(whole)}, this is the largest part of it that fits "
+                f"{memory / 2**30:.1f} GiB"
+            )
+        self._note("patch", _times(chosen), reason, _times(self.nnunet.patch))
+        first, second, third = chosen
+        return first, second, third
+
+    @property
+    def _step_options(self) -> dict[str, Any]:
+        """Arguments of `plan_training`, without the batch."""
+        loss = DiceCELoss(to_onehot_y=True, softmax=True)
+        return {"in_channels": self.in_channels, "dtype": self.limits.dtype, "loss": loss}
+
+    def _memory(
+        self, patch: Sequence[int], strides: Sequence[Sequence[int]], batch: int
+    ) -> tuple[TrainingPlan, str | tuple[str, ...]]:
+        """Choose which levels store their activations: as many as fit, which is faster."""
+        least, memory = self.least, self.limits.memory
+
+        def plan(activations: str | tuple[str, ...]) -> TrainingPlan:
+            network = self._network(strides, activations=activations)
+            return plan_training(network, patch, batch_size=batch, **self._step_options)
+
+        activations: str | tuple[str, ...] = "store"
+        step = plan(activations)
+        if step.training_peak > memory:
+            beside = least.optimizer_state + least.loss
+            shape = (batch, self.in_channels, *patch)
+            activations = best_activations(self._network(strides), max(memory - beside, 1), shape, self.limits.dtype)
+            step = plan(activations)
+        if step.training_peak > memory or set(activations) == {"invert"}:
+            activations, step = "invert", least
+        text = activations if isinstance(activations, str) else ", ".join(activations)
+        self._note(
+            "activations",
+            text,
+            f"a step holds {step.training_peak / 2**20:.0f} MiB of {memory / 2**20:.0f}, and "
+            f"{least.training_peak / 2**20:.0f} where all are rebuilt; what is stored need not be computed again",
+            "store",
+        )
+        return step, activations
+
+    def _intensities(self) -> tuple[float, float]:
+        """Choose the normalization; for CT the window."""
+        if self.data.modality == "MR":
+            reason = "an MR image has no unit: percentiles 0.5 and 99.5, then mean 0 and deviation 1 per image"
+            self._note("intensities", "per image", reason, "mean 0 and deviation 1 per image")
+            return -160.0, 240.0
+        low, high = self.data.percentiles(0.5, 99.5)
+        low, high = math.floor(low / 10) * 10.0, math.ceil(high / 10) * 10.0
+        reason = "Hounsfield units: percentiles 0.5 and 99.5 inside the structures become -1 and 1"
+        peer = f"clipped to {low:g} to {high:g} HU, then by mean and deviation"
+        self._note("intensities", f"{low:g} to {high:g} HU", reason, peer)
+        return low, high
+
+    def _mirroring(self) -> tuple[tuple[int, int], ...] | None:
+        """Choose whether images are mirrored: where labels come in pairs, or a structure lies on either side."""
+        pairs, alone = side_pairs(self.data.structures)
+        if alone:
+            self._note("mirroring", "no", f"{', '.join(alone)}: one side only", "all axes")
+            return None
+        if pairs:
+            self._note("mirroring", "left and right, labels swap", "structures come in pairs", "all axes")
+            return tuple(pairs)
+        centers = [center for case in self.data.cases for center in case.centers if center is not None]
+        either = min(sum(center < -0.1 for center in centers), sum(center > 0.1 for center in centers))
+        if either >= 0.2 * len(centers):
+            self._note("mirroring", "left and right", "structures lie on either side", "all axes")
+            return ()
+        self._note("mirroring", "no", "structures keep to one side or to the middle, so sides may matter", "all axes")
+        return None
+
+    def _sampling(self, whole: bool) -> Literal["at structures", "anywhere"]:
+        if whole:
+            self._note("sampling", "anywhere", "a patch holds the whole image", "a third at structures")
+            return "anywhere"
+        reason = "each structure is as often in the middle of a patch as the background, rare ones too"
+        self._note("sampling", "at structures", reason, "a third at structures")
+        return "at structures"
+
+    def _deformation(self, patch: Sequence[int], spacing: Sequence[float]) -> bool:
+        in_plane = ", rotated in the plane of the slices only" if max(spacing) > THICK * min(spacing) else ""
+        elastic = self.data.modality == "MR" and math.prod(patch) <= ELASTIC_UP_TO and not in_plane
+        reason = "shapes differ" if elastic else "elastic deformation would take longer than the training of a step"
+        if in_plane:
+            reason = "slices are thick"
+        elif self.data.modality == "CT" and math.prod(patch) <= ELASTIC_UP_TO:
+            reason = "as in the bundle of this package for CT"
+        self._note("augmentation", f"{'elastic' if elastic else 'affine'}{in_plane}, intensities", reason, "affine")
+        return elastic
+
+    def _length(self, seconds: float | None, patch: Sequence[int], batch: int, epochs: int) -> None:
+        if seconds is None:
+            self._note("length", f"{epochs} epochs", f"about {LONG_STEPS} steps", "1000 epochs of 250 steps")
+            return
+        steps = self._voxels_in(seconds) / math.prod(patch) / batch
+        about = "" if not math.isfinite(steps) else f": about {steps:.0f} steps"
+        few = f", fewer than the {WANTED_STEPS} that are wanted" if steps < 0.8 * WANTED_STEPS else ""
+        reason = f"{TRAINING_SHARE:.0%} of the time{about}{few}"
+        self._note("length", f"{seconds / 60:.0f} min per fold", reason, "1000 epochs of 250 steps")
+
+
+def plan_table(plan: FitPlan) -> Table:
+    """Return a plan as a table to print, beside what nnU-Net would plan."""
+    table = Table("", "plan", "nnU-Net's rules", "because", title=f"Plan for {plan.task.dataset}")
+    for choice in plan.choices:
+        table.add_row(choice.name, choice.value, choice.nnunet, choice.reason)
+    return table
+
+
+def read_plan(path: Path) -> FitPlan:
+    """Read a plan that was written as JSON.
+
+    Raises:
+        InputError: when the file holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        task = Task(**{name: _as_tuple(value) for name, value in content["task"].items()})
+        choices = tuple(Choice(**choice) for choice in content["choices"])
+        step = TrainingPlan(**{name: _as_tuple(value) for name, value in content["step"].items()})
+        return FitPlan(task, tuple(content["folds"]), choices, step)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a plan ({first_line(error)}). Choose another --output to begin anew.") from error
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
+
+
+def _times(values: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def _strides_text(strides: Sequence[Sequence[int]]) -> str:
+    return ", ".join("".join(map(str, stride)) for stride in strides)

@@ -1,0 +1,81 @@
+"""Small data sets of every kind that people have, made by the tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from monai_iunet.fitting.fingerprint import CaseFacts, Fingerprint
+
+
+def make_set(
+    folder: Path,
+    count: int = 6,
+    shape: Sequence[int] = (24, 24, 24),
+    spacing: Sequence[float] = (1, 1, 1),
+    classes: int = 1,
+    channels: int = 1,
+    modality: str = "MRI",
+    seed: int = 0,
+) -> Path:
+    """A Decathlon folder: bright boxes in noise, the first to the right and the others in a row behind it."""
+    rng = np.random.default_rng(seed)
+    affine = np.diag([*spacing, 1.0])
+    entries = []
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        labels = np.zeros(shape, np.uint8)
+        width = max(2, shape[1] // (classes + 2))
+        for value in range(1, classes + 1):
+            low = (value - 1) * width + 1 + int(rng.integers(0, 2))
+            labels[shape[0] * 5 // 8 : shape[0] * 7 // 8, low : low + width, shape[2] // 4 : shape[2] * 3 // 4] = value
+        name = f"case_{number:02}"
+        paths = []
+        for channel in range(channels):
+            image = 100 * (rng.normal(0, 0.2, shape) + (labels > 0) * (1 + channel)).astype(np.float32)
+            if modality == "CT":
+                image = np.clip(image - 50, -1000, 3000)
+                image[:, :, 0] = -1000
+            paths.append(f"imagesTr/{name}_{channel:04}.nii.gz" if channels > 1 else f"imagesTr/{name}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(image, affine), folder / paths[-1])
+        nibabel.save(nibabel.Nifti1Image(labels, affine), folder / f"labelsTr/{name}.nii.gz")
+        entries.append({"image": paths if channels > 1 else paths[0], "label": f"labelsTr/{name}.nii.gz"})
+    names = {str(value): f"structure {value}" for value in range(1, classes + 1)}
+    channel_names = {str(channel): f"{modality} {channel}" for channel in range(channels)}
+    description = {"modality": channel_names, "labels": {"0": "background", **names}, "training": entries}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+def facts(
+    shape: Sequence[int] = (100, 100, 100), spacing: Sequence[float] = (1, 1, 1), classes: int = 1, **changes: Any
+) -> CaseFacts:
+    """What is known of a case that is not there."""
+    values: dict[str, Any] = {
+        "name": "case.nii.gz",
+        "shape": tuple(shape),
+        "spacing": tuple(float(size) for size in spacing),
+        "lowest": 0.0,
+        "intensities": (-50.0, 0.0, 150.0),
+        "volumes": (0.02 * float(np.prod(np.array(shape) * spacing)),) * classes,
+        "centers": (0.0,) * classes,
+        "contrast": (1.0,) * classes,
+        "mirrored_contrast": (0.0,) * classes,
+    }
+    return CaseFacts(**{**values, **changes})
+
+
+def fingerprint(
+    count: int = 20, structures: Sequence[str] = ("organ",), channels: Sequence[str] = ("MRI",), **options: Any
+) -> Fingerprint:
+    """The fingerprint of a data set of equal cases."""
+    modality = "CT" if "CT" in channels else "MR"
+    case = facts(classes=len(structures), **options)
+    values = tuple(range(1, len(structures) + 1))
+    return Fingerprint(tuple(channels), tuple(structures), values, modality, (case,) * count)

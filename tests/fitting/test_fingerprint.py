@@ -1,0 +1,119 @@
+"""What is found out about a data set, and which cases are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from monai_iunet import InputError
+from monai_iunet.fitting.fingerprint import (
+    Fingerprint,
+    draw_fingerprint,
+    fingerprint_tables,
+    read_fingerprint,
+    side_pairs,
+    take_fingerprint,
+    write_fingerprint,
+)
+from monai_iunet.training.dataset import read_labeled_data
+from tests.fitting.made_sets import make_set
+
+
+def take(folder: Path, **options: Any) -> Fingerprint:
+    return take_fingerprint(read_labeled_data(folder), **options)
+
+
+def change(path: Path, function: Any) -> None:
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(function(np.asarray(image.dataobj)), image.affine), path)
+
+
+def test_spacings_volumes_and_sides_are_those_of_the_data(tmp_path: Path) -> None:
+    found = take(make_set(tmp_path, classes=2, spacing=(1, 2, 3)))
+    assert found.structures == ("structure 1", "structure 2")
+    assert found.labeled == (6, 6)
+    labels = np.asarray(nibabel.load(tmp_path / "labelsTr" / "case_03.nii.gz").dataobj)
+    case = found.cases[3]
+    assert case.spacing == (1, 2, 3)
+    assert case.extent == (24, 48, 72)
+    assert case.volumes == tuple(6.0 * (labels == value).sum() for value in (1, 2))
+    center = np.argwhere(labels == 1)[:, 0].mean() / 23 * 2 - 1
+    assert case.centers[0] == pytest.approx(center)
+    assert case.contrast[0] > 1 > abs(case.mirrored_contrast[0])
+
+
+def test_it_is_written_read_printed_and_drawn(tmp_path: Path) -> None:
+    found = take(make_set(tmp_path / "data"))
+    write_fingerprint(found, tmp_path / "fingerprint.json")
+    assert read_fingerprint(tmp_path / "fingerprint.json") == found
+    draw_fingerprint(found, tmp_path / "fingerprint.png")
+    assert (tmp_path / "fingerprint.png").stat().st_size > 1000
+    assert fingerprint_tables(found).renderables[1].row_count == 1
+    (tmp_path / "fingerprint.json").write_text("{}")
+    with pytest.raises(InputError, match="not a fingerprint"):
+        read_fingerprint(tmp_path / "fingerprint.json")
+
+
+def test_a_mirrored_image_is_named(tmp_path: Path) -> None:
+    change(make_set(tmp_path) / "imagesTr" / "case_02.nii.gz", lambda data: data[::-1])
+    with pytest.raises(InputError) as error:
+        take(tmp_path)
+    assert "case_02.nii.gz: its image seems mirrored against its labels" in str(error.value)
+    assert "1 problems" in str(error.value)
+    assert [Path(case.name).name for case in take(tmp_path, skip_bad=True).cases].count("case_02.nii.gz") == 0
+
+
+def test_a_ct_among_mr_images_is_named(tmp_path: Path) -> None:
+    change(make_set(tmp_path) / "imagesTr" / "case_04.nii.gz", lambda data: data - 1000)
+    with pytest.raises(InputError, match=r"case_04.nii.gz: its intensities are those of a CT, most others' are not"):
+        take(tmp_path)
+
+
+def test_all_bad_cases_are_listed_together(tmp_path: Path) -> None:
+    folder = make_set(tmp_path)
+    description = json.loads((folder / "dataset.json").read_text())
+    for number in (1, 3, 5):
+        del description["training"][number]["label"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    change(folder / "labelsTr" / "case_00.nii.gz", lambda data: data * 7)
+    (folder / "imagesTr" / "case_02.nii.gz").write_bytes(b"no image")
+    with pytest.raises(InputError) as error:
+        take(folder)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("5 problems")
+    for number in range(6):
+        assert sum(f"case_{number:02}" in line for line in lines) == (number != 4)
+
+
+def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, channels=4, count=2)
+    found = take(folder)
+    assert found.channels == ("MRI 0", "MRI 1", "MRI 2", "MRI 3")
+    description = json.loads((folder / "dataset.json").read_text())
+    del description["labels"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    change(folder / "labelsTr" / "case_01.nii.gz", lambda data: data * 5)
+    assert take(folder).label_values == (1, 5)
+    assert take(folder).structures == ("label 1", "label 5")
+    change(folder / "imagesTr" / "case_01_0003.nii.gz", lambda data: data[1:])
+    with pytest.raises(InputError, match=r"case_01_0003.nii.gz: has the shape .*, the first channel"):
+        take(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs", "alone"),
+    [
+        (["RightParotid", "LeftParotid", "Mandible"], [(1, 2)], []),
+        (["kidney_left", "liver", "kidney_right"], [(1, 3)], []),
+        (["left atrium"], [], ["left atrium"]),
+        (["L lung", "R lung"], [(1, 2)], []),
+        (["Cleft", "Bright spot"], [], []),
+    ],
+)
+def test_sides_are_found_by_the_names(names: list[str], pairs: list[tuple[int, int]], alone: list[str]) -> None:
+    assert side_pairs(names) == (pairs, alone)

@@ -1,0 +1,167 @@
+"""What is planned for data sets of every kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+
+from monai_iunet import InputError, LiveBytes, SegIUNet
+from monai_iunet.fitting.fingerprint import Fingerprint
+from monai_iunet.fitting.nnunet_rules import plan_like_nnunet
+from monai_iunet.fitting.plan import FitPlan, Limits, make_plan, plan_table, read_plan
+from monai_iunet.planning.plan import TrainingPlan
+from tests.fitting.made_sets import facts, fingerprint
+
+LARGE = Limits(memory=64 * 2**30)
+
+
+@pytest.fixture(autouse=True)
+def fewer_rehearsals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a step's memory as proportional to its voxels, except where it is what is tested: to count it takes long."""
+
+    def count(network: Any, spatial_size: Any, batch_size: int = 1, **_: Any) -> TrainingPlan:
+        return TrainingPlan(tuple(spatial_size), batch_size, *[0] * 5, 1000 * math.prod(spatial_size), 0)
+
+    if "memory" not in request.node.name and "large" not in request.node.name:
+        monkeypatch.setattr("monai_iunet.fitting.plan.plan_training", count)
+
+
+def plan(data: Fingerprint, limits: Limits = LARGE, **options: Any) -> FitPlan:
+    return make_plan(data, "made", "data", limits, **options)
+
+
+def reason(found: FitPlan, name: str) -> str:
+    return next(choice.reason for choice in found.choices if choice.name == name)
+
+
+def test_small_images_are_seen_whole() -> None:
+    found = plan(fingerprint(shape=(35, 51, 36)))
+    assert found.task.roi_size == (40, 56, 40)
+    assert found.task.channels == (32, 64, 128, 256)
+    assert found.task.sampling == "anywhere"
+    assert reason(found, "patch") == "the whole image at the median size fits"
+    assert found.folds == (0, 1, 2, 3, 4)
+
+
+def test_thick_slices_are_kept_and_halved_later() -> None:
+    task = plan(fingerprint(shape=(128, 128, 16), spacing=(0.5, 0.5, 6))).task
+    assert task.spacing == (0.5, 0.5, 6)
+    assert task.strides[:3] == ((2, 2, 1),) * 3
+    assert task.strides[3] == (2, 2, 2)
+    assert task.roi_size == (128, 128, 16)
+    assert task.in_plane
+    assert not task.elastic
+
+
+def test_tiny_images_get_fewer_levels() -> None:
+    task = plan(fingerprint(shape=(20, 20, 20))).task
+    assert task.strides is None
+    assert len(task.channels) == 3
+    assert task.roi_size == (20, 20, 20)
+    with pytest.raises(InputError, match="too small"):
+        plan(fingerprint(shape=(7, 7, 7)))
+
+
+@pytest.mark.slow
+def test_large_images_are_cut_to_what_fits() -> None:
+    data = fingerprint(shape=(600, 600, 600), channels=("CT",))
+    found = plan(data, Limits(memory=4 * 2**30))
+    assert all(extent < 600 for extent in found.task.roi_size)
+    assert 0.6 * 4 * 2**30 < found.step.training_peak <= 4 * 2**30
+    assert found.task.sampling == "at structures"
+    assert "largest part of it that fits 4.0 GiB" in reason(found, "patch")
+
+
+def test_a_short_time_makes_voxels_coarser_and_patches_smaller() -> None:
+    data = fingerprint(shape=(190, 140, 88), spacing=(0.625,) * 3)
+    short = plan(data, dataclasses.replace(LARGE, seconds=3 * 3600, speed=240_000.0), fold=0)
+    assert short.task.spacing == pytest.approx((1.25,) * 3, abs=0.07)
+    assert short.folds == (0,)
+    assert "coarser than the images'" in reason(short, "spacing, mm")
+    long = plan(data, dataclasses.replace(LARGE, seconds=30 * 3600, speed=1e7))
+    assert long.task.spacing == (0.625,) * 3
+    assert long.folds == (0, 1, 2, 3, 4)
+    # Small structures forbid coarser voxels; then a part of the image is seen.
+    small = Fingerprint(data.channels, data.structures, (1,), "MR", (facts((190, 140, 88), volumes=(1100.0,)),) * 20)
+    limited = plan(small, dataclasses.replace(LARGE, seconds=3 * 3600, speed=50_000.0), fold=0).task
+    assert limited.spacing == (1, 1, 1)
+    assert math.prod(limited.roi_size) < 190 * 140 * 88 / 2
+
+
+def test_many_rare_structures_are_sampled_alike() -> None:
+    names = [f"structure {number}" for number in range(30)]
+    limits = dataclasses.replace(LARGE, seconds=3600, speed=100_000.0)
+    found = plan(fingerprint(shape=(200, 200, 200), structures=names), limits)
+    assert found.task.num_classes == 31
+    assert found.task.couplings == (2, 3, 4, 4, 4)[: len(found.task.channels)]
+    assert found.task.sampling == "at structures"
+
+
+@pytest.mark.parametrize(
+    ("structures", "centers", "mirrored"),
+    [
+        (("right kidney", "left kidney"), (0.4, -0.4), ((1, 2),)),
+        (("left atrium",), (0.0,), None),
+        (("liver",), (0.5,), None),
+    ],
+)
+def test_images_are_mirrored_where_sides_do_not_matter(structures: Any, centers: Any, mirrored: Any) -> None:
+    assert plan(fingerprint(structures=structures, shape=(32, 32, 32), centers=centers)).task.mirrored == mirrored
+
+
+def test_a_tumor_on_either_side_allows_mirroring() -> None:
+    cases = tuple(facts((32, 32, 32), centers=(side,)) for side in (-0.5, 0.5)) * 4
+    assert plan(Fingerprint(("MRI",), ("tumor",), (1,), "MR", cases)).task.mirrored == ()
+
+
+def test_few_cases_have_few_folds() -> None:
+    assert plan(fingerprint(count=8, shape=(20, 20, 20))).folds == (0, 1, 2, 3, 4)
+    assert plan(fingerprint(count=3, shape=(20, 20, 20))).folds == (0, 1, 2)
+    assert plan(fingerprint(count=8, shape=(20, 20, 20)), fold=2).folds == (2,)
+    assert plan(fingerprint(count=8, shape=(20, 20, 20)), has_validation=True).folds == (None,)
+    with pytest.raises(InputError, match="1 cases cannot be split"):
+        plan(fingerprint(count=1, shape=(20, 20, 20)))
+
+
+def test_a_plan_is_written_and_read(tmp_path: Path) -> None:
+    found = plan(fingerprint(shape=(20, 20, 16), spacing=(1, 1, 4)))
+    (tmp_path / "plan.json").write_text(json.dumps(found.as_json()))
+    assert read_plan(tmp_path / "plan.json") == found
+    assert plan_table(found).row_count == len(found.choices)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match="not a plan"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_the_planned_memory_is_that_of_a_step() -> None:
+    found = plan(fingerprint(shape=(16, 16, 16), structures=("a", "b"), channels=("T1", "T2")))
+    task = found.task
+    network = SegIUNet(3, 2, 3, task.channels, couplings=task.couplings, activations=task.activations)
+    optimizer = torch.optim.AdamW(network.parameters())
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def step() -> None:
+        images = torch.rand(task.batch_size, 2, *task.roi_size)
+        labels = torch.zeros(task.batch_size, 1, *task.roi_size)
+        optimizer.zero_grad()
+        loss(network(images), labels).backward()
+        optimizer.step()
+
+    step()
+    with LiveBytes() as live:  # which counts what the optimizer keeps from when it was used
+        step()
+        step()
+    assert live.peak == pytest.approx(found.step.training_peak, rel=0.05)
+
+
+def test_the_rules_of_nnunet_give_its_plan_for_the_hippocampus() -> None:
+    # As `nnUNetv2_plan_and_preprocess` plans Task04 with its 260 cases.
+    found = plan_like_nnunet([(1, 1, 1)] * 260, [(35, 51, 36)] * 260, num_classes=3)
+    assert (found.patch, found.batch_size, found.strides) == ((40, 56, 40), 9, ((2, 2, 2),) * 3)
