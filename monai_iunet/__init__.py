@@ -20,8 +20,10 @@ importing the package is light.
 - Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`,
   `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
-- Transform images and labels: `RandMirrord`, `MirrorInferer`, `NoteContouredd`, `OneHotContouredd`,
-  `LabelsOnImageGridd`, `SaveImageLabelsd`, `is_scanned`.
+- Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
+  `LabelInferer`.
+- Transform images and labels: `RandMirrord`, `NoteContouredd`, `OneHotContouredd`, `LabelsOnImageGridd`,
+  `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
 
@@ -90,6 +92,9 @@ if TYPE_CHECKING:
     from monai_iunet.engine.reversible import InvertibleLayer
     from monai_iunet.errors import InputError
     from monai_iunet.fitting.fit import fit
+    from monai_iunet.inference.labels import LabelInferer
+    from monai_iunet.inference.mirror import MirrorInferer
+    from monai_iunet.inference.streaming import StreamingInferer
     from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
     from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
     from monai_iunet.io.bundles import bundle_facts, bundle_folder, installed_bundles
@@ -125,9 +130,10 @@ if TYPE_CHECKING:
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.training.record import check_training, trained_value, training_record
     from monai_iunet.training.time_limit import TimedDecay
+    from monai_iunet.transforms.components import LargestComponentsd
     from monai_iunet.transforms.contrast import RandIntensityCurved
     from monai_iunet.transforms.foreground import is_scanned
-    from monai_iunet.transforms.mirror import MirrorInferer, RandMirrord
+    from monai_iunet.transforms.mirror import RandMirrord
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
     from monai_iunet.transforms.synthetic import RandSyntheticImaged
     from monai_iunet.visualization.overlay import draw_overlay, save_overlay
@@ -148,7 +154,9 @@ __all__ = [
     "InputError",
     "InvertibleChain",
     "InvertibleLayer",
+    "LabelInferer",
     "LabelsOnImageGridd",
+    "LargestComponentsd",
     "LiveBytes",
     "MarginalLoss",
     "MirrorInferer",
@@ -165,6 +173,7 @@ __all__ = [
     "SimpleITKReader",
     "SliceSlider",
     "StartFrom",
+    "StreamingInferer",
     "Task",
     "TimedDecay",
     "TrainingPlan",
@@ -214,6 +223,9 @@ _NAMES = {
     "engine.reversible": ("InvertibleLayer",),
     "errors": ("InputError",),
     "fitting.fit": ("fit",),
+    "inference.labels": ("LabelInferer",),
+    "inference.mirror": ("MirrorInferer",),
+    "inference.streaming": ("StreamingInferer",),
     "interop.iunets": ("iUNet", "load_iunets_state_dict"),
     "interop.nnunet": ("PlannedIUNet", "add_configurations"),
     "io.bundles": ("bundle_facts", "bundle_folder", "installed_bundles"),
@@ -249,9 +261,10 @@ _NAMES = {
     "training.pictures": ("PictureHandler",),
     "training.record": ("check_training", "trained_value", "training_record"),
     "training.time_limit": ("TimedDecay",),
+    "transforms.components": ("LargestComponentsd",),
     "transforms.contrast": ("RandIntensityCurved",),
     "transforms.foreground": ("is_scanned",),
-    "transforms.mirror": ("MirrorInferer", "RandMirrord"),
+    "transforms.mirror": ("RandMirrord",),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
     "transforms.synthetic": ("RandSyntheticImaged",),
     "visualization.overlay": ("draw_overlay", "save_overlay"),

@@ -42,6 +42,13 @@ class AnalysisLevel(str, Enum):
     group = "group"
 
 
+class ProbabilityType(str, Enum):
+    """Types of probabilities."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
 class LabelFormat(str, Enum):
     """Formats of labels."""
 
@@ -116,6 +123,9 @@ def segment(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write the probability of each class too, NAME_prob.nii.gz.")
     ] = False,
+    probabilities_dtype: Annotated[
+        ProbabilityType, typer.Option(help="Type of the probabilities; float16 is written as uint16 with a slope.")
+    ] = ProbabilityType.float32,
     format: Annotated[
         LabelFormat, typer.Option(help="Format of the labels: NIfTI, or the input's own; DICOM SEG for a series.")
     ] = LabelFormat.nifti,
@@ -153,7 +163,9 @@ def segment(
 
         part = Share.parse(share)
         place = _own_device() if device == "auto" else _device(device)
-        segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
+        segmenter = BundleSegmenter(
+            bundle_folder(bundle), place, probabilities, sys.stderr.isatty(), probabilities_dtype.value
+        )
         table = None if volumes is None else output / f"volumes.{volumes.value}"
         page = output / "report.html" if report else None
         if page is not None:
@@ -417,17 +429,26 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 under autocast.")] = "float32",
     patch: Annotated[str | None, typer.Option(help="Patch in voxels, such as 96,96,96. Default: the bundle's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Patches per step. Default: the bundle's.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Plan the segmentation of an image of this size instead, such as 512,512,800.")
+    ] = None,
+    spacing: Annotated[str, typer.Option(help="Of that image, in mm.")] = "1,1,1",
+    measure: Annotated[bool, typer.Option("--measure", help="Run the network once, to tell the time.")] = False,
 ) -> None:
-    """Say what a bundle's training will hold, part by part, and what fits a given memory; nothing is allocated."""
+    """Say what a bundle's training will hold, part by part, and what fits a memory; or a segmentation (--image)."""
     with _input_errors():
         from rich.console import Console
 
-        from monai_iunet.bundling.plan import BundleTraining, read_dtype
+        from monai_iunet.bundling.plan import BundleTraining, inference_table, read_dtype
         from monai_iunet.io.bundles import bundle_folder
 
-        size = _numbers(patch, int, "--patch") if patch else None
-        training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), size, batch_size)
         console = Console()
+        if image is not None:
+            size, millimeters = _numbers(image, int, "--image"), _numbers(spacing, float, "--spacing")
+            console.print(inference_table(bundle_folder(bundle), size, millimeters, measure))
+            return
+        patch_size = _numbers(patch, int, "--patch") if patch else None
+        training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), patch_size, batch_size)
         console.print(training.parts())
         if gpu_memory is not None:
             console.print(training.fitting(gpu_memory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_system", "processor_name"]
+__all__ = ["available_memory", "describe_system", "processor_name"]
 
 PACKAGES = ("monai-iunet", "torch", "monai", "numpy", "nibabel", "SimpleITK", "pytorch-ignite", "nilearn", "highdicom")
 
@@ -44,3 +45,22 @@ def processor_name() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that processes can still take without swapping; None where the system does not say.
+
+    Linux says it in `/proc/meminfo`; a container may have less, which its cgroup says.
+
+    Example:
+        >>> available_memory() != 0
+        True
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or no limit
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return available

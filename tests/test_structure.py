@@ -26,6 +26,7 @@ ORDER = (
     "networks",
     "losses",
     "transforms",
+    "inference",
     "visualization",
     "training",
     "segmentation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,10 @@ from monai_iunet.errors import InputError
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import largest_patch, most_couplings, parse_bytes
 from monai_iunet.planning.plan import plan_training
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.system import available_memory
 
-__all__ = ["BundleTraining", "read_dtype"]
+__all__ = ["BundleTraining", "inference_table", "read_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_COUPLINGS = 16  # more say little: each further one takes longer to plan
@@ -136,6 +139,56 @@ class BundleTraining:
         return {"batch_size": self.batch_size, "dtype": self.dtype, "loss": loss}
 
 
+def inference_table(
+    bundle: str | Path, image_size: tuple[int, ...], spacing: tuple[float, ...], measure: bool = False
+) -> Table:
+    """Return a table of what the segmentation of an image holds, part by part, and where.
+
+    Args:
+        bundle: its folder.
+        image_size: in voxels.
+        spacing: in mm.
+        measure: whether to run the network on one window, and to say how long all take.
+
+    Raises:
+        InputError: when the folder is none of a bundle whose segmentation can be planned, or sizes are not positive.
+    """
+    if min(*image_size, *spacing) <= 0:
+        raise InputError(f"--image {_size(image_size)}, --spacing {_size(spacing)}: must be positive.")
+    segmenter = BundleSegmenter(bundle)
+    with _as_input_error():
+        plan = segmenter.plan(image_size, spacing, with_network=True)
+    on_gpu = segmenter.device.type != "cpu"
+    place = {True: str(segmenter.device), False: "host"}
+    table = Table("MiB", "of", "where", title=f"Segmentation of {_size(image_size)} voxels of {_size(spacing)} mm")
+    rows = (
+        (plan.image, "image, 2 bytes per voxel", False),
+        (plan.preprocessed, "image on the grid of the network", on_gpu),
+        (plan.labels, "labels", False),
+        (plan.slab, f"a slab of the logits, {_size(plan.network_size)} voxels in all", on_gpu),
+        (plan.blocks, "probabilities on the grid of the image, block by block", on_gpu),
+        (plan.network, f"network with a batch of windows of {_size(plan.roi_size)}", on_gpu),
+        (plan.peak, "peak, beside Python and PyTorch; the last two not at once", False),
+    )
+    for size, name, is_there in rows:
+        if size:
+            table.add_row(f"{size / 2**20:.0f}", name, place[is_there])
+    available = available_memory()
+    if available is not None:
+        verdict = "enough" if plan.peak <= available else "NOT ENOUGH"
+        table.add_row(f"{available / 2**20:.0f}", f"available now: {verdict}", "host")
+    table.caption = f"{plan.windows} windows"
+    if measure:
+        window = torch.zeros(1, 1, *plan.roi_size, device=segmenter.device)
+        with torch.no_grad():
+            segmenter.network(window)
+            start = time.perf_counter()
+            float(segmenter.network(window).sum())  # waits for the device
+        seconds = time.perf_counter() - start
+        table.caption += f" of {seconds:.2f} s, {seconds * plan.windows:.0f} s in all"
+    return table
+
+
 @contextmanager
 def _as_input_error() -> Iterator[None]:
     try:
@@ -144,5 +197,5 @@ def _as_input_error() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def _size(extents: Sequence[int]) -> str:
-    return " x ".join(map(str, extents))
+def _size(extents: Sequence[float]) -> str:
+    return " x ".join(f"{extent:g}" for extent in extents)

@@ -1,4 +1,4 @@
-"""Transforms of a bundle's configs: before the network, in training, and back to the grid of the image."""
+"""Transforms of a bundle's configs: before the network, in training, and of its labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "READER",
     "Transforms",
     "label_transforms",
-    "labels_on_image_grid",
     "largest_component",
     "loading",
     "map_labels",
@@ -185,33 +184,11 @@ def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:
     }
 
 
-def labels_on_image_grid(preprocessing: str, save_probabilities: bool = False) -> Transforms:
-    """Return the transforms from logits to labels on the grid of the image."""
-    invert = {"transform": preprocessing, "orig_keys": "image"}
-    transforms: Transforms = [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
-    if save_probabilities:
-        disabled = {"_disabled_": "$not @save_probabilities"}
-        transforms += [
-            {"_target_": "CopyItemsd", "keys": "pred", "names": "prob", **disabled},
-            {"_target_": "Invertd", "keys": "prob", **invert, "nearest_interp": False, "to_tensor": True, **disabled},
-            {
-                "_target_": "SaveImaged",
-                "keys": "prob",
-                "output_dir": "@output_dir",
-                "output_postfix": "prob",
-                "resample": False,
-                "separate_folder": False,
-                **disabled,
-            },
-        ]
-    return [*transforms, {"_target_": "monai_iunet.LabelsOnImageGridd", "keys": "pred", **invert}]
-
-
 def largest_component(task: Task) -> Config:
     """Return the transform that keeps the largest component of each structure, if it is asked for."""
     every = list(range(1, task.num_classes))
     return {
-        "_target_": "KeepLargestConnectedComponentd",
+        "_target_": "monai_iunet.LargestComponentsd",
         "keys": "pred",
         "applied_labels": f"$@largest_component if isinstance(@largest_component, list) else {every}",
         "_disabled_": "$not @largest_component",

@@ -133,24 +133,37 @@ def load_checkpoint() -> Config:
     }
 
 
-def inferer(task: Task) -> Config:
-    """Return the inferer of evaluation and segmentation; for tasks without a side it averages over mirror images."""
-    sliding = sliding_window(task)
-    if task.mirrored is None:
-        return {"inferer": {**sliding, "_target_": "SlidingWindowInfererAdapt"}}
-    mirror = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
-    return {"test_time_flips": True, "inferer": {**sliding, "_target_": "monai_iunet.MirrorInferer", **mirror}}
+def inferer(task: Task, preprocessing: str, save_probabilities: bool = False) -> Config:
+    """Return the inferer of evaluation and segmentation, whose result are labels on the grid of the image.
+
+    For tasks without a side it averages over mirror images.
+
+    Args:
+        task: the task.
+        preprocessing: entry of the transforms that are undone.
+        save_probabilities: whether the entry `save_probabilities` decides that probabilities are written.
+    """
+    windows, flips = sliding_window(task), {}
+    if task.mirrored is not None:
+        mirror = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
+        windows, flips = {**windows, "_target_": "monai_iunet.MirrorInferer", **mirror}, {"test_time_flips": True}
+    labels: Config = {"_target_": "monai_iunet.LabelInferer", "inferer": windows, "transform": preprocessing}
+    if save_probabilities:
+        labels["probabilities_dir"] = "$@output_dir if @save_probabilities else None"
+    return {**flips, "inferer": labels}
 
 
 def sliding_window(task: Task) -> Config:
     """Return a sliding-window inferer; for images in one piece its window is the image."""
     return {
-        "_target_": "SlidingWindowInferer",
+        "_target_": "monai_iunet.StreamingInferer",
         "roi_size": [-1, -1, -1] if task.one_piece else "@roi_size",
         "sw_batch_size": 4,
         "overlap": 0.5,
         "mode": "constant" if task.one_piece else "gaussian",
         "cval": -1.0 if task.modality == "CT" else 0.0,  # air, or the mean
+        "shrink": False,
+        "divisible_by": 2 ** (len(task.channels) - 1),
     }
 
 

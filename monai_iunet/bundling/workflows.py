@@ -6,7 +6,6 @@ from monai_iunet.bundling.preprocessing import (
     IMAGE_AND_LABEL,
     READER,
     label_transforms,
-    labels_on_image_grid,
     largest_component,
     loading,
     map_labels,
@@ -226,7 +225,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "skip_bad_cases": False,
         "structures": list(task.classes),
         **datalist(task),
-        **inferer(task),
+        **inferer(task, "@validate#preprocessing"),
         "largest_component": kept_components(task),
         "validate": {
             "preprocessing": {
@@ -248,7 +247,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "inferer": "@inferer",
             "postprocessing": {
                 "_target_": "Compose",
-                "transforms": [*labels_on_image_grid("@validate#preprocessing"), largest_component(task)],
+                "transforms": [largest_component(task)],
             },
             "handlers": [
                 load_checkpoint(),
@@ -291,11 +290,10 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         "preprocessing": {"_target_": "Compose", "transforms": preprocessing(task, "image")},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": case_loader("@dataset", 1, distributed),
-        **inferer(task),
+        **inferer(task, "@preprocessing", save_probabilities=True),
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
-                *labels_on_image_grid("@preprocessing", save_probabilities=True),
                 largest_component(task),
                 {
                     "_target_": "monai_iunet.SaveImageLabelsd",

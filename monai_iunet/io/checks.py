@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -12,13 +13,23 @@ from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
 
-__all__ = ["DAMAGED", "check_extent", "check_image", "check_not_constant", "check_size", "first_line"]
+__all__ = [
+    "DAMAGED",
+    "check_extent",
+    "check_image",
+    "check_not_constant",
+    "check_size",
+    "first_line",
+    "planes",
+    "raw_voxels",
+]
 
 # What deflate, the compression of all these formats, can reach at best (zlib's technical notes).
 LARGEST_COMPRESSION = 1032
 LARGEST_VOXEL = 50.0  # mm
 LARGEST_EXTENT = 2500.0  # mm, a tall person with some air around
 SMALLEST_EXTENT = 1.0  # mm, of the longest axis
+SMALL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16))  # which PyTorch computes with too
 DAMAGED = (
     nibabel.filebasedimages.ImageFileError,
     nibabel.spatialimages.HeaderDataError,
@@ -33,11 +44,14 @@ DAMAGED = (
 
 
 def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
-    """Check that an image can be segmented, and return it.
+    """Check that an image can be segmented, and read its voxels.
 
     Args:
         image: image to check.
         name: name of the image in errors.
+
+    Returns:
+        The image with its voxels in memory, as `raw_voxels` gives them.
 
     Raises:
         InputError: when it is not 3D, without orientation, of a size that no scan has, damaged or not finite.
@@ -69,13 +83,41 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
             "millimeters with nibabel's `set_sform`."
         )
     try:
-        data = image.get_fdata(dtype=np.float32)
+        data = raw_voxels(image)
     except DAMAGED as error:
         raise InputError(f"{name}: truncated or damaged ({first_line(error)}). Copy it again.") from error
-    bad = data.size - int(np.isfinite(data).sum())
+    bad = 0 if data.dtype.kind in "iu" else sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes(data))
     if bad:
         raise InputError(f"{name}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
-    return image
+    if data is image.dataobj:
+        return image
+    read = nibabel.Nifti1Image(data, image.affine, header, dtype=data.dtype)
+    read.header.set_data_dtype(data.dtype)
+    return read
+
+
+def raw_voxels(image: nibabel.Nifti1Image) -> np.ndarray:
+    """Return the voxels of an image: small integers as they are, all other numbers as float32.
+
+    Example:
+        >>> raw_voxels(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))).dtype
+        dtype('int16')
+    """
+    stored: Any = image.dataobj
+    if isinstance(stored, nibabel.arrayproxy.ArrayProxy):
+        is_scaled = (stored.slope, stored.inter) != (1, 0)
+        if is_scaled or stored.dtype.newbyteorder("=") not in SMALL_INTEGERS:
+            return image.get_fdata(dtype=np.float32, caching="unchanged")
+        stored = stored.get_unscaled()
+        stored = np.array(stored) if isinstance(stored, np.memmap) else stored  # whose file may be gone or changed
+    kind = stored.dtype.newbyteorder("=")
+    return stored.astype(kind if kind in SMALL_INTEGERS else np.float32, copy=False)
+
+
+def planes(data: np.ndarray) -> Iterator[np.ndarray]:
+    """Go through a volume plane by plane, so that what is computed of it takes little memory."""
+    axis = int(np.argmax(np.abs(data.strides)))
+    yield from np.moveaxis(data, axis, 0)
 
 
 def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
@@ -112,7 +154,9 @@ def check_not_constant(image: nibabel.Nifti1Image, name: str) -> None:
     Raises:
         InputError: when all voxels have the same value.
     """
-    if np.ptp(image.get_fdata(dtype=np.float32)) == 0:
+    data = raw_voxels(image)
+    first = data.flat[0]
+    if all((plane == first).all() for plane in planes(data)):
         raise InputError(f"{name}: all voxels have the same value, so there is nothing to segment. Check the export.")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from monai_iunet.io.files import write_atomically
 
-__all__ = ["label_image", "write_labels"]
+__all__ = ["label_image", "write_labels", "write_probability_image"]
 
 
 def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
@@ -24,7 +24,7 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
         >>> label_image(np.ones((4, 5, 6)), image).get_data_dtype()
         dtype('uint8')
     """
-    image = nibabel.Nifti1Image(labels.astype(np.uint8), like.affine)
+    image = nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), like.affine)
     for name in ("qform", "sform"):
         matrix, code = getattr(like, f"get_{name}")(coded=True)
         getattr(image, f"set_{name}")(matrix, int(code))
@@ -36,3 +36,32 @@ def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> N
     """Write the `label_image` of a label volume, whole or not at all."""
     image = label_image(labels, like)
     write_atomically(path, lambda temporary: nibabel.save(image, temporary))
+
+
+def write_probability_image(probabilities: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write the probabilities of classes, `(classes, *spatial)`, as a NIfTI file with the classes last.
+
+    NIfTI has no float16: such probabilities are written as uint16 with a slope, which keeps more digits than they have.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "prob.nii.gz")
+        >>> write_probability_image(np.full((2, 3, 4, 5), 0.5, np.float16), np.eye(4), path)
+        >>> image = nibabel.load(path)
+        >>> image.shape, image.get_data_dtype(), float(abs(image.get_fdata() - 0.5).max()) < 1e-4
+        ((3, 4, 5, 2), dtype('<u2'), True)
+    """
+    values = np.moveaxis(probabilities, 0, -1)
+    stored = np.uint16 if values.dtype == np.float16 else np.float32
+    image = nibabel.Nifti1Image(np.broadcast_to(stored(0), values.shape), affine)
+    image.set_sform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    image.header.set_data_dtype(stored)
+    scale = 65535 if stored is np.uint16 else 1
+    image.header.set_slope_inter(1 / scale, 0)
+    with nibabel.openers.Opener(str(path), "wb") as file:
+        image.header.write_to(file)
+        for number in range(values.shape[-1]):
+            for index in range(values.shape[2]):
+                plane = values[:, :, index, number].astype(np.float32)
+                file.write((np.rint(plane * scale) if scale > 1 else plane).astype(stored).tobytes(order="F"))

@@ -25,7 +25,7 @@ def read_image(path: str | os.PathLike[str], series: str | None = None) -> nibab
         series: Series Instance UID, or its beginning or end, where a folder holds several.
 
     Returns:
-        The image with its data read, float32; the affine is in RAS.
+        The image with its voxels in memory, small integers as they are, others as float32; the affine is in RAS.
 
     Raises:
         InputError: when there is no such file, it is damaged, not a 3D image, without orientation or not finite.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import nibabel
-import numpy as np
 import SimpleITK
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from monai_iunet.io.checks import first_line
 from monai_iunet.io.dicom_series import series_files
 from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically
 from monai_iunet.io.geometry import to_simpleitk
-from monai_iunet.io.labels import label_image
+from monai_iunet.io.labels import label_image, write_probability_image
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
@@ -315,12 +314,9 @@ def _write_series(source: Path, series: str | None, segmentation: Segmentation, 
 
 
 def write_probabilities(segmentation: Segmentation, path: Path) -> None:
-    """Write the probabilities as a 4D NIfTI, classes last."""
+    """Write the probabilities of a segmentation, the classes last, if it has any."""
     if segmentation.probabilities is not None:
-        image = nibabel.Nifti1Image(np.moveaxis(segmentation.probabilities, 0, -1), segmentation.image.affine)
-        image.set_sform(segmentation.image.affine, code=1)
-        image.header.set_xyzt_units("mm")
-        nibabel.save(image, path)
+        write_probability_image(segmentation.probabilities, segmentation.image.affine, path)
 
 
 def _format(path: Path, settings: Settings) -> tuple[str, Write]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import nibabel
 import numpy as np
 
+from monai_iunet.io.checks import planes
+
 __all__ = ["Segmentation"]
 
 
@@ -34,7 +36,9 @@ class Segmentation:
     def volumes(self) -> dict[str, float]:
         """Return the volume of each structure in mm³; if parts of both sides are named, of each side as a whole too."""
         voxel_volume = abs(float(np.linalg.det(self.image.affine[:3, :3])))
-        counts = np.bincount(self.labels.ravel(), minlength=max(self.names) + 1)
+        counts = np.zeros(max(self.names) + 1, dtype=np.int64)
+        for plane in planes(self.labels):
+            counts += np.bincount(plane.ravel(), minlength=len(counts))[: len(counts)]
         volumes = {name: float(counts[value]) * voxel_volume for value, name in self.names.items()}
         for side in ("left", "right"):
             parts = [volume for name, volume in volumes.items() if name.startswith(f"{side} ")]

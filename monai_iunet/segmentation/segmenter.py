@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.utils import MetaKeys
 from nibabel.affines import voxel_sizes
+from numpy.typing import DTypeLike
 
 from monai_iunet.errors import InputError
+from monai_iunet.inference.labels import LabelInferer
+from monai_iunet.inference.plan import InferencePlan, plan_inference
+from monai_iunet.inference.prepare import prepare
 from monai_iunet.io.bundles import bundle_folder
-from monai_iunet.io.checks import check_extent, check_not_constant, first_line
+from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import RegionFinder
 from monai_iunet.segmentation.result import Segmentation
+from monai_iunet.system import available_memory
 from monai_iunet.training.record import check_training, training_record
 
 __all__ = ["BundleSegmenter"]
@@ -42,6 +48,7 @@ class BundleSegmenter:
         device: where the network runs; None for the first GPU, or the CPU if there is none.
         probabilities: whether to give probabilities too; each class then takes a volume of floats.
         progress: whether to show a bar of the patches that are done.
+        probabilities_dtype: type of the probabilities, float32 or float16.
 
     Raises:
         InputError: when the folder is not a bundle, or its weights are not those of its network.
@@ -59,10 +66,12 @@ class BundleSegmenter:
         device: str | torch.device | None = None,
         probabilities: bool = False,
         progress: bool = False,
+        probabilities_dtype: DTypeLike = np.float32,
     ) -> None:
         self.folder = Path(folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
+        self.probabilities_dtype = probabilities_dtype
         self._check_files()
         self.metadata = self._read_metadata()
         parser = self._inference_config()
@@ -79,8 +88,9 @@ class BundleSegmenter:
         self._load_weights()
         self._check_training(parser)
         self.network.to(self.device).eval()
-        if progress and hasattr(self.inferer, "progress"):
-            self.inferer.progress = True
+        windows = self.inferer.inferer if isinstance(self.inferer, LabelInferer) else self.inferer
+        if progress and hasattr(windows, "progress"):
+            windows.progress = True
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""
@@ -262,18 +272,72 @@ class BundleSegmenter:
         Returns:
             Labels, uint8, on the grid of the image, and, if asked for, probabilities `(classes, *spatial)`, float32.
         """
-        data = image.get_fdata(dtype=np.float32)
         axis = next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
+        data = raw_voxels(image)
+        data = np.flip(data, axis).copy() if mirrored else data
+        segment = self._slab_by_slab if isinstance(self.inferer, LabelInferer) else self._as_a_whole
+        labels, probabilities = segment(_as_tensor(data, image.affine))
         if mirrored:
-            data = np.flip(data, axis)
-        item = self._preprocessed(data, image.affine)
+            labels = np.flip(labels, axis)
+            probabilities = None if probabilities is None else np.flip(probabilities, 1 + axis)
+        return labels, probabilities
+
+    def _slab_by_slab(self, image: MetaTensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segment an image as it was read, `(1, *spatial)`, with an inferer that returns labels on its grid."""
+        spacing = voxel_sizes(np.asarray(image.affine))
+        self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size()))
+        prepared, meta = prepare(self.preprocessing, image, self.device)
+        kind = self.probabilities_dtype if self.gives_probabilities else None
+        labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind)
+        item = self.postprocessing({"image": meta, "pred": MetaTensor(torch.from_numpy(labels)[None])})
+        return item["pred"][0].numpy(), probabilities
+
+    def plan(
+        self,
+        image_size: Sequence[int],
+        spacing: Sequence[float],
+        itemsize: int = 2,
+        with_network: bool = False,
+    ) -> InferencePlan:
+        """Count what the segmentation of an image, without a region to be found in it, holds in memory.
+
+        Args:
+            image_size: in voxels.
+            spacing: in mm.
+            itemsize: bytes of a voxel as it was read: 2 for most CT, 4 for what is read as float32.
+            with_network: whether to count what the network takes too, for which it is run without values.
+
+        Raises:
+            InputError: when the bundle has an inferer of which nothing is known.
+        """
+        if not isinstance(self.inferer, LabelInferer):
+            raise InputError(f"{self.folder}: has no LabelInferer, whose memory can be planned.")
+        return plan_inference(
+            self.preprocessing,
+            self.inferer.inferer,
+            len(self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]),
+            tuple(image_size),
+            tuple(spacing),
+            itemsize,
+            self.network if with_network else None,
+        )
+
+    def _check_memory(self, plan: InferencePlan) -> None:
+        """Refuse before the start what will not fit."""
+        available = available_memory()
+        if available is not None and plan.beside_image > available:
+            raise InputError(
+                f"{self.folder.name}: a segmentation of this size takes {plan.beside_image / 2**30:.1f} GiB beside the "
+                f"image, {available / 2**30:.1f} GiB are available. Crop the image, or pass a smaller roi_size."
+            )
+
+    def _as_a_whole(self, image: MetaTensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segment an image as it was read, `(1, *spatial)`, as the inferer and the transforms of the bundle do."""
+        item = self.preprocessing({"image": image.float()})
         item["pred"] = self.inferer(item["image"][None].to(self.device), self.network)[0]
         item = self.postprocessing(item)
         labels = item["pred"][0].cpu().numpy().astype(np.uint8)
         probabilities = item["prob"].cpu().numpy().astype(np.float32) if self.gives_probabilities else None
-        if mirrored:
-            labels = np.flip(labels, axis)
-            probabilities = None if probabilities is None else np.flip(probabilities, 1 + axis)
         return labels, probabilities
 
     @torch.no_grad()
@@ -283,26 +347,22 @@ class BundleSegmenter:
         Returns:
             Labels, uint8, and the affine of their grid.
         """
-        preprocessed = self._preprocessed(image.get_fdata(dtype=np.float32), image.affine)["image"]
+        preprocessed = self.preprocessing({"image": _as_tensor(raw_voxels(image), image.affine).float()})["image"]
         logits = self.network(preprocessed.as_tensor()[None].to(self.device))
         labels = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
         return labels, preprocessed.affine.cpu().numpy().astype(float)
-
-    def _preprocessed(self, data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-        """Return what the preprocessing makes of an image."""
-        tensor = MetaTensor(
-            torch.from_numpy(data.copy())[None],
-            affine=torch.from_numpy(affine),
-            meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0},
-        )
-        item: dict[str, Any] = self.preprocessing({"image": tensor})
-        return item
 
 
 @cache
 def _brain_segmenter(device: torch.device) -> BundleSegmenter:
     """Return the brain bundle, opened once."""
     return BundleSegmenter(bundle_folder("iunet_brain_mri_segmentation"), device)
+
+
+def _as_tensor(data: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    """Return an image as the transforms of a bundle take it, `(1, *spatial)`; it shares the memory of the voxels."""
+    meta = {MetaKeys.ORIGINAL_CHANNEL_DIM: 0, MetaKeys.ORIGINAL_AFFINE: affine}
+    return MetaTensor(torch.from_numpy(data)[None], affine=torch.from_numpy(affine), meta=meta)
 
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from monai.config import KeysCollection
-from monai.inferers import SlidingWindowInfererAdapt
 from monai.transforms import Flip, MapLabelValue, MapTransform, RandomizableTransform
-from torch import Tensor
 
-__all__ = ["MirrorInferer", "RandMirrord"]
+__all__ = ["RandMirrord"]
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
@@ -65,37 +62,3 @@ class RandMirrord(RandomizableTransform, MapTransform):
             contoured = item[key].clone()
             contoured[self.before] = item[key][self.after]
             item[key] = contoured
-
-
-class MirrorInferer(SlidingWindowInfererAdapt):
-    """Averages the logits of an image and of its mirror image, mirrored back, both by sliding windows.
-
-    Args:
-        swap: pairs of classes that change places in the mirror.
-        spatial_axis: axis that runs from left to right.
-        enabled: if False, the mirror image is left out.
-        options: of MONAI's `SlidingWindowInferer`, such as `roi_size` and `overlap`.
-
-    Example:
-        >>> inferer = MirrorInferer(swap=[], roi_size=[2])
-        >>> inferer(torch.tensor([[[1.0, 3.0]]]), lambda image: image * torch.tensor([2.0, 0.0])).tolist()
-        [[[1.0, 3.0]]]
-    """
-
-    def __init__(
-        self, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.swap = [tuple(pair) for pair in swap]
-        self.axis = 2 + spatial_axis
-        self.enabled = enabled
-
-    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        logits: Any = super().__call__(inputs, network, *args, **kwargs)
-        if not self.enabled:
-            return logits
-        mirrored: Any = super().__call__(inputs.flip(self.axis), network, *args, **kwargs)
-        order = list(range(logits.shape[1]))
-        for first, second in self.swap:
-            order[first], order[second] = second, first
-        return (logits + torch.as_tensor(mirrored).flip(self.axis)[:, order]) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["draw_overlay", "save_overlay"]
+
+MOST_VOXELS = 20_000_000  # among which the largest structure is looked for
 
 
 def save_overlay(
@@ -93,7 +96,7 @@ def draw_overlay(
         >>> draw_overlay(Figure(), image, labels, {1: "liver"})
     """
     image, volumes = canonical(image, labels, *([] if reference is None else [reference]))
-    box, center = _region(np.maximum.reduce(volumes), margin / voxel_sizes(image.affine))
+    box, center = _region(reduce(np.maximum, volumes), margin / voxel_sizes(image.affine))
     image = image.slicer[box]
     labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
     intensities = intensity_range(np.asarray(image.dataobj), window)
@@ -115,14 +118,18 @@ def _region(labels: np.ndarray, margin: np.ndarray) -> tuple[tuple[slice, ...], 
     """
     from scipy import ndimage
 
-    voxels = np.argwhere(labels > 0)
-    if not len(voxels):
+    inside = [labels.any(axis=tuple(other for other in range(3) if other != axis)).nonzero()[0] for axis in range(3)]
+    if not len(inside[0]):
         return tuple(slice(0, extent) for extent in labels.shape), tuple(extent // 2 for extent in labels.shape)
-    pad = np.ceil(margin).astype(int)
-    box = tuple(slice(max(low, 0), high) for low, high in zip(voxels.min(0) - pad, voxels.max(0) + pad + 1))
-    structures, _ = ndimage.label(labels[box] > 0)
+    pad = np.ceil(margin).astype(int).tolist()
+    box = tuple(slice(max(each[0] - part, 0), each[-1] + part + 1) for each, part in zip(inside, pad))
+    # In large images it is found among every second or third voxel, and so on.
+    step = int(np.ceil((labels[box].size / MOST_VOXELS) ** (1 / 3)))
+    structures, _ = ndimage.label(labels[box][::step, ::step, ::step] > 0)
+    if not structures.any():
+        return box, tuple(extent // 2 for extent in labels[box].shape)
     largest = np.argwhere(structures == np.bincount(structures[structures > 0]).argmax())
-    return box, tuple(int(value) for value in np.median(largest, axis=0))
+    return box, tuple(step * int(value) for value in np.median(largest, axis=0))
 
 
 def _places(

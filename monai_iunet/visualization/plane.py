@@ -20,8 +20,9 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a plane is c
 
 def canonical(image: nibabel.Nifti1Image, *volumes: np.ndarray) -> tuple[nibabel.Nifti1Image, list[np.ndarray]]:
     """Turn an image, and label volumes on its grid, so that the axes run to the right, to the front and up."""
+    volumes = tuple(volume.astype(np.uint8, copy=False) for volume in volumes)
     turned = [
-        np.asarray(nibabel.as_closest_canonical(nibabel.Nifti1Image(volume.astype(np.uint8), image.affine)).dataobj)
+        np.asarray(nibabel.as_closest_canonical(nibabel.Nifti1Image(volume, image.affine)).dataobj)
         for volume in volumes
     ]
     return nibabel.as_closest_canonical(image), turned
@@ -57,7 +58,9 @@ def draw_plane(
     """
     axis = PLANES[plane]
     across, up = np.delete(nibabel.affines.voxel_sizes(image.affine), axis)
-    shown = np.take(image.get_fdata(dtype=np.float32), index, axis).T  # read from its file once
+    is_read = isinstance(image.dataobj, np.ndarray)
+    data = image.dataobj if is_read else image.get_fdata(dtype=np.float32)  # which reads its file once
+    shown = np.take(data, index, axis).T.astype(np.float32)
     low, high = intensities
     axes.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=up / across)
     for volume, style in ((labels, "solid"), (reference, "dashed")):

@@ -148,9 +148,10 @@ def test_what_workers_of_a_data_loader_need_is_pickled(task: Task, config: str) 
 def test_the_inferer_can_be_changed_by_the_command(task: Task, config: str) -> None:
     parser = ConfigParser()
     parser.read_config(BUNDLES / task.name / "configs" / f"{config}.json")
-    parser.update({"inferer#roi_size": [16, 16, 16], "inferer#overlap": 0.125, "inferer#sw_batch_size": 7})
+    options = {"roi_size": [16, 16, 16], "overlap": 0.125, "sw_batch_size": 7}
+    parser.update({f"inferer#inferer#{name}": value for name, value in options.items()})
     classes = task.num_classes
-    inferer = parser.get_parsed_content("inferer")
+    inferer = parser.get_parsed_content("inferer").inferer
     assert (tuple(inferer.roi_size), inferer.overlap, inferer.sw_batch_size) == ((16, 16, 16), 0.125, 7)
     logits = inferer(torch.rand(1, 1, 20, 20, 20), lambda image: image.repeat(1, classes, 1, 1, 1))
     assert logits.shape == (1, classes, 20, 20, 20)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from monai_iunet import SegIUNet, plan_training
+from monai_iunet import BundleSegmenter, SegIUNet, bundle_folder, plan_training
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.cli import app
 from tests.bundles.made_data import SMALL_TASK
@@ -79,3 +79,32 @@ def test_a_folder_that_is_no_bundle_is_said(tmp_path: Path) -> None:
     code, printed = plan("--bundle", tmp_path)
     assert code == 2
     assert "must have network_def, roi_size and batch_size" in printed
+
+
+def test_the_segmentation_of_an_image_is_planned() -> None:
+    code, printed = plan("--bundle", "headneck", "--image", "512,512,600", "--spacing", "1,1,1", "--measure")
+    assert code == 0
+    cells = {line.split("│")[2].strip(): float(line.split("│")[1]) for line in printed.splitlines() if "│" in line}
+    assert cells["image, 2 bytes per voxel"] == 2 * cells["labels"] == 300
+    assert cells["a slab of the logits, 132 x 132 x 241 voxels in all"] == pytest.approx(
+        4 * 132 * 132 * (10 * 48 + 8) / 2**20, abs=1
+    )
+    peak = cells["peak, beside Python and PyTorch; the last two not at once"]
+    assert 600 <= peak < 1000
+    # On the grid that the bundle resamples to, 5 x 5 x 10 windows at half overlap, of image and mirror image.
+    assert re.search(r"400 windows of [\d.]+ s, \d+ s in all", printed)
+
+
+def test_a_longer_image_takes_no_more_but_for_image_and_labels() -> None:
+    segmenter = BundleSegmenter(bundle_folder("headneck"), "cpu")
+    short, long = (segmenter.plan((256, 256, extent), (2.0, 2.0, 2.0)) for extent in (300, 900))
+    assert long.peak - short.peak == 3 * 256 * 256 * 600
+    assert (short.preprocessed, long.slab) == (0, short.slab)
+    hippocampus = BundleSegmenter(bundle_folder("hippocampus"), "cpu").plan((40, 50, 60), (1.0, 1.0, 1.0), 4)
+    assert hippocampus.preprocessed == hippocampus.image == 4 * 40 * 50 * 60
+
+
+def test_sizes_of_images_must_be_positive() -> None:
+    code, printed = plan("--bundle", "headneck", "--image", "0,5,5")
+    assert code == 2
+    assert "must be positive" in printed

@@ -1,0 +1,159 @@
+"""Labels on the grid of the image's file, without holding the probabilities of all classes anywhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.transforms import Invertd, InvertibleTransform
+from monai.utils import MetaKeys
+from numpy.typing import DTypeLike
+from torch import Tensor
+
+from monai_iunet.inference.blocks import probability_blocks
+from monai_iunet.inference.image_grid import ImageGrid
+from monai_iunet.inference.images import Image, WholeImage
+from monai_iunet.inference.streaming import Slab, StreamingInferer
+from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_atomically
+from monai_iunet.io.labels import write_probability_image
+from monai_iunet.io.scratch import scratch_array
+from monai_iunet.transforms.outputs import LabelsOnImageGridd
+
+__all__ = ["LabelInferer"]
+
+logger = logging.getLogger(__name__)
+
+LARGEST_NUMBER = 256  # classes, whose numbers are written as uint8
+
+
+class LabelInferer(Inferer):
+    """Returns the most probable class of each voxel, on the grid of the image's file.
+
+    Logits are stitched slab by slab, turned into probabilities, brought back to the grid of the file by linear
+    interpolation, so that borders stay smooth, and reduced to labels. Beside the image and its labels a slab of logits
+    is held. What was done to the image is read from its meta data; where it was something else than to turn, crop and
+    resample it to parallel axes, the logits are held as a whole and brought back one class after another.
+
+    Args:
+        inferer: stitches the logits.
+        transform: the preprocessing, which is undone.
+        probabilities_dir: folder for the probabilities of all classes, `NAME_prob.nii.gz`; None to write none.
+
+    Example:
+        >>> from monai.transforms import Compose, Spacingd
+        >>> transform = Compose([Spacingd("image", (2, 2, 2))])
+        >>> image = MetaTensor(torch.rand(1, 9, 9, 9), affine=torch.eye(4), meta={"original_affine": np.eye(4)})
+        >>> inferer = LabelInferer(StreamingInferer(roi_size=(8, 8, 8)), transform)
+        >>> network = lambda windows: torch.cat([windows, 0.5 - windows], 1)
+        >>> inferer(transform({"image": image})["image"][None], network).shape
+        torch.Size([1, 1, 9, 9, 9])
+    """
+
+    def __init__(
+        self,
+        inferer: StreamingInferer,
+        transform: InvertibleTransform,
+        probabilities_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.inferer, self.transform = inferer, transform
+        self.probabilities_dir = None if probabilities_dir is None else Path(str(probabilities_dir))
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> MetaTensor:
+        """Return labels, `(batch, 1, *spatial)`, uint8, on the grid of the image's file.
+
+        Args:
+            inputs: preprocessed images, `(batch, channels, *spatial)`, with their meta data.
+            network: maps windows to logits of their spatial size.
+            args: passed on to the network.
+            kwargs: passed on to the network.
+
+        Raises:
+            ValueError: when the inputs have no meta data, or the output of the network does not fit.
+        """
+        if not isinstance(inputs, MetaTensor):
+            raise ValueError("LabelInferer: a MetaTensor is needed, whose meta data say what was done to the image.")
+        results = []
+        image: Any
+        for image in inputs:
+            labels, probabilities = self.segment(
+                WholeImage(image.as_tensor()),
+                image,
+                lambda windows: network(windows, *args, **kwargs),
+                None if self.probabilities_dir is None else np.float32,
+            )
+            if self.probabilities_dir is not None and probabilities is not None:
+                check_folder(self.probabilities_dir)
+                path = self.probabilities_dir / f"{image_name(image.meta['filename_or_obj'], SUFFIXES)}_prob.nii.gz"
+                write_atomically(path, partial(write_probability_image, probabilities, image.meta["original_affine"]))
+            results.append(torch.from_numpy(labels)[None])
+        affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
+        return MetaTensor(torch.stack(results), affine=None if affine is None else torch.as_tensor(affine))
+
+    def segment(
+        self,
+        image: Image,
+        meta: MetaTensor,
+        network: Callable[..., Any],
+        probabilities: DTypeLike | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segment one image.
+
+        Args:
+            image: as the network shall see it.
+            meta: a tensor of its shape, `(channels, *spatial)`, whose meta data say what was done to it.
+            network: maps windows to logits of their spatial size.
+            probabilities: type of the probabilities, float32 or float16; None for none.
+
+        Returns:
+            Labels, uint8, and probabilities of all classes, `(classes, *spatial)`, if asked for, on the grid of the
+            file. Large ones lie in temporary files.
+        """
+        grid = ImageGrid.of(meta)
+        if grid is None:
+            return self._by_inversion(image, meta, network, probabilities)
+        labels: np.ndarray = scratch_array(grid.shape, np.uint8)
+        of_classes: np.ndarray | None = None
+        slabs = map(_of_classes, self.inferer.slabs(image, network))
+        for block in probability_blocks(slabs, grid.axes, all_classes=probabilities is not None):
+            if probabilities is not None:
+                if of_classes is None:
+                    of_classes = np.moveaxis(scratch_array((*grid.shape, len(block.values)), probabilities), -1, 0)
+                everywhere = (slice(None), *block.region)
+                grid.view(of_classes)[everywhere] = block.values.cpu().numpy()
+            grid.view(labels)[block.region] = block.labels().cpu().numpy()
+        return labels, of_classes
+
+    def _by_inversion(
+        self, image: Image, meta: MetaTensor, network: Callable[..., Any], probabilities: DTypeLike | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segment an image whose preprocessing MONAI has to undo."""
+        logger.info("The preprocessing is undone by MONAI, for which the logits of all classes are held.")
+        everything = tuple(slice(0, extent) for extent in image.shape[1:])
+        logits = self.inferer(image.cut(everything)[None], network)[0]
+        prob = torch.softmax(_of_classes(Slab(0, 0, logits)).values.float(), 0)
+        item: dict[Any, Any] = {"pred": prob, "image": meta}
+        labels = LabelsOnImageGridd("pred", self.transform)(item)["pred"]
+        of_classes = None
+        if probabilities is not None:
+            invert = Invertd("pred", self.transform, "image", nearest_interp=False, to_tensor=True)
+            of_classes = np.asarray(invert({"pred": MetaTensor(prob), "image": meta})["pred"]).astype(probabilities)
+        return np.asarray(labels[0].cpu()).astype(np.uint8), of_classes
+
+
+def _of_classes(slab: Slab) -> Slab:
+    """Check that a network tells classes apart."""
+    classes = len(slab.values)
+    if not 2 <= classes <= LARGEST_NUMBER:
+        raise ValueError(
+            f"LabelInferer: the network has {classes} output channels, one per class with the background is needed, 2 "
+            f"to {LARGEST_NUMBER}."
+        )
+    return slab

@@ -1,0 +1,39 @@
+"""The mean over an image and its mirror image: what is on the left there is on the right here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from monai_iunet.inference.streaming import StreamingInferer, View
+
+__all__ = ["MirrorInferer"]
+
+
+class MirrorInferer(StreamingInferer):
+    """Averages the logits of an image and of its mirror image, mirrored back, both by sliding windows.
+
+    Args:
+        swap: pairs of classes that change places in the mirror.
+        spatial_axis: axis that runs from left to right.
+        enabled: if False, the mirror image is left out.
+        options: of `StreamingInferer`, such as `roi_size` and `overlap`.
+
+    Example:
+        >>> import torch
+        >>> inferer = MirrorInferer(swap=[], roi_size=[2])
+        >>> inferer(torch.tensor([[[1.0, 3.0]]]), lambda image: image * torch.tensor([2.0, 0.0])).tolist()
+        [[[1.0, 3.0]]]
+    """
+
+    def __init__(
+        self, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.mirrored = View((spatial_axis,), tuple((first, second) for first, second in swap))
+        self.enabled = enabled
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The image and, if enabled, its mirror image."""
+        return (View(), self.mirrored) if self.enabled else (View(),)

@@ -1,0 +1,185 @@
+"""Stitching slab by slab gives what MONAI's sliding windows give, and holds a slab."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from monai_iunet import LiveBytes, MirrorInferer, StreamingInferer
+from monai_iunet.inference.images import WholeImage
+from monai_iunet.inference.windows import Windows
+
+
+class Network(nn.Module):
+    """A convolution and the mean of its window, so that padding and neighbors show."""
+
+    def __init__(self, classes: int = 5, axes: int = 3) -> None:
+        super().__init__()
+        self.conv = (nn.Conv2d if axes == 2 else nn.Conv3d)(1, classes, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x.mean(tuple(range(2, x.ndim)), keepdim=True)
+
+
+@torch.no_grad()
+def run(inferer: Any, image: Tensor, network: Any) -> Any:
+    return inferer(image, network)
+
+
+CASES = {
+    "windows that fit": ((40, 24, 16), {"roi_size": (16, 16, 16), "overlap": 0.5, "mode": "gaussian"}),
+    "windows moved back": ((13, 29, 22), {"roi_size": (8, 8, 8), "overlap": 0.25}),
+    "no overlap": ((13, 9, 22), {"roi_size": (8, 8, 8), "overlap": 0.0, "mode": "gaussian"}),
+    "overlap of 0.9": ((20, 9, 11), {"roi_size": (8, 8, 8), "overlap": 0.9, "mode": "gaussian"}),
+    "steps of one voxel": ((9, 8, 7), {"roi_size": (4, 4, 4), "overlap": 0.99}),
+    "a window larger than the image": ((5, 12, 7), {"roi_size": (16, 16, 16), "mode": "gaussian", "cval": -1.0}),
+    "larger along some axes": ((30, 3, 9), {"roi_size": (8, 8, 8), "overlap": (0.5, 0, 0.25), "cval": 2.0}),
+    "reflected": ((30, 6, 9), {"roi_size": (8, 8, 8), "padding_mode": "reflect"}),
+    "one slice": ((31, 20, 1), {"roi_size": (8, 8, 8), "overlap": 0.5, "mode": "gaussian"}),
+    "one voxel": ((1, 1, 1), {"roi_size": (8, 8, 8)}),
+    "the whole image": ((13, 9, 7), {"roi_size": (-1, -1, -1)}),
+    "one size for all": ((13, 9, 17), {"roi_size": 8, "sigma_scale": 0.2, "mode": "gaussian"}),
+    "buffers of MONAI": ((20, 9, 17), {"roi_size": (8, 8, 8), "buffer_steps": 2, "cache_roi_weight_map": True}),
+    "two axes": ((33, 20), {"roi_size": (8, 8), "overlap": 0.5, "mode": "gaussian"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_output_is_that_of_monai(name: str, batch: int) -> None:
+    shape, options = CASES[name]
+    images, network = torch.rand(2, 1, *shape), Network(axes=len(shape))
+    expected = run(SlidingWindowInferer(sw_batch_size=batch, **options), images, network)
+    found = run(StreamingInferer(sw_batch_size=batch, shrink=False, **options), images, network)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    labels = run(StreamingInferer(sw_batch_size=batch, shrink=False, argmax=True, **options), images, network)
+    first, second = expected.topk(2, dim=1).values.unbind(1)
+    assert (labels[:, 0] == expected.argmax(1))[first - second > 1e-5].all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_windows(seed: int) -> None:
+    rng = random.Random(seed)
+    shape, roi = [rng.randint(1, 40) for _ in range(3)], [rng.choice([4, 7, 16, -1]) for _ in range(3)]
+    options: dict[str, Any] = {"roi_size": roi, "overlap": rng.choice([0, 0.3, 0.6]), "mode": "gaussian"}
+    images, network = torch.rand(1, 1, *shape), Network()
+    expected = run(SlidingWindowInferer(**options), images, network)
+    torch.testing.assert_close(run(StreamingInferer(**options, shrink=False), images, network), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(23, 12, 9), (9, 23, 12), (5, 6, 30)])
+def test_the_mean_over_the_mirror_image(axis: int, shape: tuple[int, ...]) -> None:
+    """Whether slabs follow each other along the axis that is mirrored or another one, with padding or without."""
+    options: dict[str, Any] = {"roi_size": (8, 8, 8), "overlap": 0.4, "mode": "gaussian", "cval": -1.0}
+    images, network = torch.rand(1, 1, *shape), Network()
+    plain = SlidingWindowInferer(**options)
+    mirrored = run(plain, images.flip(2 + axis), network).flip(2 + axis)[:, [0, 2, 1, 3, 4]]
+    expected = (run(plain, images, network) + mirrored) / 2
+    inferer = MirrorInferer(swap=[[1, 2]], spatial_axis=axis, shrink=False, **options)
+    torch.testing.assert_close(run(inferer, images, network), expected, atol=2e-6, rtol=0)
+    inferer.enabled = False
+    torch.testing.assert_close(run(inferer, images, network), run(plain, images, network), atol=2e-6, rtol=0)
+
+
+def test_meta_data_and_integers_are_taken() -> None:
+    affine = torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0]))
+    image = MetaTensor(torch.randint(-1000, 1000, (1, 1, 20, 9, 9)).short(), affine=affine)
+    network = Network()
+    found = run(StreamingInferer((8, 8, 8)), image, network)
+    assert isinstance(found, MetaTensor)
+    torch.testing.assert_close(found.affine, affine.double())
+    expected = run(SlidingWindowInferer((8, 8, 8)), image.as_tensor().float(), network)
+    torch.testing.assert_close(found.as_tensor(), expected, rtol=1e-5, atol=1e-2)
+
+
+def test_more_classes_than_a_byte_has_numbers() -> None:
+    labels = run(
+        StreamingInferer((4, 4), argmax=True),
+        torch.ones(1, 1, 9, 9),
+        lambda x: x * torch.arange(300.0).reshape(300, 1, 1),
+    )
+    assert labels.dtype == torch.int16
+    assert (labels == 299).all()
+
+
+def test_slabs_follow_each_other() -> None:
+    inferer, stop = StreamingInferer((8, 8, 8), overlap=0.5), 0
+    for slab in inferer.slabs(WholeImage(torch.rand(1, 9, 30, 9)), lambda windows: windows):
+        assert (slab.axis, slab.start) == (1, stop)
+        stop += slab.length
+    assert stop == 30
+
+
+def test_memory_does_not_grow_along_the_longest_axis() -> None:
+    peaks = []
+    for length in (40, 160):
+        image, network = torch.rand(1, 1, 16, 16, length), Network(classes=20)
+        inferer = StreamingInferer((16, 16, 16), overlap=0.5, argmax=True)
+        with LiveBytes(ignore=[image, *network.parameters()]) as live:
+            labels = run(inferer, image, network)
+        peaks.append(live.peak - labels.numel())
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+    with LiveBytes(ignore=[image, *network.parameters()]) as live:
+        run(SlidingWindowInferer((16, 16, 16), overlap=0.5), image, network)
+    assert peaks[1] < 0.4 * live.peak
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "several outputs": (lambda x: (x, x), {}, "returns a tuple, one tensor is needed"),
+    "a dictionary": (lambda x: {"a": x}, {}, "returns a dict, one tensor is needed"),
+    "another size": (lambda x: x[..., ::2], {}, "batch and spatial size must stay"),
+    "another batch": (lambda x: x[:0], {}, "batch and spatial size must stay"),
+    "a number": (lambda x: x.mean(), {}, "batch and spatial size must stay"),
+    "two axes": (lambda x: x, {"roi_size": (8, 8)}, "must have 3 axes"),
+    "overlap of 1": (lambda x: x, {"overlap": 1.0}, "at least 0 and below 1"),
+    "negative overlap": (lambda x: x, {"overlap": (0.5, -0.1, 0)}, "at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(name: str) -> None:
+    network, options, message = REFUSED[name]
+    inferer = StreamingInferer(**{"roi_size": (8, 8, 8), "sw_batch_size": 2, **options})
+    with pytest.raises(ValueError, match=message) as caught:
+        inferer(torch.rand(1, 1, 20, 9, 9), network)
+    assert "\n" not in str(caught.value)
+
+
+def test_coordinates_and_conditions_are_refused() -> None:
+    with pytest.raises(ValueError, match="with_coord"):
+        StreamingInferer((8, 8), with_coord=True)
+    image = torch.rand(1, 1, 20, 9)
+    with pytest.raises(ValueError, match="condition"):
+        StreamingInferer((8, 8))(image, lambda x, condition: x, condition=image)
+
+
+@pytest.mark.parametrize(
+    ("image", "roi", "divisible_by", "expected"),
+    [
+        ((98, 75, 44), (96, 96, 96), 8, (96, 80, 48)),
+        ((98, 75, 44), (96, 96, 96), None, (96, 96, 64)),
+        ((35, 51, 36), (40, 56, 40), 8, (40, 56, 40)),
+        ((200, 200, 1), (64, 64, 64), 8, (64, 64, 8)),
+        ((1, 2, 1), (64, 64, 64), 8, (16, 8, 8)),
+        ((20, 200, 200), (64, 64, 64), (4, 8, 16), (20, 64, 64)),
+    ],
+)
+def test_a_window_shrinks_to_the_image(
+    image: tuple[int, ...], roi: tuple[int, ...], divisible_by: Any, expected: tuple[int, ...]
+) -> None:
+    windows = Windows.of(image, roi, divisible_by=divisible_by)
+    assert windows.roi_size == expected
+    assert windows.size == tuple(min(pair) for pair in zip(expected, image))
+    assert Windows.of(image, roi, shrink=False).roi_size == roi
+    seen = []
+    inferer = StreamingInferer(roi, divisible_by=divisible_by, cval=-1.0)
+    output = run(inferer, torch.rand(1, 1, *image), lambda x: seen.append(tuple(x.shape[2:])) or x)
+    assert set(seen) == {expected}
+    assert output.min() >= 0
