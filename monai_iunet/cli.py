@@ -57,8 +57,22 @@ class LabelFormat(str, Enum):
 
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Invertible U-Nets for MONAI.", pretty_exceptions_enable=False
+    help="Invertible U-Nets for MONAI.",
+    epilog="Example: monai-iunet segment --example --output example",
+    pretty_exceptions_enable=False,
 )
+
+EXAMPLES = """\
+monai-iunet segments medical images, and trains the networks that do. Three examples:
+
+  monai-iunet segment --example --output example
+      both hippocampi in the MNI152 template; labels, a picture, volumes
+  monai-iunet segment CT.nii.gz --bundle headneck --report
+      organs at risk in a CT of head and neck, and a page to look through
+  monai-iunet plan --bundle headneck --gpu-memory "24 GiB"
+      what a training would hold, and which patch fits
+
+"monai-iunet --help" lists all commands, "monai-iunet guide" all guides."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,8 +89,9 @@ def _show_slicer_module(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -84,22 +99,23 @@ def _options(
         bool, typer.Option("--xml", callback=_show_slicer_module, is_eager=True, help="Show the module for 3D Slicer.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(EXAMPLES)
 
 
 @contextlib.contextmanager
-def _input_errors() -> Iterator[None]:
-    """Errors in a line: the exit status is 2 for what a user handed in, 1 for a full disk and the like."""
+def _input_errors(guide: str) -> Iterator[None]:
+    """Errors in a line that names the guide: the exit status is 2 for what a user handed in, 1 for a full disk."""
     from monai_iunet.errors import InputError
 
     try:
         yield
     except (InputError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {error} Guide: monai-iunet guide {guide}.", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet segment scans/*.nii.gz --output labels --volumes csv --report")
 def segment(
     images: Annotated[
         list[Path] | None,
@@ -152,7 +168,7 @@ def segment(
     """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
     if example == bool(images):
         raise typer.BadParameter("name images, or --example, and not both.")
-    with _input_errors():
+    with _input_errors("segment"):
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Settings, image_names, segment_example, segment_files
         from monai_iunet.segmentation.records import write_table
@@ -262,7 +278,10 @@ class _LabelsInARow(typer.core.TyperCommand):
         return super().parse_args(ctx, words)
 
 
-@app.command(cls=_LabelsInARow)
+@app.command(
+    cls=_LabelsInARow,
+    epilog="Example: monai-iunet bids DATA DATA/derivatives/iunet participant",
+)
 def bids(
     bids_dir: Annotated[Path, typer.Argument(help="Folder of the BIDS data set.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder of the derivatives; created if need be.")],
@@ -303,11 +322,8 @@ def bids(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
 ) -> None:
-    """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes.
-
-    Example: monai-iunet bids DATA DATA/derivatives/iunet participant --participant-label 01 02
-    """
-    with _input_errors():
+    """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes."""
+    with _input_errors("bids"):
         from monai_iunet.bids.group import segment_participants, write_group_table
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Settings
@@ -342,10 +358,10 @@ def bids(
                 typer.echo(f"{page}")
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet bundles")
 def bundles() -> None:
     """List the bundles that are installed: task, modality, classes, Dice and memory."""
-    with _input_errors():
+    with _input_errors("segment"):
         from monai_iunet.io.bundles import bundle_facts, installed_bundles
 
         for name, folder in installed_bundles().items():
@@ -363,7 +379,31 @@ def bundles() -> None:
                 typer.echo(f"  {title:<11}{text or 'not measured'}")
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet guide segment")
+def guide(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a guide; all names by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a guide; it comes with the package and needs no network."""
+    with _input_errors("index"):
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from monai_iunet.guides.read import guide_titles, read_guide
+
+        if name is None:
+            titles = guide_titles()
+            width = max(map(len, titles))
+            for page, title in titles.items():
+                typer.echo(f"{page:<{width}}  {title}")
+        elif sys.stdout.isatty():
+            Console().print(Markdown(read_guide(name)))
+        else:
+            typer.echo(read_guide(name), nl=False)
+
+
+@app.command(epilog="Example: monai-iunet info")
 def info() -> None:
     """Print versions and devices, for a bug report."""
     from monai_iunet.system import describe_system
@@ -372,7 +412,7 @@ def info() -> None:
         typer.echo(f"{name:<17}{value}")
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet benchmark --quick --output benchmark")
 def benchmark(
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", ...')] = "cpu",
     peers: Annotated[
@@ -396,7 +436,7 @@ def benchmark(
 
     Results are saved as they come; the same command goes on where it was interrupted.
     """
-    with _input_errors():
+    with _input_errors("benchmark"):
         from monai_iunet.io.files import check_folder
 
         place = _device(device)
@@ -420,7 +460,7 @@ def benchmark(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog='Example: monai-iunet plan --bundle headneck --gpu-memory "24 GiB"')
 def plan(
     bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     gpu_memory: Annotated[
@@ -436,7 +476,7 @@ def plan(
     measure: Annotated[bool, typer.Option("--measure", help="Run the network once, to tell the time.")] = False,
 ) -> None:
     """Say what a bundle's training will hold, part by part, and what fits a memory; or a segmentation (--image)."""
-    with _input_errors():
+    with _input_errors("memory"):
         from rich.console import Console
 
         from monai_iunet.bundling.plan import BundleTraining, inference_table, read_dtype
@@ -454,7 +494,7 @@ def plan(
             console.print(training.fitting(gpu_memory))
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet compare --bundle hippocampus --dataset-dir DATA --max-epochs 10")
 def compare(
     bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
@@ -463,7 +503,7 @@ def compare(
     networks: Annotated[str, typer.Option(help="Which networks to compare with.")] = "DynUNet,SegResNet",
 ) -> None:
     """Train other networks as a bundle trains its own; print what each reaches and costs."""
-    with _input_errors():
+    with _input_errors("train"):
         from monai_iunet.benchmark.comparison import NETWORKS, as_markdown, compare_networks
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
@@ -476,13 +516,13 @@ def compare(
         )
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet report --bundle iunet_liver_ct_segmentation --dataset-dir DATA")
 def report(
     bundle: Annotated[str, typer.Option(help="Folder of a bundle that was trained and evaluated in it.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
 ) -> None:
     """Draw a bundle's training, and its best, median and worst case: pictures for its README."""
-    with _input_errors():
+    with _input_errors("train"):
         from monai_iunet.bundling.report import write_report
         from monai_iunet.io.bundles import bundle_folder
 
@@ -490,7 +530,7 @@ def report(
         typer.echo("\n".join(map(str, written)))
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet fit DATA --output my_bundle --time 12h")
 def fit(
     dataset: Annotated[
         Path, typer.Argument(help="Folder of the Decathlon or of nnU-Net, or with images and labels of the same names.")
@@ -515,7 +555,7 @@ def fit(
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop when the plan is made and printed.")] = False,
 ) -> None:
     """Make a bundle from images and labels: plan, train, evaluate; nothing else need be chosen."""
-    with _input_errors():
+    with _input_errors("train"):
         import logging
 
         from rich.console import Console
@@ -542,7 +582,10 @@ def fit(
         typer.echo(bundle)
 
 
-@app.command("init-bundle")
+@app.command(
+    "init-bundle",
+    epilog="Example: monai-iunet init-bundle --name my_liver --modality CT --classes liver,tumor",
+)
 def new_bundle(
     name: Annotated[
         str, typer.Option(help="Name of the bundle and of its folder, such as iunet_liver_ct_segmentation.")
@@ -554,7 +597,7 @@ def new_bundle(
     output: Annotated[Path, typer.Option(help="Folder in which the bundle's folder is made.")] = Path("."),
 ) -> None:
     """Write a bundle for a task of one's own: configs to train, evaluate and segment, ready to run."""
-    with _input_errors():
+    with _input_errors("train"):
         from monai_iunet.bundling.new_bundle import write_bundle
         from monai_iunet.bundling.task import Task
 
@@ -569,10 +612,10 @@ def new_bundle(
         typer.echo(write_bundle(task, output / name))
 
 
-@app.command("verify-bundle")
+@app.command("verify-bundle", epilog="Example: monai-iunet verify-bundle bundles/iunet_liver_ct_segmentation")
 def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]) -> None:
     """Check a bundle as reviewers and other programs do, offline; exits with 1 if something is wrong."""
-    with _input_errors():
+    with _input_errors("train"):
         from rich.console import Console
 
         from monai_iunet.bundling.verify import as_table, verify_bundle
@@ -583,25 +626,25 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]
             raise typer.Exit(1)
 
 
-@app.command("nnunet-plans")
+@app.command("nnunet-plans", epilog="Example: monai-iunet nnunet-plans nnUNetPlans.json")
 def nnunet_plans(
     plans: Annotated[Path, typer.Argument(help="Plans file of nnU-Net v2, such as nnUNetPlans.json.")],
     configuration: Annotated[str, typer.Option(help="Configuration whose patch and batch are taken.")] = "3d_fullres",
     couplings: Annotated[int, typer.Option(min=1, help="Couplings per level.")] = 2,
 ) -> None:
     """Add configurations with an invertible U-Net to nnU-Net's plans: at its patch, and at the largest that fits."""
-    with _input_errors():
+    with _input_errors("nnunet"):
         from monai_iunet.interop.nnunet import add_configurations
 
         typer.echo("\n".join(add_configurations(plans, configuration, couplings)))
 
 
-@app.command()
+@app.command(epilog="Example: monai-iunet slicer ~/slicer-modules")
 def slicer(
     folder: Annotated[Path, typer.Argument(help="Folder to add to the module paths of 3D Slicer.")],
 ) -> None:
     """Write a module for 3D Slicer: a program that segments in this environment what Slicer hands over."""
-    with _input_errors():
+    with _input_errors("programs"):
         from monai_iunet.interop.slicer import write_module
 
         typer.echo(write_module(folder))

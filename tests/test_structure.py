@@ -19,6 +19,7 @@ PACKAGE = Path(monai_iunet.__file__).parent
 # A folder or module at the top may import what stands before it, and nothing behind it.
 ORDER = (
     "errors",
+    "guides",
     "system",
     "io",
     "engine",

@@ -102,7 +102,7 @@ def _layout(bids_dir: Path) -> Any:
     try:
         from bids.layout import BIDSLayout, BIDSLayoutIndexer
     except ImportError as error:
-        raise InputError('pybids is needed for BIDS. Install it: pip install "monai-iunet[bids]".') from error
+        raise InputError("pybids is needed for BIDS. Install it: pip install pybids.") from error
 
     if not bids_dir.is_dir():
         raise InputError(f"{bids_dir}: no such folder. Name the folder of a BIDS data set.")

@@ -42,7 +42,7 @@ def viewer_program() -> tuple[str, str, str]:
     try:
         package = distribution("ipyniivue")
     except PackageNotFoundError as error:
-        raise InputError('ipyniivue is needed for the page. Install it: pip install "monai-iunet[report]".') from error
+        raise InputError("ipyniivue is needed for the page. Install it: pip install ipyniivue.") from error
     script = Path(str(package.locate_file("ipyniivue/static/widget.js"))).read_text(encoding="utf-8")
     # What niivue writes into pages of its own is a quoted text, percent-encoded, by far the longest of the script.
     texts = re.findall(r'"([\w.!~*\'()%-]{100000,})"', script, re.ASCII)

@@ -1,0 +1,1 @@
+"""The guides: Markdown pages that come with the package, and what reads them."""

@@ -1,0 +1,53 @@
+"""Images per minute of a batch, with and without overlap, in turns: python -m tests.throughput [IMAGES [ROUNDS]].
+
+Segments copies of the left hippocampus of the MNI152 template with their pictures. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+
+from monai_iunet import BundleSegmenter, bundle_folder, load_template
+from monai_iunet.segmentation.files import Settings, segment_files
+from monai_iunet.segmentation.whole_head import LEFT_BOX
+
+
+def left_hippocampus() -> nibabel.Nifti1Image:
+    template = load_template()
+    low, high = (np.linalg.inv(template.affine) @ [*corner, 1] for corner in LEFT_BOX)
+    return template.slicer[tuple(slice(int(a), int(b) + 1) for a, b in zip(low[:3], high[:3]))]
+
+
+def seconds(images: list[Path], segmenter: BundleSegmenter, overlap: bool) -> float:
+    with tempfile.TemporaryDirectory() as output:
+        start = time.perf_counter()
+        results = list(segment_files(images, segmenter, Path(output), Settings(overlap=overlap)))
+        assert len(results) == len(images)
+        return time.perf_counter() - start
+
+
+def main(count: int = 12, rounds: int = 5) -> None:
+    torch.set_num_threads(1)
+    segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        images = [Path(folder) / f"image{number}.nii.gz" for number in range(count)]
+        for image in images:
+            nibabel.save(left_hippocampus(), image)
+        seconds(images[:2], segmenter, True)  # what is loaded on first use
+        turns = [(seconds(images, segmenter, False), seconds(images, segmenter, True)) for _ in range(rounds)]
+    quotients = [apart / together for apart, together in turns]
+    for title, times in zip(("one after another", "overlapping"), zip(*turns)):
+        sys.stdout.write(f"{title:<18}{60 * count / statistics.median(times):6.1f} images per minute\n")
+    sys.stdout.write(f"quotient {statistics.median(quotients):.2f} ({min(quotients):.2f}-{max(quotients):.2f})\n")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
