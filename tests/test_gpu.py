@@ -19,6 +19,13 @@ from tests.helpers import randomize, relative_errors
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in TF32, the default, would round where the tests look for errors of the engine."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 def network(activations: str, **options: Any) -> SegIUNet:
     torch.manual_seed(0)
     return randomize(SegIUNet(3, 1, 3, (8, 16, 32), activations=activations, **options), std=0.2).cuda()
@@ -65,8 +72,42 @@ def test_offloaded_to_the_host(pin_memory: bool) -> None:
 
 
 def test_kernels_that_are_chosen_by_timing() -> None:
-    with torch.backends.cudnn.flags(benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         compare(plain)
+
+
+def test_tf32_rounds_no_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions may round to ten bits, twice alike; the orthogonal matrices that are inverted must not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    compare(plain, tolerance=0.01)
+    net = network("invert").eval().iunet
+    x = torch.rand(2, 8, 16, 16, 16, device="cuda")
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        assert max(relative_errors([net.inverse(net(x))], [x])) < 1e-4
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_exact_gradients_are_those_of_stored_activations(amp: bool) -> None:
+    def run(net: nn.Module, x: Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            y = net(x)
+        y.float().square().mean().backward()
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # TF32 is on
+        compare(run, tolerance=1e-12, exact=True)
+
+
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    net, x = network("invert"), image()
+    plain(net, x)  # libraries are loaded at the first use
+    net.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plain(net, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_channels_last() -> None:
@@ -86,7 +127,7 @@ def test_fused_adamw_with_a_scaler_trains_as_with_stored_activations() -> None:
     for activations in ("invert", "store"):
         net = network(activations)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-        scaler = torch.amp.GradScaler("cuda")
+        scaler = torch.amp.GradScaler("cuda", init_scale=1024)  # from which no step overflows and is left out
         losses.append([])
         for _ in range(10):
             optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -21,15 +22,15 @@ from monai_iunet.benchmark.section import Row, Section
 from monai_iunet.io.files import write_text
 from monai_iunet.system import processor_name
 
-__all__ = ["for_json", "header", "read_json", "show", "write_json"]
+__all__ = ["code_of", "for_json", "header", "read_json", "show", "write_json"]
 
-# What the results depend on, in the folder of the package.
-MEASURED = ("benchmark/measure.py", "benchmark/networks.py", "benchmark/peers.py", "benchmark/section.py")
-MEASURED_FOLDERS = ("benchmark/sections", "engine", "losses", "networks", "planning")
+# What all results depend on, in the folder of the package.
+COMMON_FILES = ("benchmark/measure.py", "benchmark/networks.py", "benchmark/peers.py", "benchmark/section.py")
+COMMON_FOLDERS = ("engine", "losses", "networks", "planning")
 
 
 def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
-    """Machine, versions, and a digest of the code that is measured."""
+    """Machine and versions."""
     packages = {"monai-iunet": version("monai-iunet"), "torch": torch.__version__}
     packages |= {name: version(name) for name in ("monai", "numpy")} | peers
     return {
@@ -39,13 +40,14 @@ def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": packages,
-        "code": _digest(Path(__file__).parents[1]),
     }
 
 
-def _digest(package: Path) -> str:
-    files = [package / name for name in MEASURED]
-    files += sorted(path for folder in MEASURED_FOLDERS for path in (package / folder).rglob("*.py"))
+def code_of(section: Section) -> str:
+    """Return a digest of the code whose results a section holds."""
+    package = Path(__file__).parents[1]
+    files = [Path(inspect.getfile(section.jobs)), *(package / name for name in COMMON_FILES)]
+    files += sorted(path for folder in COMMON_FOLDERS for path in (package / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

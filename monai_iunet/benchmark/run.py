@@ -35,7 +35,7 @@ def run_benchmark(
 ) -> list[str]:
     """Measure, show, and save what was found after each job, so that whatever ends the run loses no more than one.
 
-    What is in `output` already, from the same machine, versions and code, is not measured again.
+    What is in `output` already, from the same machine and versions, is not measured again unless its code has changed.
 
     Args:
         device: where the networks run.
@@ -68,14 +68,18 @@ def run_benchmark(
     console.print(f"{results['device']}, {results['threads']} threads, {results['system']}, {results['date']}")
     console.print(f"Python {results['python']}, " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()))
     console.print(f"Times: median (range) of up to {sizes.rounds} rounds, in which all take turns.\n")
+    for name in results["sections"]:
+        if name not in (sections or SECTIONS) and results["code"].get(name) != _code(name):
+            console.print(f"{name}: kept, though its code has changed")
     failures: list[str] = []
     for name in sections or SECTIONS:
         section = SECTIONS[name]
         if section.needs_gpu and device.type != "cuda":
             console.print(f"{name}: left out, needs a GPU")
             continue
-        if overwrite and sections:
+        if overwrite or results["code"].get(name) != _code(name):
             results["sections"].pop(name, None)
+            results["code"][name] = _code(name)
         failures += _run_section(section, settings, results, output, console)
         if results["sections"].get(name):
             report.show(section, results["sections"][name], console)
@@ -127,23 +131,27 @@ def _measure(job: Job) -> list[Row]:
             torch.cuda.empty_cache()
 
 
+def _code(name: str) -> str | None:
+    return report.code_of(SECTIONS[name]) if name in SECTIONS else None
+
+
 def _continued(header: dict[str, Any], output: Path, overwrite: bool) -> dict[str, Any]:
     """Return the results so far, none if there are none."""
-    new: dict[str, Any] = {**header, "sections": {}}
+    new: dict[str, Any] = {**header, "code": {}, "sections": {}}
     if not output.exists():
         return new
     try:
         found = report.read_json(output)
         differing = [key for key in header if key != "date" and found.get(key) != report.for_json(header[key])]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError) as error:
         if overwrite:
             return new
         raise InputError(f"{output}: holds no results of a benchmark. Name another --output.") from error
-    if not differing and not overwrite:
-        return found
-    if differing and not overwrite:
-        raise InputError(
-            f"{output}: its results come from another {', '.join(differing)}. Pass --overwrite to replace them, or "
-            "name another --output."
-        )
-    return {**found, "date": header["date"]} if not differing else new
+    if not differing:
+        return {**found, "date": header["date"]}
+    if overwrite:
+        return new
+    raise InputError(
+        f"{output}: its results come from another {', '.join(differing)}. Pass --overwrite to replace them, or name "
+        "another --output."
+    )

@@ -26,9 +26,10 @@ from monai_iunet.benchmark.measure import (
 )
 from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
-from monai_iunet.benchmark.section import Job, Row, Section, Sizes, SkippedError
-from monai_iunet.benchmark.sections import SECTIONS
+from monai_iunet.benchmark.section import Job, Row, Section, Settings, Sizes, SkippedError
+from monai_iunet.benchmark.sections import SECTIONS, compiled
 from monai_iunet.benchmark.sections.depth import AUTO_UNITS
+from monai_iunet.benchmark.sections.largest_cubes import largest
 from monai_iunet.cli import app
 
 CPU = torch.device("cpu")
@@ -97,9 +98,12 @@ def sections_of(folder: Path) -> dict[str, list[Row]]:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path) -> None:
+def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compiled", "exactness"):  # which have tests of their own
+        monkeypatch.delitem(SECTIONS, name)
     result = benchmark(tmp_path / "new", "--peers")
     assert result.exit_code == 0, result.output
+    assert "whole_volume: left out, needs a GPU" in result.output
     for name in ("ours, invert", "torch checkpoint", "SegIUNet", "strided grouped convolution"):
         assert name in result.output
     for name in set(PEERS) - set(available_peers()):
@@ -186,17 +190,24 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path, monkeypatch: p
     assert "losses" not in sections_of(tmp_path)
 
 
+@pytest.mark.usefixtures("small")
 def test_results_from_elsewhere_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECTIONS, "made", section_of(Job("only", lambda: [{"value": 1}])))
     file = tmp_path / "benchmark.json"
     assert benchmark(tmp_path, "--section", "made").exit_code == 0
     found = json.loads(file.read_text())
-    file.write_text(json.dumps({**found, "code": "other", "sections": {"losses": []}}))
+    file.write_text(json.dumps({**found, "device": "other", "sections": {"losses": []}}))
     result = benchmark(tmp_path, "--section", "made")
     assert result.exit_code == 2
-    assert "its results come from another code. Pass --overwrite" in result.stderr
+    assert "its results come from another device. Pass --overwrite" in result.stderr
     assert benchmark(tmp_path, "--section", "made", "--overwrite").exit_code == 0
     assert json.loads(file.read_text()) == found
+    changed = {**found, "code": {"made": "other"}, "sections": {"made": [{"job": "only", "value": 0}]}}
+    file.write_text(json.dumps(changed))
+    assert "made: kept, though its code has changed" in benchmark(tmp_path, "--section", "losses").output
+    assert sections_of(tmp_path)["made"] == changed["sections"]["made"]
+    assert benchmark(tmp_path, "--section", "made").exit_code == 0
+    assert sections_of(tmp_path)["made"] == found["sections"]["made"]
     file.write_text("[]")
     result = benchmark(tmp_path, "--section", "made")
     assert result.exit_code == 2
@@ -226,3 +237,54 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "--device cuda:99: not available here" in result.output
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (31, 0), (32, 32), (100, 96), (512, 512), (9999, 512)])
+def test_bisection(limit: int, found: int) -> None:
+    assert largest(lambda size: size <= limit, limit=512) == found
+
+
+class Failing(nn.Module):
+    def forward(self, _: torch.Tensor) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+
+def test_a_compiler_that_is_missing_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "QUICK", TINY)
+    monkeypatch.setattr(compiled, "_compiled", lambda net: (Failing(), "branches"))
+    for name in list(EQUAL_COST):
+        monkeypatch.setitem(EQUAL_COST, name, lambda: nn.Conv3d(1, 2, 3, padding=1))
+    result = benchmark(tmp_path, "--section", "compiled")
+    assert result.exit_code == 0
+    assert "torch.compile raises RuntimeError: no compiler" in result.output
+
+
+@pytest.mark.slow
+def test_exactness_on_the_cpu() -> None:
+    jobs = SECTIONS["exactness"].jobs(Settings(CPU, TINY))
+    found = {(row["dtype"], row["network"]): row for job in jobs for row in job.measure()}
+    assert len(found) == 4
+    for (_, network), row in found.items():
+        assert row["stored_repeats"]
+        assert row["equal"] == (row["difference"] == 0) == (network == "exact")
+
+
+@pytest.mark.gpu
+def test_all_sections_on_a_gpu(tmp_path: Path) -> None:
+    result = benchmark(tmp_path, "--device", "cuda", "--peers")
+    assert result.exit_code == 0, result.output
+    found = sections_of(tmp_path)
+    assert set(found) == set(SECTIONS)
+    cubes = {(row["network"], row["dtype"]): row["largest_cube"] for row in found["largest_cubes"]}
+    assert cubes["SegIUNet", "bf16 autocast"] > cubes["DynUNet", "bf16 autocast"] > 0
+
+
+@pytest.mark.gpu
+def test_a_whole_volume_is_as_planned(tmp_path: Path) -> None:
+    words = ["benchmark", "--device", "cuda", "--section", "whole_volume", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    fitting = [row for row in sections_of(tmp_path)["whole_volume"] if row.get("fits")]
+    assert fitting
+    for row in fitting:
+        assert row["planned_over_allocated"] == pytest.approx(1, abs=0.15)

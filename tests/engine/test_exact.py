@@ -185,7 +185,7 @@ def test_gradients_on_a_gpu_are_equal_to_the_last_bit(amp: bool) -> None:
     net = IUNet(3, (8, 16, 32), couplings=4, exact=True).cuda()
     x, target = torch.randn(2, 1, 8, 32, 32, 32, device="cuda")
     gradients = []
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         for activations in ("invert", "store"):
             net.activations = activations
             net.zero_grad()

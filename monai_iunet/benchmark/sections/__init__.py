@@ -23,7 +23,20 @@ command runs the section, also alone (`--section inference`), prints its table a
 """
 
 from monai_iunet.benchmark.section import Section
-from monai_iunet.benchmark.sections import budgets, depth, equal_cost, losses, plans, resampling
+from monai_iunet.benchmark.sections import (
+    budgets,
+    compiled,
+    depth,
+    equal_cost,
+    exactness,
+    largest_cubes,
+    layouts,
+    losses,
+    plans,
+    resampling,
+    second_stream,
+    whole_volume,
+)
 
 __all__ = ["SECTIONS"]
 
@@ -31,12 +44,18 @@ SECTIONS: dict[str, Section] = {
     section.name: section
     for section in (
         equal_cost.MEMORY,
-        depth.MEMORY,
+        exactness.SECTION,
+        whole_volume.SECTION,
         equal_cost.TIME,
-        plans.SECTION,
+        largest_cubes.SECTION,
+        depth.MEMORY,
         resampling.SECTION,
-        losses.SECTION,
-        budgets.SECTION,
+        layouts.SECTION,
         depth.TIME,
+        losses.SECTION,
+        plans.SECTION,
+        budgets.SECTION,
+        compiled.SECTION,
+        second_stream.SECTION,
     )
 }
