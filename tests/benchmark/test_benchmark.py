@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
@@ -29,6 +30,7 @@ from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, Sizes, SkippedError
 from monai_iunet.benchmark.sections import SECTIONS, compiled
 from monai_iunet.benchmark.sections.depth import AUTO_UNITS
+from monai_iunet.benchmark.sections.inference import BUFFERED, MONAI, OURS, measure_here
 from monai_iunet.benchmark.sections.largest_cubes import largest
 from monai_iunet.cli import app
 
@@ -99,7 +101,7 @@ def sections_of(folder: Path) -> dict[str, list[Row]]:
 
 @pytest.mark.usefixtures("small")
 def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compiled", "exactness"):  # which have tests of their own
+    for name in ("compiled", "exactness", "inference"):  # which have tests of their own
         monkeypatch.delitem(SECTIONS, name)
     result = benchmark(tmp_path / "new", "--peers")
     assert result.exit_code == 0, result.output
@@ -267,6 +269,22 @@ def test_exactness_on_the_cpu() -> None:
     for (_, network), row in found.items():
         assert row["stored_repeats"]
         assert row["equal"] == (row["difference"] == 0) == (network == "exact")
+
+
+@pytest.mark.parametrize("name", [MONAI, BUFFERED, OURS])
+def test_a_segmentation_is_measured(name: str) -> None:
+    found = measure_here(name, 3, (24, 20, 30), window=16, rounds=2)
+    assert len(found["cpu_seconds"]) == len(found["seconds"]) == 2
+    assert 0 <= found["bytes"] < found["interpreter_bytes"]
+
+
+@pytest.mark.slow
+def test_segmentations_beside_each_other() -> None:
+    settings = Settings(CPU, dataclasses.replace(TINY, memory_size=96, whole_volume=(64, 64, 64)))
+    rows = [row for job in SECTIONS["inference"].jobs(settings) for row in job.measure()]
+    memory = {(row["inferer"], row["classes"], row["image"]): row["mebibytes"] for row in rows}
+    assert memory[OURS, 118, "96 x 96 x 192"] < 0.3 * memory[MONAI, 118, "96 x 96 x 192"]
+    assert len(rows) == 8
 
 
 @pytest.mark.gpu
