@@ -86,6 +86,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from monai_iunet.bundling.fit_quality import evaluate_quality
     from monai_iunet.bundling.new_bundle import write_bundle
     from monai_iunet.bundling.task import Task
     from monai_iunet.bundling.verify import verify_bundle
@@ -188,6 +189,7 @@ __all__ = [
     "draw_overlay",
     "draw_slice",
     "draw_surfaces",
+    "evaluate_quality",
     "fit",
     "from_simpleitk",
     "iUNet",
@@ -217,6 +219,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "bundling.fit_quality": ("evaluate_quality",),
     "bundling.new_bundle": ("write_bundle",),
     "bundling.task": ("Task",),
     "bundling.verify": ("verify_bundle",),

@@ -134,7 +134,8 @@ def segment(
     ] = None,
     overlay: Annotated[bool, typer.Option(help="Write a picture of the contours, NAME_seg.png.")] = True,
     volumes: Annotated[
-        TableFormat | None, typer.Option(help="Write the volumes of all images as a table, too.", show_default=False)
+        TableFormat | None,
+        typer.Option(help="Write volumes and predicted Dice of all images as a table, too.", show_default=False),
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write the probability of each class too, NAME_prob.nii.gz.")
@@ -162,10 +163,13 @@ def segment(
         str | None,
         typer.Option(help="Part of the images: K/N, or auto under torchrun and SLURM.", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
 ) -> None:
-    """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints the volume of each structure."""
+    """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints volumes and predicted Dice."""
     if example == bool(images):
         raise typer.BadParameter("name images, or --example, and not both.")
     with _input_errors("segment"):
@@ -193,6 +197,7 @@ def segment(
             record=bool(table or page),
             view=page is not None,
             share=part,
+            strict=strict,
         )
         outcomes = (
             segment_files(images, segmenter, output, settings)
@@ -245,12 +250,16 @@ def _said(
             results.append(outcome)
             if as_json:
                 facts = {"image": outcome.name, "labels": str(outcome.written), "volumes_mm3": outcome.volumes}
-                typer.echo(json.dumps(facts))
+                typer.echo(json.dumps({**facts, "quality": outcome.quality, "doubts": outcome.doubts}))
             elif not quiet:
                 typer.echo(f"{outcome.written}")
                 width = max(map(len, outcome.volumes))
                 for structure, volume in outcome.volumes.items():
-                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³")
+                    quality = outcome.quality[structure]
+                    text = "quality unknown" if quality is None else f"predicted Dice {quality:.2f}"
+                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³  {text}")
+            if outcome.doubts:
+                typer.echo(f"Warning: {outcome.written}: {outcome.doubts}", err=True)
         yield results, failures
     finally:
         for failure in failures:
@@ -319,7 +328,10 @@ def bids(
     report: Annotated[
         bool, typer.Option("--report", help="Write a page to look through the results, report.html.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
 ) -> None:
     """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes."""
@@ -345,7 +357,7 @@ def bids(
         if page is not None:
             viewer_program()
         _check_free(page, overwrite or skip_done)
-        settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done, view=report)
+        settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done, view=report, strict=strict)
         outcomes = segment_participants(
             *(bids_dir, output_dir, segmenter, settings),
             *(participant_label or (), session_label or (), bids_filter_file),
@@ -580,6 +592,26 @@ def fit(
             console=Console(),
         )
         typer.echo(bundle)
+
+
+@app.command(epilog="Example: monai-iunet quality --bundle headneck --dataset-dir DATA/OpenKBP_HeadNeck --refit")
+def quality(
+    bundle: Annotated[str, typer.Option(help="Bundle with weights: a folder, or the name of one that is installed.")],
+    dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
+    damages: Annotated[int, typer.Option(min=1, help="Damaged copies of each validation case.")] = 6,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit again, where there is a model of the weights.")] = False,
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+) -> None:
+    """Fit the model that predicts the Dice of a bundle's segmentations: models/quality.json and docs/quality.png."""
+    with _input_errors("train"):
+        from monai_iunet.bundling.fit_quality import as_markdown, bundle_cases, evaluate_quality
+        from monai_iunet.io.bundles import bundle_folder
+
+        folder = bundle_folder(bundle)
+        place = None if device == "auto" else _device(device)
+        model = evaluate_quality(folder, bundle_cases(folder, dataset_dir), place, damages, refit)
+        if model is not None:
+            typer.echo(as_markdown(model))
 
 
 @app.command(

@@ -27,7 +27,7 @@ BIDS_VERSION = "1.11.1"
 GENERATOR = "monai_iunet"
 # Words in the names of bundles that say nothing of what is segmented.
 GENERAL_WORDS = ("iunet", "segmentation", "mri", "mr", "ct")
-COLUMNS = ("index", "name", "color", "volume_mm3")
+COLUMNS = ("index", "name", "color", "volume_mm3", "quality")
 # What BIDS does not know: pictures, and the table of the group, named as MRIQC names its own.
 IGNORED = "figures\nfigures/**\ngroup_*\nreport.html\nreport_files\nreport_files/**\n"
 README = """# Segmentations by invertible U-Nets
@@ -142,12 +142,16 @@ def _write_sidecar(
         sidecar["LabelMap"] = ["background", *segmentation.names.values()]
     else:
         sidecar["volume_mm3"] = {"Description": "Volume: voxels times the volume of a voxel.", "Units": "mm^3"}
+        sidecar["quality"] = {"Description": "Predicted Dice; n/a if the bundle has no model of it."}
     path.write_text(_json(sidecar), encoding="utf-8")
 
 
 def _write_structures(segmentation: Segmentation, path: Path) -> None:
-    colors, volumes = label_colors(segmentation.names), segmentation.volumes()
-    rows = [[value, name, colors[value], f"{volumes[name]:.3f}"] for value, name in segmentation.names.items()]
+    colors, volumes, quality = label_colors(segmentation.names), segmentation.volumes(), segmentation.qualities()
+    rows = [
+        [value, name, colors[value], f"{volumes[name]:.3f}", quality[name]]
+        for value, name in segmentation.names.items()
+    ]
     path.write_text(as_tsv([COLUMNS, *rows]), encoding="utf-8")
 
 

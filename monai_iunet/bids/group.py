@@ -93,7 +93,12 @@ def write_group_table(bids_dir: Path, output: Path, segmenter: BundleSegmenter) 
         **{
             name: {"Description": f"Volume of {name.removesuffix('_mm3').replace('_', ' ')}.", "Units": "mm^3"}
             for name in columns
-            if name not in keys
+            if name.endswith("_mm3")
+        },
+        **{
+            name: {"Description": f"Predicted Dice of {name.removesuffix('_quality').replace('_', ' ')}."}
+            for name in columns
+            if name.endswith("_quality")
         },
     }
     write_text(output / f"group_{label}.json", json.dumps(described, indent=2) + "\n")
@@ -112,5 +117,7 @@ def _row(path: Path) -> dict[str, str]:
     row["image"] = stem
     with path.open(encoding="utf-8", newline="") as file:
         for structure in csv.DictReader(file, delimiter="\t"):
-            row[structure["name"].replace(" ", "_") + "_mm3"] = structure["volume_mm3"]
+            name = structure["name"].replace(" ", "_")
+            row[f"{name}_mm3"] = structure["volume_mm3"]
+            row[f"{name}_quality"] = structure["quality"]
     return row

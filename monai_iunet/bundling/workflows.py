@@ -223,6 +223,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         **trained_network(),
         "check_data": True,
         "skip_bad_cases": False,
+        "fit_quality": True,
         "structures": list(task.classes),
         **datalist(task),
         **inferer(task, "@validate#preprocessing"),
@@ -269,9 +270,15 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "$monai.utils.set_determinism(seed=0)",
             check_record(task, "@validate#preprocessing"),
         ],
-        "run": ["$@validate#evaluator.run()"],
+        "run": ["$@validate#evaluator.run()", _fit_quality()],
         "finalize": end(distributed),
     }
+
+
+def _fit_quality() -> str:
+    """Return what fits the model of the quality of segmentations, unless there is one of these weights."""
+    fit = "monai_iunet.evaluate_quality(@bundle_root, @datalist, @device, required=False)"
+    return f"${fit} if @fit_quality and @rank == 0 else None"
 
 
 def inference_config(task: Task, distributed: bool = False) -> Config:

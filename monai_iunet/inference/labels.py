@@ -103,6 +103,7 @@ class LabelInferer(Inferer):
         meta: MetaTensor,
         network: Callable[..., Any],
         probabilities: DTypeLike | None = None,
+        watch: Callable[[Slab], object] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Segment one image.
 
@@ -111,6 +112,7 @@ class LabelInferer(Inferer):
             meta: a tensor of its shape, `(channels, *spatial)`, whose meta data say what was done to it.
             network: maps windows to logits of their spatial size.
             probabilities: type of the probabilities, float32 or float16; None for none.
+            watch: is shown each slab of logits, on the grid of the network.
 
         Returns:
             Labels, uint8, and probabilities of all classes, `(classes, *spatial)`, if asked for, on the grid of the
@@ -118,10 +120,10 @@ class LabelInferer(Inferer):
         """
         grid = ImageGrid.of(meta)
         if grid is None:
-            return self._by_inversion(image, meta, network, probabilities)
+            return self._by_inversion(image, meta, network, probabilities, watch)
         labels: np.ndarray = scratch_array(grid.shape, np.uint8)
         of_classes: np.ndarray | None = None
-        slabs = map(_of_classes, self.inferer.slabs(image, network))
+        slabs = map(partial(_of_classes, watch), self.inferer.slabs(image, network))
         for block in probability_blocks(slabs, grid.axes, all_classes=probabilities is not None):
             if probabilities is not None:
                 if of_classes is None:
@@ -132,13 +134,18 @@ class LabelInferer(Inferer):
         return labels, of_classes
 
     def _by_inversion(
-        self, image: Image, meta: MetaTensor, network: Callable[..., Any], probabilities: DTypeLike | None
+        self,
+        image: Image,
+        meta: MetaTensor,
+        network: Callable[..., Any],
+        probabilities: DTypeLike | None,
+        watch: Callable[[Slab], object] | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Segment an image whose preprocessing MONAI has to undo."""
         logger.info("The preprocessing is undone by MONAI, for which the logits of all classes are held.")
         everything = tuple(slice(0, extent) for extent in image.shape[1:])
         logits = self.inferer(image.cut(everything)[None], network)[0]
-        prob = torch.softmax(_of_classes(Slab(0, 0, logits)).values.float(), 0)
+        prob = torch.softmax(_of_classes(watch, Slab(0, 0, logits)).values.float(), 0)
         item: dict[Any, Any] = {"pred": prob, "image": meta}
         labels = LabelsOnImageGridd("pred", self.transform)(item)["pred"]
         of_classes = None
@@ -148,12 +155,14 @@ class LabelInferer(Inferer):
         return np.asarray(labels[0].cpu()).astype(np.uint8), of_classes
 
 
-def _of_classes(slab: Slab) -> Slab:
-    """Check that a network tells classes apart."""
+def _of_classes(watch: Callable[[Slab], object] | None, slab: Slab) -> Slab:
+    """Check that a network tells classes apart, and show the slab to who watches."""
     classes = len(slab.values)
     if not 2 <= classes <= LARGEST_NUMBER:
         raise ValueError(
             f"LabelInferer: the network has {classes} output channels, one per class with the background is needed, 2 "
             f"to {LARGEST_NUMBER}."
         )
+    if watch is not None:
+        watch(slab)
     return slab

@@ -138,6 +138,9 @@ def _segment(options: argparse.Namespace) -> None:
     _progress("progress", 0.1)
     segmentation = segmenter.segment(image, str(options.image), options.mirror)
     _progress("progress", 0.9)
+    doubts = segmentation.doubts()
+    if doubts:
+        sys.stderr.write(f"Warning: {options.image}: {doubts}\n")
     labels = to_simpleitk(image, segmentation.labels)
     write_atomically(options.labels, partial(SimpleITK.WriteImage, labels, useCompression=True))
     _progress("end", 1)

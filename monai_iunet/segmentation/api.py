@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 
 __all__ = ["segment"]
+
+logger = logging.getLogger(__name__)
 
 Image = TypeVar("Image")
 
@@ -49,7 +52,8 @@ def segment(
         series: which DICOM series, where a folder holds several.
 
     Returns:
-        Labels, uint8, on the grid of the image; for a path, as a nibabel image. Nothing is written.
+        Labels, uint8, on the grid of the image; for a path, as a nibabel image. Nothing is written. If the
+        predicted Dice is low, the log has a warning; `BundleSegmenter.segment` gives the numbers.
 
     Raises:
         InputError: when the image or the bundle cannot be used.
@@ -64,7 +68,11 @@ def segment(
         raise InputError(f"affine: {type(image).__name__} has an affine of its own. Leave the argument out.")
     segmenter = bundle if isinstance(bundle, BundleSegmenter) else BundleSegmenter(bundle_folder(bundle), device)
     volume, name = _as_nibabel(image, affine, series)
-    return _as_kind_of(image, segmenter.segment(volume, name, mirrored))
+    segmentation = segmenter.segment(volume, name, mirrored)
+    doubts = segmentation.doubts()
+    if doubts:
+        logger.warning("%s: %s", name, doubts)
+    return _as_kind_of(image, segmentation)
 
 
 def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tuple[nibabel.Nifti1Image, str]:

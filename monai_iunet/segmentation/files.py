@@ -73,6 +73,7 @@ class Settings:
         record: write the record of each image, `NAME_seg.json`.
         view: write what the page shows of each image.
         share: part of the images that this process does.
+        strict: take a doubtful segmentation for a failure, and write nothing of it.
         overlap: read the next image, and write the one before, while one is segmented.
     """
 
@@ -86,6 +87,7 @@ class Settings:
     record: bool = False
     view: bool = False
     share: Share = ALL
+    strict: bool = False
     overlap: bool = True
 
 
@@ -120,11 +122,21 @@ class Case:
 
 @dataclass(frozen=True)
 class WrittenSegmentation:
-    """A segmentation that was written: name of the image, file of the labels, volume of each structure in mm³."""
+    """Describes a segmentation that was written.
+
+    Attributes:
+        name: of the image.
+        written: file of the labels.
+        volumes: of each structure, in mm³.
+        quality: predicted Dice of each structure; None where it is unknown.
+        doubts: which structures are doubtful, in a line; None if none are.
+    """
 
     name: str
     written: Path
     volumes: dict[str, float]
+    quality: dict[str, float | None]
+    doubts: str | None
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,8 @@ def segment_files(
 
     Raises:
         InputError: before the first image is read, when a result would replace an image, another result or, without
-            `overwrite`, a file that is there, or cannot be written; with `fail_fast` when an image cannot be segmented.
+            `overwrite`, a file that is there, or cannot be written, or, with `strict`, when the bundle has no quality
+            model; with `fail_fast` when an image cannot be segmented.
     """
     check_names(image_names(images))
     cases = [_case(path, segmenter, output, settings) for path in images[settings.share.index :: settings.share.count]]
@@ -169,6 +182,7 @@ def segment_cases(
     While one image is segmented, the next is read and the one before is written, each in a thread of its own, if both
     are small enough that memory for three of them does not matter.
     """
+    _check_strict(segmenter, settings)
     left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         reading: Future[nibabel.Nifti1Image] | None = None
@@ -187,7 +201,7 @@ def segment_cases(
                 result: Future[WrittenSegmentation] = Future()
                 result.set_exception(error)
             else:
-                result = writer.submit(_write, segmentation, case)
+                result = writer.submit(_write, segmentation, case, settings.strict)
             del current
             if writing is not None:
                 yield _outcome(*writing, settings)
@@ -234,11 +248,20 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     Raises:
         InputError: when the bundle does not segment it, or a file is there and `overwrite` is not set.
     """
+    _check_strict(segmenter, settings)
     image, region = segmenter.example()
     case = _case(Path("mni152.nii.gz"), segmenter, output, settings)
     check_outputs([case], settings)
     check_folder(output)
-    return _write(segmenter.segment(image, region=region), case)
+    return _write(segmenter.segment(image, region=region), case, settings.strict)
+
+
+def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
+    if settings.strict and segmenter.quality is None:
+        raise InputError(
+            f"{segmenter.folder}: has no quality model of its weights, which --strict needs. Fit one with `monai-iunet "
+            "quality`, or leave --strict out."
+        )
 
 
 def _case(image: Path, segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
@@ -275,8 +298,11 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                 )
 
 
-def _write(segmentation: Segmentation, case: Case) -> WrittenSegmentation:
-    """Write what goes beside the labels, then the labels."""
+def _write(segmentation: Segmentation, case: Case, strict: bool) -> WrittenSegmentation:
+    """Write what goes beside the labels, then the labels; nothing if that is asked for and the result is doubtful."""
+    doubts = segmentation.doubts()
+    if strict and doubts:
+        raise InputError(f"{case.image}: {doubts}. Nothing was written; without --strict it is, with a warning.")
     for path in case.outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     case.started.touch()
@@ -288,12 +314,13 @@ def _write(segmentation: Segmentation, case: Case) -> WrittenSegmentation:
             case.started.unlink(missing_ok=True)
         raise
     case.started.unlink(missing_ok=True)
-    return WrittenSegmentation(case.name, case.labels, segmentation.volumes())
+    return WrittenSegmentation(case.name, case.labels, segmentation.volumes(), segmentation.qualities(), doubts)
 
 
 def write_picture(title: str, window: tuple[float, float] | None, segmentation: Segmentation, path: Path) -> None:
     """Write the picture of the contours as PNG."""
-    save_overlay(segmentation.image, segmentation.labels, segmentation.names, path, title, window)
+    image, labels, names = segmentation.image, segmentation.labels, segmentation.names
+    save_overlay(image, labels, names, path, title, window, segmentation.doubts())
 
 
 def write_nifti(segmentation: Segmentation, path: Path) -> None:

@@ -40,6 +40,8 @@ def write_record(image: Path, bundle: str, segmentation: Segmentation, path: Pat
         "monai-iunet": version("monai-iunet"),
         "labels": segmentation.names,
         "volumes_mm3": segmentation.volumes(),
+        "quality": segmentation.qualities(),
+        "doubts": segmentation.doubts(),
     }
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -65,7 +67,8 @@ def read_records(folder: Path, first: Sequence[str] = ()) -> dict[str, dict[str,
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        dict(record["volumes_mm3"])
+        if dict(record["volumes_mm3"]).keys() != dict(record["quality"]).keys():
+            raise ValueError("each structure has a volume and a quality")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the record of a segmented image. Name another --output.") from error
     return record
@@ -94,7 +97,9 @@ def write_from_records(folder: Path, first: Sequence[str], write: Callable[[Reco
 
 
 def write_table(folder: Path, first: Sequence[str], path: Path) -> int:
-    """Write the volumes in mm³ of all records as a table: `.csv` with a row per structure, or `.json`.
+    """Write volumes and predicted Dice of all records as a table: `.csv` with a row per structure, or `.json`.
+
+    A Dice that is unknown is an empty field, or null.
 
     Args:
         folder: see `read_records`.
@@ -108,10 +113,17 @@ def write_table(folder: Path, first: Sequence[str], path: Path) -> int:
 
 
 def _as_table(records: Records, suffix: str) -> str:
+    rows = [
+        (name, structure, volume, record["quality"][structure])
+        for name, record in records.items()
+        for structure, volume in record["volumes_mm3"].items()
+    ]
     if suffix == ".json":
-        return json.dumps({name: record["volumes_mm3"] for name, record in records.items()}, indent=2) + "\n"
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image", "structure", "volume_mm3"])
-    writer.writerows((name, *row) for name, record in records.items() for row in record["volumes_mm3"].items())
-    return table.getvalue()
+        table: dict[str, dict[str, Any]] = {name: {} for name in records}
+        for name, structure, volume, quality in rows:
+            table[name][structure] = {"volume_mm3": volume, "quality": quality}
+        return json.dumps(table, indent=2) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("image", "structure", "volume_mm3", "quality"), *rows])
+    return text.getvalue()

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import nibabel
 import numpy as np
 
-__all__ = ["CoarseSegmenter", "RegionFinder", "SegmentCrop"]
+__all__ = ["CoarseSegmenter", "Labels", "RegionFinder", "SegmentCrop"]
 
-# Segments a crop, mirrored if the second argument says so; returns labels and, if asked for, probabilities.
-SegmentCrop = Callable[[nibabel.Nifti1Image, bool], tuple[np.ndarray, np.ndarray | None]]
+
+class Labels(NamedTuple):
+    """Labels of an image or of a crop.
+
+    Attributes:
+        labels: uint8, on the grid of the image.
+        probabilities: of each class, `(classes, *spatial)`, float32; None unless asked for.
+        quality: predicted Dice by label; None if it is unknown.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray | None
+    quality: dict[int, float] | None
+
+
+# Segments a crop, mirrored if the second argument says so.
+SegmentCrop = Callable[[nibabel.Nifti1Image, bool], Labels]
 
 
 class CoarseSegmenter(Protocol):
@@ -44,10 +59,8 @@ class RegionFinder(Protocol):
             InputError: when the region is not in the image.
         """
 
-    def segment(
-        self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return labels, uint8, on the grid of the image, and probabilities if `segment_crop` gives them."""
+    def segment(self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop) -> Labels:
+        """Return labels on the grid of the image, with probabilities and quality if `segment_crop` gives them."""
 
     def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
         """Return an image that needs no download, and its region."""

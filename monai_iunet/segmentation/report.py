@@ -52,10 +52,12 @@ def write_report(
 
 
 def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[str], command: str) -> None:
-    measures = {
-        name: {f"{structure}, mm³": f"{volume:.0f}" for structure, volume in record["volumes_mm3"].items()}
-        for name, record in records.items()
-    }
+    measures = {}
+    for name, record in records.items():
+        known = [quality for quality in record["quality"].values() if quality is not None]
+        volumes = {f"{structure}, mm³": f"{volume:.0f}" for structure, volume in record["volumes_mm3"].items()}
+        measures[name] = {"predicted Dice, least": min(known, default="unknown"), **volumes}
+    warnings = [*warnings, *(f"{name}: {record['doubts']}" for name, record in records.items() if record.get("doubts"))]
     views = {name: file for name in records if (file := output / VIEWS / f"{name}.json").exists()}
     used = sorted({str(record["bundle"]) for record in records.values()})
     versions = {"bundle": ", ".join(used), **describe_system()}

@@ -21,6 +21,9 @@ class Segmentation:
         labels: uint8, on the grid of the image.
         names: name of each label but the background.
         probabilities: of the background and each label, `(1 + len(names), *spatial)`, float32; None unless asked for.
+        quality: predicted Dice of each structure by its name, see `monai_iunet.segmentation.quality`; None if the
+            bundle has no model of it, so that the quality is unknown.
+        warn_below: predicted Dice below which a structure is doubtful; None if the quality is unknown.
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
@@ -32,6 +35,8 @@ class Segmentation:
     labels: np.ndarray
     names: dict[int, str]
     probabilities: np.ndarray | None = None
+    quality: dict[str, float] | None = None
+    warn_below: float | None = None
 
     def volumes(self) -> dict[str, float]:
         """Return the volume of each structure in mm³; if parts of both sides are named, of each side as a whole too."""
@@ -45,3 +50,21 @@ class Segmentation:
             if len(parts) > 1:
                 volumes[f"{side}, whole"] = sum(parts)
         return volumes
+
+    def qualities(self) -> dict[str, float | None]:
+        """Return the predicted Dice of each structure of `volumes`, of a whole side the least of its parts.
+
+        It is None where it is unknown.
+        """
+        quality: dict[str, float | None] = dict(self.quality or {})
+        for side in ("left", "right"):
+            parts = [dice for name, dice in (self.quality or {}).items() if name.startswith(f"{side} ")]
+            quality[f"{side}, whole"] = min(parts, default=None)
+        return {name: quality.get(name) for name in self.volumes()}
+
+    def doubts(self) -> str | None:
+        """Return a line that names the structures whose predicted Dice is below the bound; None if there are none."""
+        if self.quality is None or self.warn_below is None:
+            return None
+        low = [f"{name} {dice:.2f}" for name, dice in self.quality.items() if dice < self.warn_below]
+        return f"doubtful, predicted Dice below {self.warn_below:.2f}: {', '.join(low)}" if low else None

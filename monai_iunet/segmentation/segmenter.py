@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,18 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import DTypeLike
 
 from monai_iunet.errors import InputError
+from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
+from monai_iunet.inference.streaming import Slab
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
 from monai_iunet.io.weights import read_weights, weights_file
+from monai_iunet.segmentation.quality import read_quality
+from monai_iunet.segmentation.quality_features import Description, SlabBySlab
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
-from monai_iunet.segmentation.regions import RegionFinder
+from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.system import available_memory
 from monai_iunet.training.record import check_training, training_record
@@ -87,10 +91,11 @@ class BundleSegmenter:
             ) from error
         self._load_weights()
         self._check_training(parser)
+        self.quality = read_quality(self.folder, list(self.labels.values()))
         self.network.to(self.device).eval()
-        windows = self.inferer.inferer if isinstance(self.inferer, LabelInferer) else self.inferer
-        if progress and hasattr(windows, "progress"):
-            windows.progress = True
+        self.windows = self.inferer.inferer if isinstance(self.inferer, LabelInferer) else self.inferer
+        if progress and hasattr(self.windows, "progress"):
+            self.windows.progress = True
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""
@@ -256,13 +261,14 @@ class BundleSegmenter:
         region = self.locate(image, name) if region is None else region
         finder = self.region_finder
         if region is None or finder is None:
-            labels, probabilities = self.segment_crop(image, mirrored)
-            return Segmentation(image, labels, self.labels, probabilities)
-        labels, probabilities = finder.segment(image, region, self.segment_crop)
-        return Segmentation(image, labels, finder.names, probabilities)
+            names, found = self.labels, self.segment_crop(image, mirrored)
+        else:
+            names, found = finder.names, finder.segment(image, region, self.segment_crop)
+        quality = None if found.quality is None else {names[value]: dice for value, dice in found.quality.items()}
+        warn_below = None if self.quality is None else self.quality.warn_below
+        return Segmentation(image, found.labels, names, found.probabilities, quality, warn_below)
 
-    @torch.no_grad()
-    def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> Labels:
         """Segment an image of the kind that the network has learned from.
 
         Args:
@@ -270,27 +276,67 @@ class BundleSegmenter:
             mirrored: segment the left-right mirror image, and mirror the result back.
 
         Returns:
-            Labels, uint8, on the grid of the image, and, if asked for, probabilities `(classes, *spatial)`, float32.
+            Labels on the grid of the image, with probabilities if they were asked for, and quality if the bundle has a
+            model of it.
         """
-        axis = next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
-        data = raw_voxels(image)
-        data = np.flip(data, axis).copy() if mirrored else data
+        if self.quality is None:
+            return Labels(*self._segment(image, mirrored)[:2], None)
+        labels, probabilities, described = self.describe_crop(image, mirrored)
+        predicted = self.quality.predict(described)
+        return Labels(labels, probabilities, {value: predicted[name] for value, name in self.labels.items()})
+
+    def describe_crop(
+        self, image: nibabel.Nifti1Image, mirrored: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Description]]:
+        """Segment an image as `segment_crop` does, and describe each structure by what its quality shows in."""
+        watch = SlabBySlab()
+        labels, probabilities, prepared, spacing = self._segment(image, mirrored, watch.add)
+        described = watch.describe(
+            prepared,
+            spacing.tolist(),
+            getattr(self.windows, "roi_size", None),
+            lambda part: self.network(part.to(self.device)),
+        )
+        return labels, probabilities, {self.labels[value]: description for value, description in described.items()}
+
+    def prepare(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> tuple[Image, MetaTensor]:
+        """Return an image, or its mirror image, as the network sees it, and a tensor with its meta data."""
+        return prepare(self.preprocessing, _as_tensor(image, mirrored), self.device)
+
+    @torch.no_grad()
+    def _segment(
+        self, image: nibabel.Nifti1Image, mirrored: bool, watch: Callable[[Slab], object] | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
+        """Segment an image.
+
+        Args:
+            image: see `segment_crop`.
+            mirrored: see `segment_crop`.
+            watch: is shown each slab of logits.
+
+        Returns:
+            Labels and probabilities, on the grid of the image; the image as the network sees it, and its spacing in mm.
+        """
+        tensor = _as_tensor(image, mirrored)
         segment = self._slab_by_slab if isinstance(self.inferer, LabelInferer) else self._as_a_whole
-        labels, probabilities = segment(_as_tensor(data, image.affine))
+        labels, probabilities, prepared, spacing = segment(tensor, watch)
         if mirrored:
+            axis = _left_right(image)
             labels = np.flip(labels, axis)
             probabilities = None if probabilities is None else np.flip(probabilities, 1 + axis)
-        return labels, probabilities
+        return labels, probabilities, prepared, spacing
 
-    def _slab_by_slab(self, image: MetaTensor) -> tuple[np.ndarray, np.ndarray | None]:
+    def _slab_by_slab(
+        self, image: MetaTensor, watch: Callable[[Slab], object] | None
+    ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
         """Segment an image as it was read, `(1, *spatial)`, with an inferer that returns labels on its grid."""
         spacing = voxel_sizes(np.asarray(image.affine))
         self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size()))
         prepared, meta = prepare(self.preprocessing, image, self.device)
         kind = self.probabilities_dtype if self.gives_probabilities else None
-        labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind)
+        labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, watch)
         item = self.postprocessing({"image": meta, "pred": MetaTensor(torch.from_numpy(labels)[None])})
-        return item["pred"][0].numpy(), probabilities
+        return item["pred"][0].numpy(), probabilities, prepared, voxel_sizes(np.asarray(meta.affine))
 
     def plan(
         self,
@@ -331,14 +377,19 @@ class BundleSegmenter:
                 f"image, {available / 2**30:.1f} GiB are available. Crop the image, or pass a smaller roi_size."
             )
 
-    def _as_a_whole(self, image: MetaTensor) -> tuple[np.ndarray, np.ndarray | None]:
+    def _as_a_whole(
+        self, image: MetaTensor, watch: Callable[[Slab], object] | None
+    ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
         """Segment an image as it was read, `(1, *spatial)`, as the inferer and the transforms of the bundle do."""
         item = self.preprocessing({"image": image.float()})
-        item["pred"] = self.inferer(item["image"][None].to(self.device), self.network)[0]
+        seen = item["image"]
+        item["pred"] = self.inferer(seen[None].to(self.device), self.network)[0]
+        if watch is not None:
+            watch(Slab(0, 0, torch.as_tensor(item["pred"])))
         item = self.postprocessing(item)
         labels = item["pred"][0].cpu().numpy().astype(np.uint8)
         probabilities = item["prob"].cpu().numpy().astype(np.float32) if self.gives_probabilities else None
-        return labels, probabilities
+        return labels, probabilities, WholeImage(seen.as_tensor()), voxel_sizes(np.asarray(seen.affine))
 
     @torch.no_grad()
     def segment_coarsely(self, image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
@@ -347,22 +398,33 @@ class BundleSegmenter:
         Returns:
             Labels, uint8, and the affine of their grid.
         """
-        preprocessed = self.preprocessing({"image": _as_tensor(raw_voxels(image), image.affine).float()})["image"]
+        preprocessed = self.preprocessing({"image": _as_tensor(image, mirrored=False).float()})["image"]
         logits = self.network(preprocessed.as_tensor()[None].to(self.device))
         labels = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
         return labels, preprocessed.affine.cpu().numpy().astype(float)
+
+
+def _as_tensor(image: nibabel.Nifti1Image, mirrored: bool) -> MetaTensor:
+    """Return an image as it was read, `(1, *spatial)`, or its mirror image."""
+    data = raw_voxels(image)
+    data = np.flip(data, _left_right(image)) if mirrored else data
+    data = data.copy() if min(data.strides) < 0 else data  # PyTorch takes no flipped arrays
+    return MetaTensor(
+        torch.from_numpy(data)[None],
+        affine=torch.from_numpy(image.affine),
+        meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0, MetaKeys.ORIGINAL_AFFINE: image.affine},
+    )
+
+
+def _left_right(image: nibabel.Nifti1Image) -> int:
+    """Return the axis of an image that runs between left and right."""
+    return next(axis for axis, letter in enumerate(nibabel.aff2axcodes(image.affine)) if letter in "LR")
 
 
 @cache
 def _brain_segmenter(device: torch.device) -> BundleSegmenter:
     """Return the brain bundle, opened once."""
     return BundleSegmenter(bundle_folder("iunet_brain_mri_segmentation"), device)
-
-
-def _as_tensor(data: np.ndarray, affine: np.ndarray) -> MetaTensor:
-    """Return an image as the transforms of a bundle take it, `(1, *spatial)`; it shares the memory of the voxels."""
-    meta = {MetaKeys.ORIGINAL_CHANNEL_DIM: 0, MetaKeys.ORIGINAL_AFFINE: affine}
-    return MetaTensor(torch.from_numpy(data)[None], affine=torch.from_numpy(affine), meta=meta)
 
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:

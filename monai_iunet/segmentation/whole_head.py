@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.geometry import RAS_TO_LPS, to_simpleitk
-from monai_iunet.segmentation.regions import SegmentCrop
+from monai_iunet.segmentation.regions import Labels, SegmentCrop
 
 __all__ = ["WholeHead", "load_template", "register_template"]
 
@@ -74,9 +74,7 @@ class WholeHead:
         """Return the template, and the matrix to it, which is the identity."""
         return load_template(), np.eye(4)
 
-    def segment(
-        self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def segment(self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop) -> Labels:
         """Segment both hippocampi.
 
         Args:
@@ -85,12 +83,13 @@ class WholeHead:
             segment_crop: segments a crop around the left hippocampus, or, mirrored, around the right one.
 
         Returns:
-            Labels as in `names`, uint8, on the grid of the image; and, if `segment_crop` gives them, the probabilities
-            of the background and each label, `(1 + labels, *spatial)`, float32.
+            Labels as in `names`; and, if `segment_crop` gives them, the probabilities of the background and each label,
+            `(1 + labels, *spatial)`, and the quality of each.
         """
         labels = np.zeros(image.shape, dtype=np.uint8)
         largest = np.full(image.shape, 0.5, np.float32)  # a voxel belongs to a structure if more than half of it does
         probabilities = None
+        quality: dict[int, float] = {}
         data = image.get_fdata(dtype=np.float32)
         for mirrored in (False, True):
             corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
@@ -98,12 +97,14 @@ class WholeHead:
             shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
             box_to_image = np.linalg.inv(image.affine) @ region @ box  # voxels to voxels
             crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
-            crop_labels, crop_probabilities = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
+            crop_labels, crop_probabilities, crop_quality = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
             to_image = partial(
                 ndimage.affine_transform, matrix=np.linalg.inv(box_to_image), output_shape=image.shape, order=1
             )
             for value in self.parts:
                 label = value + len(self.parts) * mirrored
+                if crop_quality is not None:
+                    quality[label] = crop_quality[value]
                 share = to_image((crop_labels == value).astype(np.float32))
                 labels[share > largest] = label
                 largest = np.maximum(largest, share)
@@ -113,7 +114,7 @@ class WholeHead:
                     probabilities[label] = to_image(crop_probabilities[value])
         if probabilities is not None:
             probabilities[0] = 1 - probabilities[1:].sum(0)
-        return labels, probabilities
+        return Labels(labels, probabilities, quality or None)
 
 
 def register_template(image: nibabel.Nifti1Image) -> np.ndarray:

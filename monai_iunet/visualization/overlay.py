@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Mapping
 from functools import reduce
@@ -31,6 +32,7 @@ def save_overlay(
     path: Path,
     title: str | None = None,
     window: tuple[float, float] | None = None,
+    warning: str | None = None,
 ) -> None:
     """Save the picture of `draw_overlay`.
 
@@ -41,6 +43,7 @@ def save_overlay(
         path: PNG file to write.
         title: text above.
         window: see `draw_overlay`.
+        warning: text below the title, in orange.
 
     Example:
         >>> import tempfile
@@ -54,6 +57,9 @@ def save_overlay(
 
     figure = Figure(figsize=(12, 4.6), facecolor="black")
     draw_overlay(figure, image, labels, names, title, window=window)
+    if warning:
+        options = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
+        figure.text(0.5, 0.915, textwrap.fill(f"Warning: {warning}", 150), None, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # not every font has every script
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))

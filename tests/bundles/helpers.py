@@ -23,6 +23,8 @@ def command(bundle: Path, config: str, **overrides: object) -> list[str]:
     configs = bundle / "configs"
     words = ["-m", "monai.bundle", "run", "--config_file", str(configs / config)]
     words += ["--meta_file", str(configs / "metadata.json"), "--logging_file", str(configs / "logging.conf")]
+    if config.endswith("evaluate.json"):
+        overrides = {"fit_quality": False, **overrides}  # lest a bundle of the repository is fitted to made data
     for name, value in {"bundle_root": bundle, **overrides}.items():
         words += [f"--{name.replace('__', '#')}", str(value)]
     return words

@@ -13,9 +13,11 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from monai_iunet.benchmark.comparison import as_markdown
+from monai_iunet.bundling.fit_quality import as_markdown as quality_as_markdown
 from monai_iunet.bundling.new_bundle import bundle_configs
 from monai_iunet.bundling.task import TASKS, Task
 from monai_iunet.errors import InputError
+from monai_iunet.segmentation.quality import quality_file, read_quality
 from tests.bundles.helpers import BUNDLES, SCHEMA, TRAINED
 
 TRAINED_BY_NAME = pytest.mark.parametrize("task", TRAINED, ids=lambda task: task.name)
@@ -155,3 +157,18 @@ def test_the_inferer_can_be_changed_by_the_command(task: Task, config: str) -> N
     assert (tuple(inferer.roi_size), inferer.overlap, inferer.sw_batch_size) == ((16, 16, 16), 0.125, 7)
     logits = inferer(torch.rand(1, 1, 20, 20, 20), lambda image: image.repeat(1, classes, 1, 1, 1))
     assert logits.shape == (1, classes, 20, 20, 20)
+
+
+@BY_NAME
+def test_the_readme_shows_how_well_quality_is_predicted(task: Task) -> None:
+    bundle = BUNDLES / task.name
+    if not quality_file(bundle).is_file():
+        pytest.skip("no quality model was fitted")
+    model = read_quality(bundle, task.classes)
+    assert model is not None, "it belongs to other weights: fit it again with `monai-iunet quality`"
+    readme = (bundle / "docs" / "README.md").read_text()
+    assert quality_as_markdown(model) in readme
+    assert f"warns if it is below {model.warn_below:.2f}" in readme
+    assert model.held_out["correlation"] > 0.8
+    assert model.held_out["bad_that_pass"] <= 0.02
+    assert model.held_out["good_that_are_doubted"] <= 0.05

@@ -42,7 +42,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def expected(task: Task, image: Path) -> np.ndarray:
-    labels, _ = BundleSegmenter(BUNDLES / task.name, "cpu").segment_crop(nibabel.load(image))
+    labels = BundleSegmenter(BUNDLES / task.name, "cpu").segment_crop(nibabel.load(image)).labels
     return labels
 
 

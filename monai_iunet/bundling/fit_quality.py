@@ -1,0 +1,397 @@
+"""Fitting the model that predicts how good a bundle's segmentations are, and judging it on cases that did not fit it.
+
+1. The true labels of the training cases say how each structure looks: the references.
+2. The validation cases are segmented as they are and damaged (`damage`), and compared with their true labels.
+3. Every second patient fits the model: least squares of the predicted and the true Dice, by weights that are not
+   negative. The bound of doubt is where the shares of bad results that pass and of good ones that are doubted come
+   closest to what is wanted, `WANTED`.
+4. The other patients, damaged alike, judge it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import ResampleToMatch
+from nibabel.affines import voxel_sizes
+from scipy.optimize import least_squares
+from tqdm import tqdm
+
+from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
+from monai_iunet.errors import InputError
+from monai_iunet.inference.mirror import MirrorInferer
+from monai_iunet.io.checks import first_line
+from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
+from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.quality import (
+    FEATURES,
+    Normal,
+    QualityModel,
+    Reference,
+    feature_rows,
+    quality_file,
+    weights_digest,
+    write_quality,
+)
+from monai_iunet.segmentation.quality_features import Description, describe_structures
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+
+__all__ = ["as_markdown", "draw_quality", "evaluate_quality", "fit_quality"]
+
+logger = logging.getLogger(__name__)
+
+BAD, GOOD = 0.5, 0.8  # true Dice
+WANTED = (0.02, 0.05)  # of bad results that pass, of good ones that are doubted
+LEAST_DEVIATION = 0.05  # of logarithms, correlations and normalized intensities: few cases may agree by chance
+LEAST_DISTANCE = 2.0  # mm, the same for places
+LEAST_CASES = 3  # with a structure, to describe it
+PENALTY = 1e-3  # of large weights
+COLUMNS = ("case", "damage", "repetition", "structure", *FEATURES, "dice")
+
+Case = dict[str, Any]  # paths "image" and "label"
+Job = tuple[str, str, int]  # name of a case, damage, repetition
+
+
+@dataclass(frozen=True)
+class Result:
+    """Holds what was found of a structure in a case, damaged or not.
+
+    Attributes:
+        job: name of the case, damage, repetition.
+        fits: whether it fits the model, or judges it.
+        structure: name.
+        features: values of `FEATURES`.
+        dice: true Dice.
+    """
+
+    job: Job
+    fits: bool
+    structure: str
+    features: tuple[float, ...]
+    dice: float
+
+
+def evaluate_quality(
+    bundle: str | Path,
+    cases: Mapping[str, Sequence[Case]],
+    device: str | torch.device | None = None,
+    damages: int = 6,
+    refit: bool = False,
+    required: bool = True,
+) -> QualityModel | None:
+    """Fit a bundle's quality model: write `models/quality.json` and `docs/quality.png`, predicted beside true Dice.
+
+    Nothing is done if the bundle has a model that belongs to its weights. The results of all cases are written to
+    `eval/quality_DIGEST.csv` on the way; what an interrupted run has left there is not done again.
+
+    Args:
+        bundle: folder.
+        cases: "training" and "validation", lists of paths "image" and "label".
+        device: of the network; None for the first GPU, or the CPU if there is none.
+        damages: damaged copies of each validation case.
+        refit: whether to fit again where there is a model.
+        required: whether cases that are too few are an error, or a warning.
+
+    Returns:
+        The model; None if there is none.
+
+    Raises:
+        InputError: when the bundle cannot segment; if `required`, when there are too few cases.
+
+    Example:
+        >>> from monai_iunet import bundle_folder
+        >>> cases = {"training": [], "validation": []}  # none are needed where a model belongs to the weights
+        >>> evaluate_quality(bundle_folder("hippocampus"), cases, "cpu").held_out["correlation"] > 0.8
+        True
+    """
+    bundle = Path(bundle)
+    try:
+        segmenter = BundleSegmenter(bundle, device)
+        if segmenter.quality is not None and not refit:
+            logger.info("%s: belongs to the weights of the bundle", quality_file(bundle))
+            return segmenter.quality
+        references = describe_training(segmenter, cases["training"])
+        digest = weights_digest(bundle)
+        table = check_folder(bundle / "eval") / f"quality_{digest[:8]}.csv"
+        results = damaged_results(segmenter, references, cases["validation"], damages, table)
+        model = fit_quality(results, references, digest)
+    except InputError as error:
+        if required:
+            raise
+        logger.warning("No quality model was fitted: %s", error)
+        return None
+    draw_quality(results, model, bundle / "docs" / "quality.png")
+    logger.info("%s\n%s", write_quality(model, bundle), as_markdown(model))
+    return model
+
+
+def bundle_cases(bundle: Path, dataset_dir: str | Path) -> dict[str, list[Case]]:
+    """Return the training and validation cases of a bundle's `evaluate.json`."""
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "evaluate.json")
+    parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
+    cases: dict[str, list[Case]] = parser.get_parsed_content("datalist")
+    return cases
+
+
+def describe_training(segmenter: BundleSegmenter, cases: Sequence[Case]) -> dict[str, Reference]:
+    """Return how each structure looks in training cases, by their true labels on the grid of the network."""
+    described = []
+    for case in tqdm(cases, "describing training cases", leave=False, disable=None):
+        image, labels = read_image(case["image"]), read_image(case["label"])
+        prepared, meta = segmenter.prepare(image)
+        truth = MetaTensor(torch.from_numpy(labels.get_fdata(dtype=np.float32))[None], affine=labels.affine)
+        resampled = ResampleToMatch(mode="nearest", padding_mode="zeros")(truth, meta)
+        sizes = voxel_sizes(np.asarray(meta.affine))
+        found = describe_structures(prepared, resampled[0].numpy().astype(np.uint8), sizes)
+        described.append({segmenter.labels[value]: description for value, description in found.items()})
+    return _references(described, list(segmenter.labels.values()))
+
+
+def _references(described: Sequence[Mapping[str, Description]], structures: Sequence[str]) -> dict[str, Reference]:
+    references = {}
+    for name in structures:
+        having = [case for case in described if name in case]
+        if len(having) < LEAST_CASES:
+            raise InputError(
+                f"{name}: in {len(having)} training cases, at least {LEAST_CASES} are needed to fit a quality model."
+            )
+        places = {}
+        for other in structures:
+            apart = np.array([case[name].center - case[other].center for case in having if other in case])
+            if other != name and len(apart) >= LEAST_CASES:
+                places[other] = Normal.of(apart, LEAST_DISTANCE)
+        shapes, intensities = (
+            np.array([getattr(case[name], part) for case in having]) for part in ("shape", "intensity")
+        )
+        references[name] = Reference(
+            Normal.of(shapes, LEAST_DEVIATION), Normal.of(intensities, LEAST_DEVIATION), places
+        )
+    return references
+
+
+def damaged_results(
+    segmenter: BundleSegmenter,
+    references: Mapping[str, Reference],
+    cases: Sequence[Case],
+    damages: int,
+    table: Path,
+) -> list[Result]:
+    """Return what is found in each case, as it is and damaged.
+
+    Args:
+        segmenter: of the bundle.
+        references: how structures look in training cases.
+        cases: paths "image" and "label"; every second one fits the model.
+        damages: damaged copies of each case.
+        table: file that grows case by case; what it holds is not done again.
+    """
+    kinds = [kind for kind in DAMAGES if kind != "none"]
+    if isinstance(segmenter.windows, MirrorInferer):
+        kinds.remove("side")  # to a network that mirrors, a mirror image is as good
+    halves = {True: cases[0::2], False: cases[1::2]}
+    jobs = [(case, fits, "none", 0) for fits, half in halves.items() for case in half]
+    for repeat in range(damages):
+        for fits, half in halves.items():
+            for number, case in enumerate(half):
+                jobs.append((case, fits, kinds[(3 * number + 5 * repeat) % len(kinds)], repeat))
+    done = _read_table(table)
+    results: list[Result] = []
+    for case, fits, kind, repeat in tqdm(jobs, "segmenting damaged cases", leave=False, disable=None):
+        job = (image_name(case["image"]), kind, repeat)
+        known = [replace(result, fits=fits) for result in done.get(job, [])]
+        results += known or _segment_damaged(segmenter, references, case, job, fits)
+        if not known:
+            _write_table(table, results)
+    return results
+
+
+def _segment_damaged(
+    segmenter: BundleSegmenter, references: Mapping[str, Reference], case: Case, job: Job, fits: bool
+) -> list[Result]:
+    """Return the structures that are found in a damaged case, as far as they were contoured.
+
+    Damaged images are cropped to about a window of the inferer, lest the fit of large images take days.
+    """
+    image, labels = read_image(case["image"]), np.asarray(read_image(case["label"]).dataobj).astype(np.uint8)
+    random = np.random.RandomState(zlib.crc32(" ".join(map(str, job)).encode()))
+    if job[1] != "none":
+        sizes = voxel_sizes(np.asarray(segmenter.prepare(image)[1].affine))
+        window = np.broadcast_to(getattr(segmenter.windows, "roi_size", None) or image.shape, 3)
+        image, labels = crop_case(image, labels, window * sizes, random)
+    contoured = set(np.unique(labels))
+    image, labels = damage_case(image, labels, job[1], random)
+    found, _, described = segmenter.describe_crop(image)
+    rows = feature_rows(described, references)
+    results = []
+    for value, name in segmenter.labels.items():
+        if value in contoured and name in rows:
+            first, second = found == value, labels == value
+            dice = 2 * float((first & second).sum()) / float(first.sum() + second.sum())
+            features = tuple(
+                np.round(rows[name], 6).tolist()
+            )  # as in the table, so that an interruption changes nothing
+            results.append(Result(job, fits, name, features, round(dice, 6)))
+    return results
+
+
+def _write_table(path: Path, results: Sequence[Result]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for result in results:
+        numbers = [f"{value:.6f}" for value in (*result.features, result.dice)]
+        writer.writerow([*result.job, result.structure, *numbers])
+    write_text(path, text.getvalue())
+
+
+def _read_table(path: Path) -> dict[Job, list[Result]]:
+    """Return the results of a table by their jobs; none if there is no such table."""
+    done: dict[Job, list[Result]] = {}
+    if not path.is_file():
+        return done
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                job = (row["case"], row["damage"], int(row["repetition"]))
+                features = tuple(float(row[name]) for name in FEATURES)
+                result = Result(job, True, row["structure"], features, float(row["dice"]))
+                done.setdefault(job, []).append(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a table of results ({first_line(error)}). Remove it.") from error
+    return done
+
+
+def fit_quality(results: Sequence[Result], references: Mapping[str, Reference], digest: str) -> QualityModel:
+    """Fit a quality model to those results that are to fit it, and judge it by the others.
+
+    Args:
+        results: of all cases.
+        references: how structures look in training cases.
+        digest: of the network's weights.
+    """
+    structures = list(references)
+    _check_results(results, structures)
+    fitting, judging = ([result for result in results if result.fits is fits] for fits in (True, False))
+    features = np.array([result.features for result in fitting])
+    dice = np.array([result.dice for result in fitting])
+    place = np.array([structures.index(result.structure) for result in fitting])
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        weights, offsets = np.split(values, [len(FEATURES)])
+        predicted = 1 / (1 + np.exp(np.clip(features @ weights - offsets[place], -50, 50)))
+        return np.concatenate([predicted - dice, np.sqrt(PENALTY) * values])
+
+    start = np.ones(len(FEATURES) + len(structures))
+    lower = np.where(np.arange(len(start)) < len(FEATURES), 0, -np.inf)
+    solution = np.round(least_squares(residuals, start, bounds=(lower, np.inf)).x, 5)
+    weights, offsets = np.split(solution, [len(FEATURES)])
+    model = QualityModel(
+        weights=dict(zip(FEATURES, weights.tolist())),
+        offsets=dict(zip(structures, offsets.tolist())),
+        references=dict(references),
+        warn_below=0.0,
+        digest=digest,
+        held_out={},
+    )
+    model = replace(model, warn_below=_bound(predicted_dice(model, fitting), dice))
+    return replace(model, held_out=judge_quality(model, judging))
+
+
+def _check_results(results: Sequence[Result], structures: Sequence[str]) -> None:
+    """Check that each structure was found in at least two cases, one that fits and one that judges."""
+    for fits in (True, False):
+        missing = set(structures) - {result.structure for result in results if result.fits is fits}
+        if missing:
+            raise InputError(
+                f"{', '.join(sorted(missing))}: found in too few validation cases to fit and to judge a quality model. "
+                "More cases are needed, or a longer training."
+            )
+
+
+def predicted_dice(model: QualityModel, results: Sequence[Result]) -> np.ndarray:
+    """Return the predicted Dice of results."""
+    return np.array([model.rate(result.structure, np.array(result.features)) for result in results])
+
+
+def _bound(predicted: np.ndarray, dice: np.ndarray) -> float:
+    """Return the predicted Dice below which a result is doubtful, the middle of the best ones in hundredths."""
+    bounds = np.arange(0.3, 0.91, 0.01)
+    worst = np.array([max(np.divide(_wrong(predicted, dice, bound), WANTED)) for bound in bounds])
+    return float(np.round(np.median(bounds[worst <= worst.min() + 1e-9]), 2))
+
+
+def _wrong(predicted: np.ndarray, dice: np.ndarray, bound: float) -> tuple[float, float]:
+    """Return which fractions of bad results pass, and of good ones are doubted; 0 where there are none."""
+    bad, good = predicted[dice < BAD], predicted[dice > GOOD]
+    return float((bad >= bound).sum() / max(len(bad), 1)), float((good < bound).sum() / max(len(good), 1))
+
+
+def judge_quality(model: QualityModel, results: Sequence[Result]) -> dict[str, float]:
+    """Return how well a model predicts results that did not fit it."""
+    predicted, dice = predicted_dice(model, results), np.array([result.dice for result in results])
+    passed, doubted = _wrong(predicted, dice, model.warn_below)
+    return {
+        "cases": len({result.job[0] for result in results}),
+        "results": len(results),
+        "correlation": round(float(np.corrcoef(predicted, dice)[0, 1]), 4),
+        "mean_absolute_error": round(float(np.abs(predicted - dice).mean()), 4),
+        "bad": int((dice < BAD).sum()),
+        "bad_that_pass": round(passed, 4),
+        "good": int((dice > GOOD).sum()),
+        "good_that_are_doubted": round(doubted, 4),
+    }
+
+
+def as_markdown(model: QualityModel) -> str:
+    """Return what was measured on cases that did not fit the model, as the table of a README."""
+    held_out = model.held_out
+    rows = {
+        "structures found": f"{held_out['results']:.0f}",
+        "correlation of predicted and true Dice": f"{held_out['correlation']:.3f}",
+        "mean absolute error": f"{held_out['mean_absolute_error']:.3f}",
+        f"doubted below a predicted Dice of {model.warn_below:.2f}: of {held_out['good']:.0f} whose true Dice is above "
+        f"{GOOD}": f"{held_out['good_that_are_doubted']:.1%}",
+        f"not doubted, of {held_out['bad']:.0f} whose true Dice is below {BAD}": f"{held_out['bad_that_pass']:.1%}",
+    }
+    head = f"| in images of {held_out['cases']:.0f} patients, as they are and damaged | |\n|---|---|\n"
+    return head + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def draw_quality(results: Sequence[Result], model: QualityModel, path: Path) -> None:
+    """Plot predicted and true Dice of the results that did not fit the model.
+
+    Args:
+        results: of all cases.
+        model: fitted to the other results.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    judging = [result for result in results if not result.fits]
+    predicted, dice = predicted_dice(model, judging), np.array([result.dice for result in judging])
+    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    damaged = np.array([result.job[1] != "none" for result in judging])
+    for chosen, color, name in ((damaged, "tab:blue", "damaged"), (~damaged, "tab:orange", "as they are")):
+        axes.scatter(predicted[chosen], dice[chosen], s=12, color=color, alpha=0.6, linewidths=0, label=name)
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+    axes.axvline(model.warn_below, color="tab:red", linewidth=1, label=f"doubtful below {model.warn_below:.2f}")
+    for value in (BAD, GOOD):
+        axes.axhline(value, color="gray", linewidth=0.6, linestyle="dotted")
+    title = f"{model.held_out['results']:.0f} structures in images of {model.held_out['cases']:.0f} other patients"
+    axes.set(xlabel="predicted Dice", ylabel="true Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=title)
+    axes.legend(loc="upper left")
+    check_folder(path.parent)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))

@@ -1,0 +1,169 @@
+"""Quality models are fitted, and judged on other cases."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from monai_iunet import BundleSegmenter, InputError
+from monai_iunet.bundling.fit_quality import Result, fit_quality, judge_quality
+from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.segmentation.quality import FEATURES, Normal, Reference, quality_file, read_quality, weights_digest
+from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE
+from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
+from tests.test_cli import call
+
+STRUCTURES = ("liver", "tumor")
+
+
+class ThresholdNetwork(nn.Module):
+    """Finds the brighter and the brightest of smoothed intensities: the balls of `make_hippocampus_data`."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        smooth = nn.functional.avg_pool3d(image, 3, 1, 1)
+        return torch.cat([10 - 0 * smooth, 10 * (smooth - 0.5), 20 * (smooth - 2.5) + 15], 1)
+
+
+def references() -> dict[str, Reference]:
+    shape, intensity = (Normal(np.zeros(size), np.eye(size)) for size in (SHAPE, INTENSITY))
+    return {name: Reference(shape, intensity, {}) for name in STRUCTURES}
+
+
+def made_results(weights: dict[str, float], noise: float = 0.03, count: int = 600) -> list[Result]:
+    """Results whose Dice depends on the features as a model with these weights says."""
+    rng = np.random.default_rng(0)
+    results = []
+    for number in range(count):
+        features = rng.exponential(0.5, len(FEATURES))
+        structure = number % 2
+        score = features @ [weights.get(name, 0.0) for name in FEATURES] - (2 + structure)
+        dice = float(np.clip(1 / (1 + np.exp(score)) + rng.normal(0, noise), 0, 1))
+        job = (f"case_{number // 10}", "noise", number)
+        results.append(Result(job, number // 10 % 2 == 0, STRUCTURES[structure], tuple(features), dice))
+    return results
+
+
+def test_a_known_relation_is_found() -> None:
+    known = {"uncertainty": 3.0, "shape": 1.0, "fragments": 2.0}
+    model = fit_quality(made_results(known), references(), "digest")
+    assert model.weights == pytest.approx({name: known.get(name, 0.0) for name in FEATURES}, abs=0.3)
+    assert model.offsets == pytest.approx({"liver": 2.0, "tumor": 3.0}, abs=0.3)
+    assert model.held_out["correlation"] > 0.98
+    assert model.held_out["bad_that_pass"] <= 0.02
+    assert model.held_out["good_that_are_doubted"] <= 0.05
+    assert 0.5 < model.warn_below < 0.8
+    assert model.held_out["cases"] == 30
+
+
+def test_what_is_better_when_it_looks_worse_gets_no_weight() -> None:
+    model = fit_quality(made_results({"uncertainty": 2.0, "edge": -1.0}), references(), "digest")
+    assert model.weights["edge"] == pytest.approx(0, abs=1e-4)
+
+
+def test_cases_that_fitted_do_not_judge() -> None:
+    results = made_results({"uncertainty": 3.0})
+    model = fit_quality(results, references(), "digest")
+    turned = [r if r.fits else Result(r.job, False, r.structure, r.features, 1 - r.dice) for r in results]
+    other = fit_quality(turned, references(), "digest")
+    assert other.weights == model.weights
+    assert other.warn_below == model.warn_below
+    assert other.held_out["correlation"] < -0.9
+    assert other.held_out == judge_quality(other, [r for r in turned if not r.fits])
+
+
+def test_too_few_cases_are_an_error() -> None:
+    alone = [result for result in made_results({"uncertainty": 3.0}) if result.fits or result.structure == "liver"]
+    with pytest.raises(InputError, match="tumor: found in too few validation cases"):
+        fit_quality(alone, references(), "digest")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = make_hippocampus_data(tmp_path / "data", training=7, validation=0)
+    cases = json.loads((folder / "dataset.json").read_text())["training"]
+    (folder / "dataset.json").write_text(json.dumps({"training": cases[:3], "validation": cases[3:]}))
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose network needs no training."""
+    folder = write_bundle(SMALL_TASK, tmp_path / "bundle")
+    for name in ("evaluate", "inference"):
+        path = folder / "configs" / f"{name}.json"
+        config = {**json.loads(path.read_text()), "network_def": {"_target_": f"{__name__}.ThresholdNetwork"}}
+        path.write_text(json.dumps(config))
+    torch.save({}, folder / "models" / "model.pt")
+    return folder
+
+
+def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> None:
+    arguments = ("quality", "--bundle", bundle, "--dataset-dir", data, "--damages", 6, "--device", "cpu")
+    code, printed, error = call(*arguments)
+    assert (code, error) == (0, "")
+    assert "correlation" in printed
+    assert (bundle / "docs" / "quality.png").stat().st_size > 10_000
+    content = quality_file(bundle).read_text()
+    model = read_quality(bundle, SMALL_TASK.classes)
+    assert model is not None
+    assert model.held_out["cases"] == 2
+
+    table = bundle / "eval" / f"quality_{weights_digest(bundle)[:8]}.csv"
+    rows = list(csv.DictReader(table.open()))
+    assert {row["case"] for row in rows} == {"made_3", "made_4", "made_5", "made_6"}
+    sound = [float(row["dice"]) for row in rows if row["damage"] == "none"]
+    harmed = [float(row["dice"]) for row in rows if row["damage"] != "none"]
+    assert min(sound) > 0.6
+    assert min(harmed) < 0.3
+
+    segmenter = BundleSegmenter(bundle, "cpu")
+    image = nibabel.load(data / "imagesTr" / "made_5.nii.gz")
+    quality = segmenter.segment(image).quality
+    inverted = nibabel.Nifti1Image(-image.get_fdata(dtype=np.float32), image.affine)
+    worse = segmenter.segment(inverted).quality
+    assert quality is not None
+    assert worse is not None
+    assert min(quality.values()) > max(worse.values())
+
+    assert call(*arguments)[0] == 0  # nothing to do
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if ",5," not in line) + "\n")  # as if interrupted
+    assert call(*arguments, "--refit")[0] == 0
+    assert quality_file(bundle).read_text() == content
+    table.write_text("case,damage\nx,y\n")
+    code, _, error = call(*arguments, "--refit")
+    assert code == 2
+    assert "not a table of results" in error
+
+
+def test_the_evaluation_fits_what_is_not_fitted_yet(
+    bundle: Path, data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+    monkeypatch.setattr(
+        "monai_iunet.bundling.fit_quality.write_quality", lambda model, folder: calls.append(folder) or folder
+    )
+
+    def evaluate(**settings: object) -> None:
+        parser = ConfigParser()
+        parser.read_config(bundle / "configs" / "evaluate.json")
+        parser.update({"bundle_root": str(bundle), "dataset_dir": str(data), "device": "cpu", **settings})
+        parser.get_parsed_content("run")
+
+    evaluate(fit_quality=False)
+    assert calls == []
+    evaluate()
+    assert calls == [bundle]
+    listed = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**listed, "training": listed["training"][:2]}))
+    evaluate()
+    assert "No quality model was fitted: front: in 2 training cases, at least 3 are needed" in caplog.text
+    assert calls == [bundle]
