@@ -177,7 +177,7 @@ def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:
         "_target_": "monai_iunet.RandSyntheticImaged",
         "keys": "image",
         "label_key": "label",
-        "pixdim": task.spacing[0],
+        "pixdim": "$@spacing[0]",
         "spatial_size": "@roi_size",
         "swap": [list(pair) for pair in task.mirrored or ()],
         **{name: list(values) for name, values in asdict(synthetic).items()},

@@ -39,13 +39,18 @@ class Segmentation:
     warn_below: float | None = None
 
     def volumes(self) -> dict[str, float]:
-        """Return the volume of each structure in mm³; if parts of both sides are named, of each side as a whole too."""
+        """Return the volume of each structure in mm³.
+
+        If the structures are parts of one organ on each side, whose name ends theirs, that of each side as a whole is
+        given too.
+        """
         voxel_volume = abs(float(np.linalg.det(self.image.affine[:3, :3])))
         counts = np.zeros(max(self.names) + 1, dtype=np.int64)
         for plane in planes(self.labels):
             counts += np.bincount(plane.ravel(), minlength=len(counts))[: len(counts)]
         volumes = {name: float(counts[value]) * voxel_volume for value, name in self.names.items()}
-        for side in ("left", "right"):
+        organs = {name.rpartition(" ")[2] for name in self.names.values()}
+        for side in ("left", "right") if len(organs) == 1 else ():
             parts = [volume for name, volume in volumes.items() if name.startswith(f"{side} ")]
             if len(parts) > 1:
                 volumes[f"{side}, whole"] = sum(parts)

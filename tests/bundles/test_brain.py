@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from monai_iunet.errors import InputError
+from monai_iunet.training.record import trained_value
 from monai_iunet.transforms.head_labels import STRUCTURES
 from tests.bundles.helpers import losses, run
 from tests.bundles.made_data import BRAIN as BUNDLE
@@ -75,11 +76,12 @@ def test_each_step_makes_another_image_of_the_same_head(made_heads: Path) -> Non
 
 def test_the_weights_of_a_running_training_are_taken(tmp_path: Path) -> None:
     weights = {"head.weight": torch.rand(3, 4), "head.bias": torch.rand(3)}
-    torch.save({"model": weights, "epoch": 7, "optimizer": {}}, tmp_path / "last.pt")
+    torch.save({"model": weights, "epoch": 7, "record": {"spacing": [2, 2, 2]}}, tmp_path / "last.pt")
     take = script("take_weights").take
     assert take(tmp_path / "last.pt", tmp_path / "model.pt") == 7
     taken = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(taken[name], tensor.half()) for name, tensor in weights.items())
+    assert trained_value(tmp_path / "model.pt", "spacing", None) == [2, 2, 2]
     (tmp_path / "last.pt").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"not the last\.pt of a training"):
         take(tmp_path / "last.pt", tmp_path / "model.pt")

@@ -15,6 +15,7 @@ import torch
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_atomically
+from monai_iunet.training.record import write_record
 
 
 def take(path: Path, target: Path) -> int:
@@ -22,10 +23,12 @@ def take(path: Path, target: Path) -> int:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = {name: tensor.half() for name, tensor in state["model"].items()}
-        epoch = int(state["epoch"])
+        epoch, record = int(state["epoch"]), state.get("record")
     except Exception as error:  # whatever a damaged file brings about
         raise InputError(f"{path}: not the last.pt of a training. Name the file in its ckpt_dir.") from error
     write_atomically(target, lambda temporary: torch.save(weights, temporary))
+    if record:
+        write_record(record, target)
     return epoch
 
 

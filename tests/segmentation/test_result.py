@@ -1,0 +1,27 @@
+"""Volumes of structures, and of what they are parts of."""
+
+from __future__ import annotations
+
+import nibabel
+import numpy as np
+
+from monai_iunet.segmentation.result import Segmentation
+
+
+def volumes(*names: str) -> dict[str, float]:
+    labels = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
+    labels[labels > len(names)] = 0
+    image = nibabel.Nifti1Image(labels, np.diag([1.0, 2.0, 3.0, 1.0]))
+    return Segmentation(image, labels, dict(enumerate(names, 1))).volumes()
+
+
+def test_parts_of_one_organ_have_a_whole_on_each_side() -> None:
+    found = volumes("left front lobe", "left back lobe", "right front lobe", "right back lobe")
+    assert found["left back lobe"] == 6
+    assert found["left, whole"] == found["right, whole"] == 12
+
+
+def test_organs_of_a_side_are_no_whole() -> None:
+    assert volumes("left putamen", "left thalamus", "right putamen", "right thalamus") == {
+        "left putamen": 6, "left thalamus": 6, "right putamen": 6, "right thalamus": 6,
+    }  # fmt: skip
