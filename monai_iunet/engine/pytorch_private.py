@@ -24,6 +24,7 @@ __all__ = [
     "can_pack_saved_tensors",
     "current_backward_pass",
     "graph_is_retained",
+    "has_hooks",
     "has_values",
     "is_exporting",
     "is_view",
@@ -58,6 +59,12 @@ def graph_is_retained(ctx: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks of a module see what goes in and comes out, in the forward or the backward pass."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or torch.nn.modules.module._has_any_global_hook()
 
 
 def has_values(tensor: Tensor) -> bool:

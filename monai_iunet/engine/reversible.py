@@ -236,7 +236,8 @@ class Call:
 
     def invert(self) -> None:
         """Rebuild the inputs alone."""
-        outputs, overwrite = self._take_outputs()
+        # A call that saved nothing is not asked again.
+        outputs, overwrite = self._take_outputs(for_good=not self._kinds)
         with self._conditions.repeated() if self._conditions else nullcontext(), torch.no_grad():
             inputs = self._layer_then().recover(tuple(outputs), self.weights, self.remembered, self.inverse)
         self._hand_on(inputs, _others(outputs, overwrite), let_go=False)
@@ -262,7 +263,7 @@ class Call:
 
     def _rebuild(self) -> list[Tensor | None]:
         with torch.no_grad():
-            outputs, overwrite = self._take_outputs()
+            outputs, overwrite = self._take_outputs(for_good=True)
             others = _others(outputs, overwrite)
             inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
             if list(map(_kind, saved)) != self._kinds:
@@ -272,8 +273,7 @@ class Call:
                     "or types. It must compute the same whenever it is given the same input; else store activations "
                     '(activations="store").'
                 )
-            probe = _saved()
-            self._hand_on(inputs, others, let_go=not graph_is_retained(probe.grad_fn))
+            self._hand_on(inputs, others, let_go=not _is_retained())
         rebuilt: list[Tensor | None] = list(saved)
         self._saved = _here(), rebuilt
         return rebuilt
@@ -281,10 +281,10 @@ class Call:
     def _layer_then(self) -> Any:
         return self._conditions.module_then() if self._conditions else self._layer
 
-    def _take_outputs(self) -> tuple[list[Tensor], list[bool]]:
+    def _take_outputs(self, for_good: bool) -> tuple[list[Tensor], list[bool]]:
         taken = []
         for state in self.outputs:
-            while (value := state.take()) is None:  # again, if another thread was quicker
+            while (value := state.take(for_good)) is None:  # again, if another thread was quicker
                 _make_known(state)
             taken.append(value)
         return [tensor for tensor, _ in taken], [ours for _, ours in taken]
@@ -356,16 +356,25 @@ class _State:
         mine = rebuilt is not None and _is_here(rebuilt[0])
         return mine or self._held is not None or self._saver is not None
 
-    def take(self) -> tuple[Tensor, bool] | None:
-        """Return the tensor, if it is known, and whether its memory may be reused; forget what was rebuilt."""
+    def take(self, for_good: bool) -> tuple[Tensor, bool] | None:
+        """Return the tensor, if it is known, and whether its memory may be reused; forget what was rebuilt.
+
+        Args:
+            for_good: whether nobody will ask again in this backward pass. A tensor that autograd keeps is then let go,
+                if the graph is freed.
+        """
         rebuilt = self._rebuilt
         if rebuilt is not None and _is_here(rebuilt[0]):
             _, tensor, ours = rebuilt
             self._rebuilt = None
             taker = self._taker() if self._taker is not None else None
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
-        if self._saver is not None:
-            return self._saver.grad_fn.saved_tensors[0], False
+        saver = self._saver
+        if saver is not None:
+            (tensor,) = saver.grad_fn.saved_tensors
+            if for_good and not _is_retained():
+                self._saver = None
+            return tensor, False
         if self._held is not None and version(self._held) != self._version:
             raise RuntimeError(
                 f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
@@ -382,6 +391,12 @@ def _saved(*tensors: Tensor) -> Any:
     """Return a tensor whose node keeps others saved with autograd, where saved-tensor hooks see them."""
     with torch.enable_grad():
         return _Saver.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
+
+
+def _is_retained() -> bool:
+    """Return whether the graph survives the backward pass that is running."""
+    probe = _saved()
+    return graph_is_retained(probe.grad_fn)
 
 
 class _Saver(torch.autograd.Function):
@@ -437,12 +452,17 @@ def _others(outputs: Sequence[Tensor], overwrite: Sequence[bool]) -> list[Untype
 
 def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     """Return the tensor, or a copy whose axes lie in memory in the order of the strides, without gaps."""
-    if tensor.stride() == stride:
+    if _same_order(tensor, stride):
         return tensor
     layout = torch.empty_like(torch.empty_strided(tensor.shape, stride, device="meta"))
-    if tensor.stride() == layout.stride():
+    if _same_order(tensor, layout.stride()):
         return tensor
     return torch.empty_strided(tensor.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _same_order(tensor: Tensor, stride: Sequence[int]) -> bool:
+    """Return whether a tensor has these strides, but for axes of a single element, whose stride means nothing."""
+    return all(own == other for own, other, size in zip(tensor.stride(), stride, tensor.shape) if size > 1)
 
 
 # A thread and a backward pass. What either has made it may use; another thread with another pass over the same graph

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import IUNet, SegIUNet
-from monai_iunet.networks.blocks.grid import LIMIT, STEP, round_to_grid
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.networks.blocks.grid import INTEGER_STEP, LIMIT, STEP, add_, enter, pack, round_to_grid, unpack, values
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 
 # At 2 x 2 x 2 voxels oneDNN gives NaN for the bfloat16 gradient of a convolution, whatever the network around it.
 EXTENT = {1: 32, 2: 16, 3: 16}
@@ -199,3 +201,85 @@ def test_gradients_on_a_gpu_are_equal_to_the_last_bit(amp: bool) -> None:
 def test_a_text_is_no_switch() -> None:
     with pytest.raises(ValueError, match="exact must be True or False, got 'false'"):
         IUNet(2, (4, 8), exact="false")  # type: ignore[arg-type]
+
+
+def stream_types(net: IUNet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """The types of what the couplings get."""
+    seen: set[torch.dtype] = set()
+    transform = AdditiveCoupling.transform
+
+    def watched(self: AdditiveCoupling, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Any:
+        seen.update(tensor.dtype for tensor in inputs)
+        return transform(self, inputs, weights)
+
+    monkeypatch.setattr(AdditiveCoupling, "transform", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+    return seen
+
+
+def test_under_autocast_the_stream_is_of_integers_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = IUNet(2, (4, 8), couplings=2, exact=True), torch.randn(1, 4, 8, 8)
+    assert stream_types(net, x, monkeypatch) == {torch.bfloat16}
+    inputs: list[Tensor] = []
+    hook = net.encoder[0][0].register_forward_pre_hook(lambda _, state: inputs.extend(state))
+    assert stream_types(net, x, monkeypatch) == {torch.float32}
+    assert torch.equal(inputs[1], round_to_grid(x[:, 2:]))
+    hook.remove()
+    assert stream_types(net, x, monkeypatch) == {torch.bfloat16}
+
+
+def test_values_of_integers_are_those_of_the_image_to_half_a_step() -> None:
+    x = torch.randn(2, 3, 5, 4) * 50
+    stream = enter(x, torch.bfloat16)
+    assert (values(stream, torch.float32) - x).abs().max() <= INTEGER_STEP / 2
+    again = enter(values(stream, torch.float32), torch.bfloat16)
+    assert torch.equal(again.view(torch.int16), stream.view(torch.int16))
+
+
+def test_what_is_added_to_integers_is_taken_back_whatever_it_is() -> None:
+    stream, shift = enter(torch.randn(1, 2, 300, 7) * 40, torch.bfloat16), torch.randn(1, 2, 300, 7) * 40
+    total = add_(stream, shift, 1, torch.empty_like(stream), check=True)
+    torch.testing.assert_close(values(total, torch.float32), values(stream, torch.float32) + shift, rtol=0, atol=0.01)
+    back = add_(total, shift, -1, total, check=False)
+    assert torch.equal(back.view(torch.int16), stream.view(torch.int16))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_residues_of_two_steps_fit_into_thirds_of_a_byte_and_larger_ones_are_reported(channels: int) -> None:
+    stream = torch.empty(1, channels, 50, dtype=torch.bfloat16)
+    steps = torch.randint(-2, 3, (1, channels, 50)).float()
+    packed = pack(steps.clone(), stream)
+    assert packed.numel() <= (channels + 2) // 3 * 50
+    assert torch.equal(unpack(packed, stream, channels), steps)
+    steps[0, -1, 3] = 3
+    with pytest.raises(OverflowError):
+        pack(steps, stream)
+
+
+def test_second_derivatives_through_integers_are_those_of_float32() -> None:
+    net, x = IUNet(2, (4, 8), couplings=2, exact=True, act="tanh", activations="store"), torch.randn(1, 4, 8, 8)
+    results = []
+    for watched in (False, True):
+        hook = net.encoder[0][0].register_forward_hook(lambda *_: None) if watched else None
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(leaf)
+        (first,) = torch.autograd.grad(y.square().mean(), leaf, create_graph=True)
+        weights = [each.matrix.weight for each in net.modules() if isinstance(each, OrthogonalLayer)]
+        results.append(torch.cat([each.flatten() for each in torch.autograd.grad(first.square().sum(), weights)]))
+        if hook:
+            hook.remove()
+    error = (results[0] - results[1]).norm() / results[1].norm()
+    assert error < 0.05
+
+
+def test_codes_and_inverses_under_autocast() -> None:
+    net, x = IUNet(2, (4, 8, 16), couplings=2, exact=True), torch.randn(1, 4, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(net.inverse(y), x, rtol=0, atol=0.1)
+        codes = net.encode(x)
+        torch.testing.assert_close(net.decode(codes), y, rtol=0, atol=1e-6)
+        torch.testing.assert_close(net.encode_inverse(codes), x, rtol=0, atol=0.1)

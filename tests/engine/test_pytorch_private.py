@@ -117,3 +117,19 @@ def test_dispatch_modes_see_operators_and_trees_have_leaves() -> None:
         torch.ones(2).sum()
     assert len(seen) == 2
     assert private.tree_leaves([1, {"a": 2}]) == [1, 2]
+
+
+def test_has_hooks() -> None:
+    module = torch.nn.Linear(1, 1)
+    assert not private.has_hooks(module)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert private.has_hooks(module)
+        handle.remove()
+        assert not private.has_hooks(module)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import version
-from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
-from monai_iunet.networks.blocks.grid import note_largest, round_to_grid
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.networks.blocks.branch import Branch
+from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
@@ -44,21 +45,23 @@ class AdditiveCoupling(InvertibleLayer):
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         changed, kept = inputs
-        changed = changed + self._shift(kept, changed)
-        if self.exact:
-            note_largest(changed)
-        return kept, changed
+        return kept, self._sum(changed, self._shift(self._as_the_branch_takes_it(kept), changed), 1)
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         kept, changed = outputs
-        changed = changed - self._shift(kept, changed)
-        if self.exact:
-            note_largest(changed)
-        return changed, kept
+        return self._sum(changed, self._shift(self._as_the_branch_takes_it(kept), changed), -1), kept
+
+    def _sum(self, changed: Tensor, shift: Tensor, sign: int) -> Tensor:
+        if not self.exact:
+            return changed + shift if sign == 1 else changed - shift
+        if not is_recorded_by_autograd_alone(changed, shift):
+            return add(changed, shift, sign)
+        shift = round_to_grid(shift)
+        return changed + shift if sign == 1 else changed - shift
 
     def _shift(self, kept: Tensor, changed: Tensor) -> Tensor:
         before = version(kept)
-        shift = self.branch(self._as_the_branch_takes_it(kept))
+        shift = self.branch(kept)
         if version(kept) != before:
             raise RuntimeError(
                 f"A coupling branch must leave its input as it is; {type(self.branch).__name__} changes it in place. "
@@ -69,10 +72,12 @@ class AdditiveCoupling(InvertibleLayer):
                 f"A coupling branch must map {tuple(kept.shape)} to {tuple(changed.shape)}, the shape of the half that "
                 f"it is added to; {type(self.branch).__name__} returned {tuple(shift.shape)}."
             )
-        return round_to_grid(shift) if self.exact else shift
+        return shift
 
     def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
-        """The half in the type of the branch, if that is a 16-bit one and the half in float32, as the sum is."""
+        """The values of the half, in the type of the branch, if that is one of 16 bits and the half in float32."""
+        if self.exact and is_integer(kept):
+            return values(kept, kept.dtype if isinstance(self.branch, Branch) else torch.float32)
         if kept.dtype == torch.float32:
             for parameter in self.branch.parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -88,12 +93,16 @@ class AdditiveCoupling(InvertibleLayer):
         # In `transform` the half that is kept is the second input, in `restore` the first.
         (leaf,) = call.leaves([kept], first=0 if call.inverse else 1)
         with call.repeat() as saved:
-            shift = self._shift(leaf, changed).detach()
+            shift = self._shift(self._as_the_branch_takes_it(leaf), changed).detach()
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
-            place = changed.data if overwrite[changed_at] else None
-            changed = torch.add(changed, shift, alpha=1 if call.inverse else -1, out=place)
+            place = changed.data if overwrite[changed_at] else torch.empty_like(changed)
+            sign = 1 if call.inverse else -1
+            if self.exact:
+                changed = add_(changed, shift, sign, out=place, check=False)
+            else:
+                changed = torch.add(changed, shift, alpha=sign, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
 
 

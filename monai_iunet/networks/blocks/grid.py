@@ -1,14 +1,22 @@
 """Numbers on a grid: what makes a sum that can be taken back to the last bit.
 
-Float32 has 24 binary digits. Multiples of 2^-16 below 2^8 in size have no more than that, so their sums and
-differences, as long as those stay below 2^8 too, are exact: c = a + r gives back a = c - r, bit for bit. So with
+Sums and differences of integers are exact as long as they fit into the type, so c = a + r gives back a = c - r, bit for
+bit. So with
 
-    the input of the network and every F(b) of a coupling    rounded to the grid,
-    y = Q x of an orthogonal layer                           rounded to the grid, and x - round(Q^T y), a small
-                                                             number of grid steps, kept in a byte,
+    the input of the network and every F(b) of a coupling    rounded to multiples of a step,
+    y = Q x of an orthogonal layer                           rounded to them, and x - round(Q^T y), a small number of
+                                                             steps, kept beside,
 
 a network rebuilds its activations as they were, provided that F is evaluated twice with the same result. To the
 gradient a rounding is the identity (straight through), as if it had not happened.
+
+The activations between two layers, the *stream*, are kept in one of two types:
+
+    32 bits  A float32 has 24 binary digits, so it holds the multiples of 2^-16 below 2^8 in size.
+    16 bits  Under autocast to 16 bits, an integer of 16 bits holds the multiples of 2^-7 below 2^8 in size. Branches
+             read numbers of 8 or 11 digits anyway. To autograd, which knows no gradients of integers, the stream is a
+             tensor of bfloat16 or float16, whose bytes are these integers, and whose gradients are of that type. Its
+             values are had by `values` alone.
 
 Sources: Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning, 2015 (arXiv
 1502.03492); Zhang et al., On Exact Bit-level Reversible Transformers Without Changing Architectures, 2024
@@ -27,10 +35,171 @@ from torch import Tensor
 
 from monai_iunet.engine.reversible import is_transformed
 
-__all__ = ["LIMIT", "STEP", "check_range", "note_largest", "on_grid", "round_to_grid"]
+__all__ = [
+    "INTEGER_STEP",
+    "LIMIT",
+    "STEP",
+    "add",
+    "add_",
+    "check_range",
+    "enter",
+    "is_integer",
+    "note_largest",
+    "pack",
+    "read",
+    "read_steps",
+    "round_to_grid",
+    "slabs",
+    "step_of",
+    "unpack",
+    "values",
+    "write",
+    "write_steps",
+]
 
-STEP = 2.0**-16
 LIMIT = 2.0**8
+STEP = 2.0**-16
+INTEGER_STEP = 2.0**-7  # LIMIT / 2^15
+
+
+def is_integer(stream: Tensor) -> bool:
+    """Return whether the bytes of a stream are integers of 16 bits."""
+    return stream.dtype in (torch.bfloat16, torch.float16)
+
+
+def step_of(stream: Tensor) -> float:
+    """Return the step of the grid that a stream lies on."""
+    return INTEGER_STEP if is_integer(stream) else STEP
+
+
+def slabs(size: int, others: int, device: torch.device) -> Iterator[slice]:
+    """Cut an axis into at most 16 slices to work on one after another, so that what is computed between is small.
+
+    Args:
+        size: of the axis.
+        others: number of values per index of the axis.
+        device: a slice has enough values to keep it busy.
+    """
+    at_once = max(-(-size // 16), (2**18 if device.type == "cpu" else 2**24) // max(1, others), 1)
+    return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
+
+
+def read_steps(stream: Tensor) -> Tensor:
+    """Return the steps that a piece of a stream is of, without a gradient: in float32 or better, a contiguous copy."""
+    if is_integer(stream):
+        return stream.view(torch.int16).to(torch.float32, memory_format=torch.contiguous_format)
+    return stream.detach().clone(memory_format=torch.contiguous_format).div_(STEP)
+
+
+def write_steps(stream: Tensor, steps: Tensor) -> None:
+    """Write whole numbers of steps, which are overwritten, to a piece of a stream."""
+    if is_integer(stream):
+        stream.view(torch.int16).copy_(steps)
+    else:
+        stream.copy_(steps.mul_(STEP))
+
+
+def read(stream: Tensor) -> Tensor:
+    """Return the values of a piece of a stream, without a gradient: in float32 or better, a contiguous copy."""
+    return read_steps(stream).mul_(step_of(stream))
+
+
+def write(stream: Tensor, numbers: Tensor) -> None:
+    """Round numbers in place, write them to a piece of a stream, and note the largest."""
+    steps = numbers.div_(step_of(stream)).round_()
+    note_largest(steps, step_of(stream))
+    write_steps(stream, steps)
+
+
+def add_(stream: Tensor, shift: Tensor, sign: int, out: Tensor, check: bool) -> Tensor:
+    """Add or subtract a shift, rounded to the grid of the stream.
+
+    Args:
+        stream: on its grid.
+        shift: of any floating-point type, of the same shape; stays as it is.
+        sign: 1 or -1.
+        out: like the stream; may be the stream.
+        check: whether to note the largest sum.
+    """
+    step = step_of(stream)
+    integers = is_integer(stream)
+    precision = torch.promote_types(shift.dtype, torch.float32 if integers else stream.dtype)
+    for slab in slabs(stream.shape[2], stream.numel() // stream.shape[2], stream.device):
+        before, after = stream[:, :, slab], out[:, :, slab]
+        steps = shift[:, :, slab].to(precision, copy=True).div_(step).round_()
+        if integers:
+            total = steps.mul_(sign).add_(before.view(torch.int16))
+            after.view(torch.int16).copy_(total)
+        else:
+            total = torch.add(before, steps, alpha=sign * step, out=after)
+        if check:
+            note_largest(total, step if integers else 1.0)
+    return out
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        stream = torch.empty_like(x, dtype=dtype)
+        for slab in slabs(x.shape[2], x.numel() // x.shape[2], x.device):
+            write(stream[:, :, slab], x[:, :, slab].to(torch.float32, copy=True))
+        return stream
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return gradient.to(ctx.dtype), None
+
+
+def enter(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a stream of integers with the values of a tensor `(batch, channels, *spatial)`, rounded.
+
+    Args:
+        x: the tensor.
+        dtype: of the stream, bfloat16 or float16.
+
+    Example:
+        >>> stream = enter(torch.tensor([[[0.1, -1.5]]]), torch.bfloat16)
+        >>> stream.dtype, values(stream, torch.float32).tolist()
+        (torch.bfloat16, [[[0.1015625, -1.5]]])
+    """
+    stream: Tensor = _Enter.apply(x, dtype)  # type: ignore[no-untyped-call]
+    return stream
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = stream.dtype
+        return stream.view(torch.int16).to(dtype).mul_(INTEGER_STEP)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return gradient.to(ctx.dtype), None
+
+
+def values(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of a stream of integers, in a floating-point type, to which they are rounded."""
+    numbers: Tensor = _Values.apply(stream, dtype)  # type: ignore[no-untyped-call]
+    return numbers
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, shift: Tensor, sign: int) -> Tensor:
+        ctx.dtype, ctx.sign = shift.dtype, sign
+        return add_(stream, shift, sign, torch.empty_like(stream), check=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        to_shift = gradient.to(ctx.dtype)
+        return gradient, to_shift if ctx.sign == 1 else -to_shift, None
+
+
+def add(stream: Tensor, shift: Tensor, sign: int) -> Tensor:
+    """Add or subtract a shift, rounded to the grid of the stream, to which gradients go straight through."""
+    result: Tensor = _Add.apply(stream, shift, sign)  # type: ignore[no-untyped-call]
+    return result
 
 
 def round_to_grid(x: Tensor) -> Tensor:
@@ -49,7 +218,12 @@ def on_grid(x: Tensor) -> Tensor:
         6554.0
     """
     precision = torch.promote_types(x.dtype, torch.float32)
-    return x.detach().to(precision, copy=True).div_(STEP).round_().mul_(STEP)
+    return put_on_grid(x.detach().to(precision, copy=True))
+
+
+def put_on_grid(x: Tensor) -> Tensor:
+    """Round a tensor in place, in float32 or better, to the nearest multiples of `STEP`."""
+    return x.div_(STEP).round_().mul_(STEP)
 
 
 class _Rounding(torch.autograd.Function):
@@ -70,6 +244,38 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.to(ctx.output_dtype, copy=True)
+
+
+def pack(residue: Tensor, stream: Tensor) -> Tensor:
+    """Return a residue x - round(Q^T y), in steps of a stream, `(batch, channels, ...)`, in a byte each or fewer.
+
+    That y is rounded changes Q^T y by 0.29 steps in the standard deviation, and float32, in which it is computed,
+    by less than a step on the grid of a float32 stream. So for a stream of integers -2 to 2 is room enough, three to a
+    byte, since 2.5 steps are nine standard deviations; if ever a residue was larger, an error would tell.
+
+    Example:
+        >>> steps = torch.tensor([[[0.0], [-2.0], [1.0], [2.0]]])
+        >>> packed = pack(steps.clone(), stream=steps.bfloat16())
+        >>> packed.shape, unpack(packed, stream=steps.bfloat16(), channels=4).flatten().tolist()
+        (torch.Size([1, 2, 1]), [0.0, -2.0, 1.0, 2.0])
+    """
+    if not is_integer(stream):
+        note_largest(residue, LIMIT / 127)
+        return residue.to(torch.int8)
+    note_largest(residue, LIMIT / 2.5)
+    count = -(-residue.shape[1] // 3)
+    first, *others = (residue + 2).split(count, 1)
+    for power, part in enumerate(others, 1):
+        first[:, : part.shape[1]].add_(part, alpha=6**power)
+    return first.to(torch.uint8)
+
+
+def unpack(packed: Tensor, stream: Tensor, channels: int) -> Tensor:
+    """Return the steps of a residue that was packed, in a floating-point type."""
+    if not is_integer(stream):
+        return packed
+    parts = [packed % 6, packed // 6 % 6, packed // 36]
+    return torch.cat(parts, 1)[:, :channels].to(torch.float32).sub_(2)
 
 
 _sizes: ContextVar[list[Tensor] | None] = ContextVar("sizes", default=None)

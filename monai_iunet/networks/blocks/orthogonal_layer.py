@@ -6,19 +6,32 @@ The gradient of Q can be had from x as well as from y = Q x, whichever is cheape
 Q, and what the backward pass rebuilds.
 
 On the grid (see `grid.py`) y is rounded, and rounding Q^T y does not always give x again. The difference is a few steps
-of the grid, because Q changes no norm, and is kept in one byte per value.
+of the grid, because Q changes no norm, and is kept in a byte per value or less. This is done in slabs of voxels, since
+what is computed on the way takes more memory than the tensors themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
-from monai_iunet.networks.blocks.grid import LIMIT, STEP, note_largest, on_grid, round_to_grid
+from monai_iunet.networks.blocks.grid import (
+    is_integer,
+    pack,
+    read,
+    read_steps,
+    round_to_grid,
+    slabs,
+    step_of,
+    unpack,
+    values,
+    write,
+    write_steps,
+)
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
 __all__ = ["OrthogonalLayer"]
@@ -32,11 +45,17 @@ class OrthogonalLayer(InvertibleLayer):
     Attributes:
         uses_outputs: whether `matrix_gradient` of a call of `forward` takes outputs, not inputs; of `inverse`, always
             inputs.
+        in_sizes: channels of the pieces before.
+        out_sizes: channels of the pieces after.
+        stride: factor per axis by which the pieces after are smaller; empty for none.
     """
 
     is_function_of_weights = True
     uses_outputs: bool = False
     matrix: OrthogonalMatrix
+    in_sizes: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+    stride: tuple[int, ...] = ()
 
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         """Q x, or Q^T y where `transposed`."""
@@ -60,17 +79,29 @@ class OrthogonalLayer(InvertibleLayer):
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
         if not self.exact:
             return ()
-        again = self._rounded(outputs, weights[0], not inverse)
-        steps = [piece.sub_(original).div_(-STEP) for piece, original in zip(again, inputs)]
-        for piece in steps:
-            note_largest(piece, LIMIT / 127)
-        return tuple(piece.to(torch.int8) for piece in steps)
+        packed = []
+        for before, after in self._slabs(inputs, outputs, inverse):
+            steps = torch.cat([read_steps(piece) for piece in _cut(inputs, before)], 1)
+            steps.sub_(self._steps_back(_cut(outputs, after), weights[0], inverse))
+            packed.append(pack(steps, inputs[0]))
+        return (torch.cat(packed, 2),)
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
         if not self.exact:
             return self.multiply(outputs, weights[0], not inverse)
-        rounded = self._rounded(outputs, weights[0], not inverse)
-        return tuple(piece.add_(steps, alpha=STEP) for piece, steps in zip(rounded, remembered))
+        (packed,) = remembered
+        inputs = self._empty(outputs, not inverse)
+        for before, after in self._slabs(inputs, outputs, inverse):
+            steps = self._steps_back(_cut(outputs, after), weights[0], inverse)
+            steps.add_(unpack(packed[:, :, before], inputs[0], steps.shape[1]))
+            for piece, part in zip(_cut(inputs, before), steps.split([piece.shape[1] for piece in inputs], 1)):
+                write_steps(piece, part)
+        return inputs
+
+    def _steps_back(self, outputs: Tensors, matrix: Tensor, inverse: bool) -> Tensor:
+        """Return Q^T y, or Q y where `inverse`, in whole steps of the grid."""
+        back = self.multiply(tuple(map(read, outputs)), matrix, not inverse)
+        return torch.cat(back, 1).div_(step_of(outputs[0])).round_()
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         (matrix,) = (weight.detach() for weight in call.weights)
@@ -84,13 +115,29 @@ class OrthogonalLayer(InvertibleLayer):
         return outputs if self.uses_outputs and not inverse else inputs
 
     def _call(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
-        if is_recorded_by_autograd_alone(*pieces, matrix):
+        integers = self.exact and is_integer(pieces[0])
+        if is_recorded_by_autograd_alone(*pieces, matrix) and not integers:
             products = self.multiply(pieces, matrix, inverse)
             return tuple(map(round_to_grid, products)) if self.exact else products
         return _Product.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
 
-    def _rounded(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
-        return tuple(map(on_grid, self.multiply(pieces, matrix, inverse)))
+    def _empty(self, pieces: Tensors, inverse: bool) -> Tensors:
+        """Return tensors without values for the product of pieces."""
+        batch, _, *size = pieces[0].shape
+        if self.stride:
+            size = [extent * by if inverse else extent // by for extent, by in zip(size, self.stride)]
+        return tuple(
+            pieces[0].new_empty((batch, channels, *size)) for channels in (self.in_sizes if inverse else self.out_sizes)
+        )
+
+    def _slabs(self, inputs: Tensors, outputs: Tensors, inverse: bool) -> Iterator[tuple[slice, slice]]:
+        """Yield slices of the first spatial axis of inputs and outputs that belong together."""
+        factor = self.stride[0] if self.stride else 1
+        low = inputs if inverse else outputs
+        size = low[0].shape[2]
+        for slab in slabs(size, sum(piece.numel() for piece in low) // size, low[0].device):
+            high = slice(slab.start * factor, slab.stop * factor)
+            yield (slab, high) if inverse else (high, slab)
 
 
 class _Product(torch.autograd.Function):
@@ -99,9 +146,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: OrthogonalLayer, inverse: bool, matrix: Tensor, *pieces: Tensor) -> Tensors:
         if layer.exact:
-            outputs = layer._rounded(pieces, matrix, inverse)
-            for piece in outputs:
-                note_largest(piece)
+            outputs = layer._empty(pieces, inverse)
+            for before, after in layer._slabs(pieces, outputs, inverse):
+                products = layer.multiply(tuple(map(read, _cut(pieces, before))), matrix, inverse)
+                for piece, product in zip(_cut(outputs, after), products):
+                    write(piece, product)
         else:
             outputs = layer.multiply(pieces, matrix, inverse)
         ctx.layer, ctx.inverse = layer, inverse
@@ -112,8 +161,50 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         matrix, *states = ctx.saved_tensors
-        grad_inputs = ctx.layer.multiply(grad_outputs, matrix, not ctx.inverse)
-        grad_matrix = None
-        if ctx.needs_input_grad[2]:
-            grad_matrix = ctx.layer.matrix_gradient(tuple(states), grad_inputs, grad_outputs, matrix, ctx.inverse)
+        layer, inverse = ctx.layer, ctx.inverse
+        wanted = ctx.needs_input_grad[2]
+        if not (layer.exact and is_integer(grad_outputs[0])):
+            grad_inputs = layer.multiply(grad_outputs, matrix, not inverse)
+            grad_matrix = None
+            if wanted:
+                grad_matrix = layer.matrix_gradient(tuple(states), grad_inputs, grad_outputs, matrix, inverse)
+        elif torch.is_grad_enabled():  # a second derivative is asked for
+            numbers = tuple(values(state, torch.float32) for state in states)
+            gradients = tuple(map(Tensor.float, grad_outputs))
+            products = layer.multiply(gradients, matrix, not inverse)
+            grad_matrix = layer.matrix_gradient(numbers, products, gradients, matrix, inverse) if wanted else None
+            grad_inputs = tuple(product.to(grad_outputs[0].dtype) for product in products)
+        else:
+            grad_inputs, grad_matrix = _in_slabs(layer, matrix, tuple(states), grad_outputs, inverse)
         return None, None, grad_matrix, *grad_inputs
+
+
+def _in_slabs(
+    layer: OrthogonalLayer, matrix: Tensor, states: Tensors, grad_outputs: Tensors, inverse: bool
+) -> tuple[Tensors, Tensor | None]:
+    """Return the gradients of the inputs, in 16 bits like those of the outputs, and of the matrix; in float32 between.
+
+    Args:
+        layer: what was applied.
+        matrix: its matrix.
+        states: on the grid, what `matrix_gradient` takes; none if the gradient of the matrix is not wanted.
+        grad_outputs: gradients of the outputs.
+        inverse: whether the inverse was applied.
+    """
+    grad_inputs = layer._empty(grad_outputs, not inverse)
+    grad_matrix = None
+    for before, after in layer._slabs(grad_inputs, grad_outputs, inverse):
+        gradients = tuple(piece.float() for piece in _cut(grad_outputs, after))
+        products = layer.multiply(gradients, matrix, not inverse)
+        for piece, product in zip(_cut(grad_inputs, before), products):
+            piece.copy_(product)
+        if states:
+            numbers = tuple(map(read, _cut(states, after if layer.uses_outputs and not inverse else before)))
+            part = layer.matrix_gradient(numbers, products, gradients, matrix, inverse)
+            grad_matrix = part if grad_matrix is None else grad_matrix.add_(part)
+    return grad_inputs, grad_matrix
+
+
+def _cut(pieces: Tensors, slab: slice) -> Tensors:
+    """Return a slab of the first spatial axis of pieces."""
+    return tuple(piece[:, :, slab] for piece in pieces)

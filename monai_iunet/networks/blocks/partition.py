@@ -40,8 +40,11 @@ class ChannelPartition(InvertibleLayer):
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         return self._partition(outputs, self.out_sizes, self.in_sizes)
 
+    def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
+        return _separate(outputs, self.out_sizes if inverse else self.in_sizes)
+
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
-        return _cut(tuple(outputs), self.out_sizes if call.inverse else self.in_sizes), []
+        return self.recover(tuple(outputs), (), (), call.inverse), []
 
     def _partition(self, pieces: Tensors, before: Sequence[int], after: Sequence[int]) -> Tensors:
         if tuple(before) == tuple(after) or is_recorded_by_autograd_alone(*pieces):
@@ -50,7 +53,7 @@ class ChannelPartition(InvertibleLayer):
 
 
 class _Partition(torch.autograd.Function):
-    """A partition whose gradients are pieces with a memory of their own, not views that keep the whole alive."""
+    """A partition whose gradients are pieces with a memory of their own."""
 
     @staticmethod
     def forward(ctx: Any, before: Sequence[int], after: Sequence[int], *pieces: Tensor) -> Tensors:
@@ -59,7 +62,12 @@ class _Partition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, *(piece.clone() if is_view(piece) else piece for piece in _cut(gradients, ctx.before))
+        return None, None, *_separate(gradients, ctx.before)
+
+
+def _separate(pieces: Tensors, sizes: Sequence[int]) -> Tensors:
+    """Cut anew, into pieces with a memory of their own, not views that keep the whole alive."""
+    return tuple(piece.clone() if is_view(piece) else piece for piece in _cut(pieces, sizes))
 
 
 def _cut(pieces: Tensors, sizes: Sequence[int]) -> Tensors:

@@ -115,6 +115,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)
+        self.in_sizes = (in_channels,)
         self.out_sizes = tuple(out_sizes)
         base = resampling_base(init, stride, in_channels)
         self.matrix = OrthogonalMatrix(math.prod(stride), in_channels, base, orthogonal_map, learnable)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import is_exporting
-from monai_iunet.engine.reversible import InvertibleLayer, Tensors
+from monai_iunet.engine.pytorch_private import has_hooks, is_exporting
+from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
-from monai_iunet.networks.blocks.grid import check_range, round_to_grid
+from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
@@ -69,7 +69,9 @@ class IUNet(ChosenActivations):
             `memory_budget` allows. The parameters and outputs are the same; may be set on a built network too.
         memory_budget: for "auto", what a step may hold beside optimizer and loss: bytes, or such as "20 GiB".
         exact: round activations to a grid, so that they are rebuilt, and gradients taken, exactly to the last bit; see
-            `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too.
+            `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too. Under autocast to
+            16 bits it takes less memory, because activations are then kept in 16 bits, but where hooks on couplings,
+            channel mixing or resampling look at them.
         make_branch: `make_branch(spatial_dims, in_channels, out_channels, stage, level, index)`, with stage "encoder"
             or "decoder", returns the branch of a coupling, a network from `in_channels` to `out_channels`. If what it
             returns has a method `inverse`, it stands in for the whole coupling, a bijection of
@@ -216,34 +218,31 @@ class IUNet(ChosenActivations):
         if level == len(self.channels) - 1:
             yield from (self._bottom, self._bottom_up, self._turn)
 
-    def forward(self, x: Tensor, crop: bool = True) -> Tensor:
+    def forward(self, x: Tensor | list[Tensor], crop: bool = True) -> Tensor:
         """Apply the network.
 
         Args:
-            x: `(batch, channels[0], *spatial)`, floating point.
+            x: `(batch, channels[0], *spatial)`, floating point; or a list of this alone, which is emptied, so that the
+                memory is free once the first couplings have replaced it. The output is then in the type of autocast.
             crop: whether the output has the size of `x`. If the size does not divide, the cropped output has no
                 inverse; pass False for the padded one, which `inverse(y, spatial_size=x.shape[2:])` takes back to `x`.
 
         Returns:
             A tensor like `x`, or of the padded size.
         """
-        self.design.check_images(x, "x", self.channels[0])
-        self._fit(x)
         return self._forward_in_one(x, crop)[0]
 
-    def forward_levels(self, x: Tensor) -> list[Tensor]:
+    def forward_levels(self, x: Tensor | list[Tensor]) -> list[Tensor]:
         """Apply the network and show what the decoder has at each level, for deep supervision.
 
         Args:
-            x: `(batch, channels[0], *spatial)`, floating point.
+            x: `(batch, channels[0], *spatial)`, floating point; or a list of this alone, see `forward`.
 
         Returns:
             `len(strides)` tensors (at least one), finest first: the output of `forward`, then for each coarser level of
             the decoder, without the coarsest of all, `(batch, channels[level], *spatial)` at its resolution. If the
             size of `x` does not divide, these belong to the padded image.
         """
-        self.design.check_images(x, "x", self.channels[0])
-        self._fit(x)
         return self._forward_in_one(x, True, True)
 
     def inverse(self, y: Tensor, spatial_size: Sequence[int] | None = None) -> Tensor:
@@ -258,7 +257,7 @@ class IUNet(ChosenActivations):
         with self._grid():
             codes = self._decode_inverse(self._enter(y))
             codes.append(self._turn.inverse(*codes.pop()))
-            x = _leave(self._encode_inverse(codes), y)
+            x = self._leave(self._encode_inverse(codes), y)
         return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
@@ -268,23 +267,23 @@ class IUNet(ChosenActivations):
         """
         self.design.check_images(x, "x", self.channels[0])
         with self._grid():
-            *skips, state = self._encode(self._enter(self._pad(x)))
+            *skips, state = self._encode([self._enter(self._pad(x))])
             codes = *skips, *self._bottom(*state, keep=True)
-        return tuple(_leave(code, x) for code in codes)
+        return tuple(self._leave(code, x) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image of codes as `encode` returns them, through the decoder."""
         self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
-            return _leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
+            return self._leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image with these codes: the inverse of `encode`."""
         self.design.check_codes(codes)
         with self._grid():
             *skips, deepest = map(self._enter, codes)
-            return _leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
+            return self._leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
 
     def decode_inverse(self, y: Tensor) -> Tensors:
         """Return the codes that the decoder takes to this image: the inverse of `decode`."""
@@ -293,37 +292,47 @@ class IUNet(ChosenActivations):
         with self._grid():
             *skips, state = self._decode_inverse(self._enter(y))
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
-        return tuple(_leave(code, y) for code in codes)
+        return tuple(self._leave(code, y) for code in codes)
 
-    def _forward(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
+    def _forward(self, images: list[Tensor], crop: bool, levels: bool, compact: bool) -> list[Tensor]:
+        x = images.pop()
+        # Has the shape and the type of the images, which nobody else may hold from here on.
+        like = x if torch.jit.is_tracing() else x.new_empty(1).expand(x.shape)
         with self._grid():
-            codes = self._encode(self._enter(self._pad(x)))
+            images.append(self._enter(self._pad(x)))
+            del x
+            codes = self._encode(images)
             codes.append(self._turn(*codes.pop()))
             tapped: list[Tensor] | None = [] if levels else None
             y = self._decode(codes, tapped)
+        y = self._leave(y, like, compact)
         return [
-            crop_like(_leave(y, x), x, list(self.factors)) if crop else _leave(y, x),
-            *(_leave(level, x) for level in reversed(tapped or [])),
+            crop_like(y, like, list(self.factors)) if crop else y,
+            *(self._leave(level, like, compact) for level in reversed(tapped or [])),
         ]
 
     _forward_uncompiled = torch.compiler.disable(_forward)
 
-    def _forward_in_one(self, x: Tensor, crop: bool, levels: bool = False) -> list[Tensor]:
+    def _forward_in_one(self, x: Tensor | list[Tensor], crop: bool, levels: bool = False) -> list[Tensor]:
         """Apply the forward pass, kept from `torch.compile` if there is a backward pass, which may rebuild activations.
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
+        compact = isinstance(x, list)
+        images = x if isinstance(x, list) else [x]
+        del x
+        self.design.check_images(images[0], "x", self.channels[0])
+        self._fit(images[0])
         if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
-            return self._forward_uncompiled(x, crop, levels)
-        return self._forward(x, crop, levels)
+            return self._forward_uncompiled(images, crop, levels, compact)
+        return self._forward(images, crop, levels, compact)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
 
-    def _encode(self, x: Tensor) -> list[Any]:
+    def _encode(self, images: list[Tensor]) -> list[Any]:
         """Return the skipped channels per level, then the halves of the coarsest level."""
-        state = self._open(x)
-        del x
+        state = self._open(images.pop())
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
             for layer in layers:
@@ -371,8 +380,27 @@ class IUNet(ChosenActivations):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Convert images to float32 or float64, in which sums can be taken back, and to the grid if `exact`."""
+        if self.exact and self._may_use_integers(x):
+            return enter(x, torch.get_autocast_dtype(x.device.type))
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return round_to_grid(x) if self.exact else x
+
+    def _leave(self, y: Tensor, x: Tensor, compact: bool = False) -> Tensor:
+        """Return an output in the type of the input, but in float32 under autocast to 16 bits, unless `compact`."""
+        if self.exact and is_integer(y):
+            return values(y, y.dtype if compact else torch.float32)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _may_use_integers(self, x: Tensor) -> bool:
+        """Return whether autocast is to 16 bits, and nobody looks at what is between the layers."""
+        kind = x.device.type
+        return (
+            torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) in (torch.float16, torch.bfloat16)
+            and x.dtype != torch.float64
+            and not is_recorded_by_autograd_alone(x, *self.parameters())
+            and not any(map(has_hooks, self._layers()))
+        )
 
     def _grid(self) -> AbstractContextManager[None]:
         """Return a context that raises an error if values leave the range of the grid; not in an export."""
@@ -397,11 +425,6 @@ class IUNet(ChosenActivations):
 
     def _pad(self, x: Tensor) -> Tensor:
         return pad(x, list(self.factors), self.padding_mode)
-
-
-def _leave(y: Tensor, x: Tensor) -> Tensor:
-    """Return an output in the type of the input, but in float32 under autocast to 16 bits."""
-    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
 def _branches(

@@ -138,7 +138,8 @@ class SegIUNet(ChosenActivations):
         """
         self.iunet.design.check_images(x, "x", self.stem.in_channels)
         self._fit(x)
+        features = [self.stem(x)]  # in a list, from which the network takes them, so that nobody else holds them
         if not (self.deep_supervision and self.training):
-            return self.head(self.iunet(self.stem(x)))
-        levels = self.iunet.forward_levels(self.stem(x))
+            return self.head(self.iunet(features))
+        levels = self.iunet.forward_levels(features)
         return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]
