@@ -170,7 +170,7 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
                 _insert_mixing(stage[level], total, mixed, channel_mixing_method, learnable_channel_mixing)
         self.activations = "store" if disable_custom_gradient else "invert"
 
-    def forward(self, x: Tensor, crop: bool | None = None) -> Tensor:
+    def forward(self, x: Tensor | list[Tensor], crop: bool | None = None) -> Tensor:
         """Apply the network as `IUNet.forward` does; without `crop` as `revert_input_padding` says."""
         return super().forward(x, self.revert_input_padding if crop is None else crop)
 
