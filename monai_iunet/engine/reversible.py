@@ -44,9 +44,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -62,9 +62,18 @@ from monai_iunet.engine.pytorch_private import (
 )
 from monai_iunet.engine.repetition import Conditions
 
-__all__ = ["Call", "InvertibleLayer", "Tensors", "is_recorded_by_autograd_alone", "is_transformed"]
+__all__ = [
+    "Call",
+    "Converted",
+    "InvertibleLayer",
+    "Saved",
+    "Tensors",
+    "is_recorded_by_autograd_alone",
+    "is_transformed",
+]
 
 Tensors = tuple[Tensor, ...]
+Saved: TypeAlias = "Tensor | Converted"  # a tensor that autograd was to save
 LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be rounding
 
 
@@ -133,7 +142,7 @@ class InvertibleLayer(nn.Module):
         """Apply the inverse of the layer; differentiable, and as frugal as `forward`."""
         return _run(self, outputs, keep, inverse=True)
 
-    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, Sequence[Saved]]:
         """Compute, from the outputs of a call, its inputs and the tensors that autograd was to save, in their order.
 
         Args:
@@ -182,7 +191,10 @@ class Call:
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
-        self._saved: tuple[_Maker, list[Tensor | None]] = ((0, -1), [])  # who has rebuilt these, and what is left
+        self._saved: tuple[_Maker, list[Tensor | Converted | None]] = (
+            (0, -1),
+            [],
+        )  # who has rebuilt these, and what is left
 
     def record(self, inputs: Tensors, weights: Tensors, keep: bool) -> Tensors:
         """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
@@ -259,9 +271,9 @@ class Call:
             saved = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None
-        return tensor
+        return tensor.tensor() if isinstance(tensor, Converted) else tensor
 
-    def _rebuild(self) -> list[Tensor | None]:
+    def _rebuild(self) -> list[Tensor | Converted | None]:
         with torch.no_grad():
             outputs, overwrite = self._take_outputs(for_good=True)
             others = _others(outputs, overwrite)
@@ -274,7 +286,7 @@ class Call:
                     '(activations="store").'
                 )
             self._hand_on(inputs, others, let_go=not _is_retained())
-        rebuilt: list[Tensor | None] = list(saved)
+        rebuilt: list[Tensor | Converted | None] = list(saved)
         self._saved = _here(), rebuilt
         return rebuilt
 
@@ -303,6 +315,35 @@ class _Caught(list[Tensor]):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def catch(self, tensor: Tensor) -> None:
         self.append(tensor.detach())
+
+
+class Converted:
+    """Stands for a tensor that autograd is to have, until it asks, if the tensor follows from an input.
+
+    Args:
+        tensor: what it stands for, which is not held.
+        source: the input.
+        convert: computes the tensor from the input.
+    """
+
+    def __init__(self, tensor: Tensor, source: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
+        self.shape, self.dtype, self.device = _kind(tensor)
+        self.source = source
+        self._place = id(tensor.untyped_storage()), _place(tensor)
+        self._convert = convert
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is the one that this stands for, which must be alive."""
+        return (id(tensor.untyped_storage()), _place(tensor)) == self._place
+
+    def untyped_storage(self) -> UntypedStorage:
+        """Return the memory from which the tensor follows."""
+        return self.source.untyped_storage()
+
+    def tensor(self) -> Tensor:
+        """Compute the tensor."""
+        with torch.no_grad():
+            return self._convert(self.source)
 
 
 class _State:
@@ -482,7 +523,7 @@ def _is_here(maker: _Maker) -> bool:
 _Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
-def _kind(tensor: Tensor) -> _Kind:
+def _kind(tensor: Tensor | Converted) -> _Kind:
     return tensor.shape, tensor.dtype, tensor.device
 
 

@@ -11,6 +11,8 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch import Tensor, nn
 
+from monai_iunet.networks.layers.normalized_activation import can_be_joined, normalized_activation
+
 __all__ = ["Branch", "convolutional_branch"]
 
 
@@ -78,8 +80,13 @@ class Branch(nn.Sequential):
         self._compiled = torch.compile(Branch._one_after_another, *args, **kwargs)
 
     def _one_after_another(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x)
+        layers: list[nn.Module] = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and can_be_joined(x, layer, layers[0]):
+                x = normalized_activation(x, layer, layers.pop(0))
+            else:
+                x = layer(x)
         return x
 
     def __getstate__(self) -> dict[str, Any]:

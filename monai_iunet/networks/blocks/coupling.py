@@ -14,12 +14,21 @@ Source: Dinh, Krueger, Bengio, NICE, 2014 (arXiv 1410.8516).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from monai_iunet.engine.pytorch_private import version
-from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import (
+    Call,
+    Converted,
+    InvertibleLayer,
+    Saved,
+    Tensors,
+    is_recorded_by_autograd_alone,
+)
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 
@@ -75,10 +84,14 @@ class AdditiveCoupling(InvertibleLayer):
         return shift
 
     def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
-        """The values of the half, in the type of the branch, if that is one of 16 bits and the half in float32."""
+        """The values of the half in the type that the branch computes in, as far as that is known."""
+        of_convolutions = isinstance(self.branch, Branch) and isinstance(self.branch[0], _ConvNd)
+        kind = kept.device.type
         if self.exact and is_integer(kept):
-            return values(kept, kept.dtype if isinstance(self.branch, Branch) else torch.float32)
+            return values(kept, kept.dtype if of_convolutions else torch.float32)
         if kept.dtype == torch.float32:
+            if of_convolutions and torch.is_autocast_enabled(kind):
+                return kept.to(torch.get_autocast_dtype(kind))  # as the convolution would
             for parameter in self.branch.parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     return kept.to(parameter.dtype)
@@ -86,14 +99,22 @@ class AdditiveCoupling(InvertibleLayer):
                     break
         return kept
 
-    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
+    def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, Sequence[Saved]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
         changed, kept = outputs[changed_at], outputs[kept_at]
         outputs.clear()
         # In `transform` the half that is kept is the second input, in `restore` the first.
         (leaf,) = call.leaves([kept], first=0 if call.inverse else 1)
-        with call.repeat() as saved:
-            shift = self._shift(self._as_the_branch_takes_it(leaf), changed).detach()
+        with call.repeat() as caught:
+            taken = self._as_the_branch_takes_it(leaf)
+            shift = self._shift(taken, changed).detach()
+        saved: Sequence[Saved] = caught
+        if taken is not leaf:
+            # It follows from the half itself, if autograd asks for it.
+            convert = partial(values if self.exact and is_integer(leaf) else Tensor.to, dtype=taken.dtype)
+            converted = Converted(taken, leaf.detach(), convert)
+            saved = [converted if converted.is_of(tensor) else tensor for tensor in caught]
+        del taken, caught
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.

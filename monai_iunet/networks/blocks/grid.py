@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.networks.layers.slabs import slabs
 
 __all__ = [
     "INTEGER_STEP",
@@ -49,7 +50,6 @@ __all__ = [
     "read",
     "read_steps",
     "round_to_grid",
-    "slabs",
     "step_of",
     "unpack",
     "values",
@@ -70,18 +70,6 @@ def is_integer(stream: Tensor) -> bool:
 def step_of(stream: Tensor) -> float:
     """Return the step of the grid that a stream lies on."""
     return INTEGER_STEP if is_integer(stream) else STEP
-
-
-def slabs(size: int, others: int, device: torch.device) -> Iterator[slice]:
-    """Cut an axis into at most 16 slices to work on one after another, so that what is computed between is small.
-
-    Args:
-        size: of the axis.
-        others: number of values per index of the axis.
-        device: a slice has enough values to keep it busy.
-    """
-    at_once = max(-(-size // 16), (2**18 if device.type == "cpu" else 2**24) // max(1, others), 1)
-    return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
 
 
 def read_steps(stream: Tensor) -> Tensor:

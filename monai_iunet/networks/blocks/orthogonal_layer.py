@@ -25,7 +25,6 @@ from monai_iunet.networks.blocks.grid import (
     read,
     read_steps,
     round_to_grid,
-    slabs,
     step_of,
     unpack,
     values,
@@ -33,6 +32,7 @@ from monai_iunet.networks.blocks.grid import (
     write_steps,
 )
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
+from monai_iunet.networks.layers.slabs import slabs
 
 __all__ = ["OrthogonalLayer"]
 
