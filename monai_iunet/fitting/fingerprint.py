@@ -146,10 +146,10 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         listed = "\n".join(problems)
         if not skip_bad:
             raise InputError(
-                f"{len(problems)} problems in {data.folder}:\n{listed}\nMend them, or leave these cases out with "
+                f"{_count(problems)} in {data.folder}:\n{listed}\nMend them, or leave these cases out with "
                 "--skip-bad-cases."
             )
-        logger.warning("%d problems in %s, these cases are left out:\n%s", len(problems), data.folder, listed)
+        logger.warning("%s in %s, these cases are left out:\n%s", _count(problems), data.folder, listed)
     if not good:
         raise InputError(f"{data.folder}: no case is left to learn from. Check the data set.")
     kind = chosen or ("CT" if _is_ct(good[0]) else "MR")
@@ -157,6 +157,10 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         raise InputError(f"modality {kind!r}: must be MR or CT.")
     structures = tuple(name for name, _ in values)
     return Fingerprint(data.channels, structures, tuple(value for _, value in values), kind, good)
+
+
+def _count(problems: Sequence[str]) -> str:
+    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
 
 
 def _label_values(data: LabeledData) -> list[tuple[str, int]]:

@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ __all__ = ["FitOptions", "fit", "parse_seconds"]
 logger = logging.getLogger(__name__)
 
 MOST_RESTARTS = 3  # of a training that diverges, each with half of the learning rate
+MOST_WORKERS = 8  # of a data loader beside a GPU
 BYTES_PER_VOXEL = 8  # of a case in memory: image and label, float32
 
 
@@ -202,17 +204,29 @@ class _Fit:
             self.plan, self.fingerprint = read_plan(docs / "plan.json"), read_fingerprint(docs / "fingerprint.json")
             logger.info("%s: going on with the fit that is there", self.folder)
         else:
-            data = read_labeled_data(self.dataset)
-            self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
-            self.plan = self._make_plan(data)
-            write_bundle(self.plan.task, self.folder)
+            self._begin(asked)
+        self.console.print(fingerprint_tables(self.fingerprint))
+        self.console.print(plan_table(self.plan))
+
+    def _begin(self, asked: Mapping[str, Any]) -> None:
+        """Read the data set, make the plan, and write the folder, whole or not at all."""
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(f"{self.folder}: exists and is not an empty folder. Name another --output.")
+        data = read_labeled_data(self.dataset)
+        self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
+        self.plan = self._make_plan(data)
+        parent = check_folder(self.folder.resolve().parent)
+        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=parent) as temporary:
+            folder = write_bundle(self.plan.task, Path(temporary, "bundle"))
+            docs = folder / "docs"
             write_fingerprint(self.fingerprint, docs / "fingerprint.json")
             draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
             write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
-            # Last: what is there before it is written is not gone on with.
-            write_text(self._state_file, json.dumps({"asked": asked, "trained": [], "evaluated": []}) + "\n")
-        self.console.print(fingerprint_tables(self.fingerprint))
-        self.console.print(plan_table(self.plan))
+            state = {"asked": asked, "trained": [], "evaluated": []}
+            write_text(folder / self._state_file.name, json.dumps(state, indent=1) + "\n")
+            if self.folder.exists():
+                self.folder.rmdir()  # which is empty
+            folder.rename(self.folder)
 
     def _make_plan(self, data: LabeledData) -> FitPlan:
         amp = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -259,6 +273,7 @@ class _Fit:
                 "resume": True,
                 "patience": 1_000_000,
                 "cache_rate": self._cache_rate(),
+                "num_workers": 0 if self.device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1),
             }
         )
         for handler in parser["train"]["handlers"]:

@@ -74,7 +74,7 @@ def plan_like_nnunet(
     median = np.median(at_target, axis=0)
     cube = 1 / np.array(spacing)
     start = [round(part) for part in cube * (256**3 / cube.prod()) ** (1 / 3)]
-    patch, strides = _topology(spacing, [min(first, round(second)) for first, second in zip(start, median)])
+    patch, strides = _topology(spacing, [min(first, second) for first, second in zip(start, median)])
     while _feature_maps(patch, strides, num_classes) > REFERENCE:
         axis = int(np.argmax(np.array(patch) / median))
         # The patch shrinks by what its axis must divide by after it has shrunk.
@@ -89,7 +89,7 @@ def plan_like_nnunet(
     return NnunetPlan(spacing, tuple(patch), max(min(batch, most), 2), strides)
 
 
-def _topology(spacing: Sequence[float], patch: Sequence[int]) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+def _topology(spacing: Sequence[float], patch: Sequence[float]) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
     """Return the patch, padded to what the strides divide, and the strides."""
     sizes, voxels = [float(size) for size in patch], list(spacing)
     strides = []
@@ -120,6 +120,6 @@ def _feature_maps(patch: Sequence[int], strides: Sequence[Sequence[int]], num_cl
         voxels.append(voxels[-1] // math.prod(stride))
         features.append(min(2 * features[-1], 320))
     encoder = sum(2 * count * width for count, width in zip(voxels, features))
-    # A transposed and two further convolutions, and the logits of each resolution.
-    decoder = sum(3 * count * width + count * num_classes for count, width in zip(voxels[:-1], features[:-1]))
+    # A transposed and two further convolutions per stage; the logits of the finest.
+    decoder = sum(3 * count * width for count, width in zip(voxels[:-1], features[:-1])) + voxels[0] * num_classes
     return encoder + decoder

@@ -44,6 +44,7 @@ VOXELS_OF_BATCH = 60_000
 DEEPER_FROM = 96  # voxels along each axis that is downsampled: a fifth level sees enough there
 ELASTIC_UP_TO = 500_000  # voxels; elastic deformation of larger ones takes longer than their training step
 SHORTEST = 32  # voxels along an axis of a patch, unless the image is shorter
+ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ more
 LARGE_PATCH = 128**3  # voxels
 THICK = 2.0  # slices, times the size of voxels in them
 FOLDS = 5
@@ -188,6 +189,7 @@ class _Planner:
         step, activations = self._memory(patch, strides, batch)
         low, high = self._intensities()
         mirrored = self._mirroring()
+        partial = self._partial_labels()
         whole = all(extent >= length for extent, length in zip(patch, size))
         elastic = self._deformation(patch, spacing)
         levels = len(strides) + 1
@@ -204,6 +206,7 @@ class _Planner:
             roi_size=patch,
             window=(low, high),
             mirrored=mirrored,
+            partial_labels=partial,
             channels=self._channels(strides),
             couplings=self.couplings[:levels],
             strides=None if uniform else strides,
@@ -443,6 +446,18 @@ class _Planner:
             return ()
         self._note("mirroring", "no", "structures keep to one side or to the middle, so sides may matter", "all axes")
         return None
+
+    def _partial_labels(self) -> bool:
+        """Choose whether a structure without voxels was not contoured, or is absent as a tumor may be."""
+        organs = []
+        for number, name in enumerate(self.data.structures):
+            volumes = [case.volumes[number] for case in self.data.cases if case.volumes[number] > 0]
+            if 2 < len(volumes) < len(self.data.cases) and np.std(volumes) < ORGAN * np.mean(volumes):
+                organs.append(f"{name} ({len(self.data.cases) - len(volumes)} cases)")
+        if organs:
+            reason = f"{', '.join(organs)}: of like size where labeled, so elsewhere not labeled rather than absent"
+            self._note("missing labels", "no part of the loss", reason, "background")
+        return bool(organs)
 
     def _sampling(self, whole: bool) -> Literal["at structures", "anywhere"]:
         if whole:

@@ -38,7 +38,9 @@ def make_set(
         name = f"case_{number:02}"
         paths = []
         for channel in range(channels):
-            image = 100 * (rng.normal(0, 0.2, shape) + (labels > 0) * (1 + channel)).astype(np.float32)
+            image = 100 * (rng.normal(0, 0.2, shape) + (labels > 0) * (0.5 + labels / classes) * (1 + channel)).astype(
+                np.float32
+            )
             if modality == "CT":
                 image = np.clip(image - 50, -1000, 3000)
                 image[:, :, 0] = -1000

@@ -64,7 +64,7 @@ def test_a_mirrored_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         take(tmp_path)
     assert "case_02.nii.gz: its image seems mirrored against its labels" in str(error.value)
-    assert "1 problems" in str(error.value)
+    assert "1 problem in" in str(error.value)
     assert [Path(case.name).name for case in take(tmp_path, skip_bad=True).cases].count("case_02.nii.gz") == 0
 
 

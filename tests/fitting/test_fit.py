@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,34 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
     assert (folder / "models" / "fold_0" / "last.pt").stat().st_mtime == before
     with pytest.raises(InputError, match="a fit with another folds is there"):
         fit(data, folder, folds=3, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"channels": 4, "classes": 2},
+        {"spacing": (0.5, 0.5, 6), "shape": (40, 40, 10)},
+        {"modality": "CT", "classes": 2},
+        {"classes": 30, "shape": (24, 68, 24)},
+    ],
+    ids=["four channels", "thick slices", "CT with gaps in its labels", "30 classes"],
+)
+def test_data_sets_of_every_kind_become_bundles(kind: dict[str, Any], tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data", **kind)
+    if kind.get("modality") == "CT":  # labels 3 and 7
+        description = json.loads((data / "dataset.json").read_text())
+        description["labels"] = {"0": "background", "3": "front", "7": "back"}
+        (data / "dataset.json").write_text(json.dumps(description))
+        for path in (data / "labelsTr").iterdir():
+            image = nibabel.load(path)
+            values = np.array([0, 3, 7], np.uint8)[np.asarray(image.dataobj)]
+            nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+    fit(data, tmp_path / "bundle", fold=0, gpu_memory="1 GiB", device="cpu")
+    assert [check for check in verify_bundle(tmp_path / "bundle") if check.problem] == []
+    metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
+    assert metadata["eval_metrics"]["mean_dice"] > (0.3 if kind.get("classes", 1) < 30 else 0.01)
 
 
 @pytest.mark.usefixtures("quick")
@@ -144,3 +176,33 @@ def test_the_interval_holds_the_mean_and_shrinks_with_cases() -> None:
         assert row["dice_low"] < row["dice"] < row["dice_high"]
     assert many["dice_high"] - many["dice_low"] < few["dice_high"] - few["dice_low"]
     assert mean_dice([score("1", 0.5), score("1", 1.0, structure="b")], ["a", "b"]) == pytest.approx(0.75)
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data", shape=(16, 16, 16), count=4)
+    script = (
+        "import sys; from monai_iunet.fitting import fit, plan; plan.CHANNELS = (8, 16); plan.LONG_STEPS = 60; "
+        "fit.fit(sys.argv[1], sys.argv[2], folds=2, fold=0, gpu_memory='1 GiB', device='cpu')"
+    )
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", script, str(data), str(tmp_path / name)])
+
+    begun = time.monotonic()
+    assert start("whole").wait() == 0
+    duration = time.monotonic() - begun
+    rng = np.random.default_rng()
+    for _ in range(5):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.2, 1) * duration)
+        process.kill()
+        process.wait()
+    assert start("killed").wait() == 0
+    for name in ("eval/cross_validation.csv", "docs/plan.json", "models/training.json"):
+        whole, killed = ((tmp_path / part / name).read_text() for part in ("whole", "killed"))
+        assert killed.replace("killed", "whole") == whole
+    whole, killed = (torch.load(tmp_path / part / "models/model.pt", weights_only=True) for part in ("whole", "killed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, killed[name]), name

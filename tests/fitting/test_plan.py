@@ -121,6 +121,14 @@ def test_a_tumor_on_either_side_allows_mirroring() -> None:
     assert plan(Fingerprint(("MRI",), ("tumor",), (1,), "MR", cases)).task.mirrored == ()
 
 
+@pytest.mark.parametrize(("spread", "partial"), [((90.0, 100.0, 110.0), True), ((5.0, 40.0, 900.0), False)])
+def test_an_organ_that_is_missing_was_not_labeled(spread: tuple[float, ...], partial: bool) -> None:
+    cases = tuple(facts((32, 32, 32), classes=2, volumes=(500.0, second)) for second in (*spread, 0.0, 0.0))
+    found = plan(Fingerprint(("MRI",), ("a", "b"), (1, 2), "MR", cases))
+    assert found.task.partial_labels is partial
+    assert any("b (2 cases)" in choice.reason for choice in found.choices) is partial
+
+
 def test_few_cases_have_few_folds() -> None:
     assert plan(fingerprint(count=8, shape=(20, 20, 20))).folds == (0, 1, 2, 3, 4)
     assert plan(fingerprint(count=3, shape=(20, 20, 20))).folds == (0, 1, 2)
