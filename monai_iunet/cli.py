@@ -104,7 +104,7 @@ def _options(
 
 
 @contextlib.contextmanager
-def _input_errors(guide: str) -> Iterator[None]:
+def _input_errors(guide: str = "index") -> Iterator[None]:
     """Errors in a line that names the guide: the exit status is 2 for what a user handed in, 1 for a full disk."""
     from monai_iunet.errors import InputError
 

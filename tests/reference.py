@@ -65,6 +65,7 @@ def write_reference(folder: Path) -> dict[str, str]:
 
 def configuration(folder: Path, site: Path) -> dict[str, Any]:
     """The configuration of MkDocs for the pages in a folder."""
+    home = ["README.md", {"Guides": f"{GUIDES}/index.md"}]
     guides = [{title: [f"{GUIDES}/{name}.md" for name in names]} for title, names in NAVIGATION.items()]
     bundles = [str(path.relative_to(folder)) for path in sorted(folder.glob("bundles/*/docs/README.md"))]
     reference = [{title: path} for title, path in write_reference(folder).items()]
@@ -100,7 +101,7 @@ def configuration(folder: Path, site: Path) -> dict[str, Any]:
             {"pymdownx.arithmatex": {"generic": True}},
         ],
         "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
-        "nav": [{"Home": "README.md"}, *guides, {"Bundles": bundles}, {"Reference": reference}],
+        "nav": [{"Home": home}, *guides, {"Bundles": bundles}, {"Reference": reference}],
         "validation": {"links": {"not_found": "info"}},  # links are tested, by tests/test_guides.py
     }
 

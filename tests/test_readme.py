@@ -1,4 +1,4 @@
-"""The README shows what was measured."""
+"""The guide to memory and speed shows what was measured."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from monai_iunet.benchmark.readme import RESULTS, with_tables
 from monai_iunet.benchmark.report import read_json
 from monai_iunet.errors import InputError
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "monai_iunet" / "guides" / "benchmark.md"
 
 
 def test_the_tables_are_those_of_the_committed_benchmark() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert with_tables(text, read_json(RESULTS)) == text
     for row in ("ours, invert", "iunets", "SegIUNet", "DynUNet", "store", "118"):
         assert f"\n| {row} |" in text
@@ -26,7 +26,7 @@ def test_what_was_not_measured_is_an_empty_cell() -> None:
         {"job": "b", "network": "DynUNet", "dtype": "float32", "training_bytes_per_voxel": 251.0},
         {"job": "c", "network": "DynUNet", "dtype": "bf16 autocast", "skipped": "no luck"},
     ]
-    text = with_tables(README.read_text(encoding="utf-8"), {"sections": {"memory": memory}})
+    text = with_tables(PAGE.read_text(encoding="utf-8"), {"sections": {"memory": memory}})
     assert "| DynUNet |  | 251 |  |  |  |  |  |  |  |" in text
     assert "beside optimizer and loss: 2.5 times in float32." in text
     assert "`plan_training` comes has not been measured" in text
@@ -34,14 +34,14 @@ def test_what_was_not_measured_is_an_empty_cell() -> None:
 
 
 def test_a_missing_marker_is_told() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for marker in ("<!-- benchmark: depth -->", "<!-- end -->"):
         with pytest.raises(InputError, match="needs one block each of depth, equal cost"):
             with_tables(text.replace(marker, "", 1), {"sections": {}})
 
 
 def test_two_features_are_measured() -> None:
-    """The README says of both that memory does not grow with depth."""
+    """The guide to other packages says of both that memory does not grow with depth."""
     rows = read_json(RESULTS)["sections"]["depth_memory"]
     memory = {(row["network"], row["couplings"], row.get("dtype")): row.get("training_memory") for row in rows}
     for name in ("ours, invert", "iunets"):

@@ -1,4 +1,4 @@
-"""What the README shows first: an invertible network that learns, and one in the middle of other layers."""
+"""What the README and the guides show: an invertible network that learns, and one in the middle of other layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from monai_iunet import IUNet
 from monai_iunet.planning.live_bytes import LiveBytes
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "monai_iunet" / "guides").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+]
 
 
 def test_a_2d_iunet_learns_to_mirror_images() -> None:
@@ -68,23 +74,26 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
-@pytest.mark.parametrize("index", range(11))
-def test_the_code_of_the_readme_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 11
-    if "import lightning" in blocks[index]:
+def test_there_is_code_in_the_pages() -> None:
+    assert len(BLOCKS) >= 13
+    assert len({"".join(block.split()) for block in BLOCKS}) >= len(BLOCKS) - 1  # the README shows one again
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=map(str, range(len(BLOCKS))))
+def test_the_code_of_the_pages_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "import lightning" in block:
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     updates = [{"weight": torch.ones(2)}, {"weight": torch.full((2,), 3.0)}]
     names: dict[str, Any] = {"np": np, "updates": updates}
-    if "{bundle}" in blocks[index]:
+    if "{bundle}" in block:
         leave_out = shutil.ignore_patterns("eval", "train")
         names["bundle"] = str(shutil.copytree(HIPPOCAMPUS, tmp_path / "bundle", ignore=leave_out))
         names["data"] = str(make_hippocampus_data(tmp_path / "data", training=2))
         small = {"network_def#channels": [4, 8], "network_def#couplings": 1, "roi_size": [16, 16, 16]}
         small |= {"device": "cpu", "val_interval": 1}
-        blocks[index] = blocks[index].replace("max_epochs=1", f"max_epochs=1, **{small}")
-    exec(blocks[index].replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
+        block = block.replace("max_epochs=1", f"max_epochs=1, **{small}")
+    exec(block.replace("range(100)", "range(3)").replace("64, 64, 64)", "16, 16, 16)"), names)
     if "workflow" in names:
         saved = torch.load(tmp_path / "bundle" / "models" / "last.pt", weights_only=True)
         assert saved["epoch"] == 1
@@ -103,6 +112,8 @@ def test_the_code_of_the_readme_runs(index: int, tmp_path: Path, monkeypatch: py
         assert not list(tmp_path.iterdir())
 
 
-def test_the_layout_in_the_readme_is_that_of_its_network() -> None:
+def test_the_layout_in_the_guide_is_that_of_its_network() -> None:
     net = IUNet(spatial_dims=2, channels=(3, 8, 16, 32, 64), couplings=4)
-    assert f"```text\n{net.layout()}\n```" in README.read_text(encoding="utf-8")
+    assert f"```text\n{net.layout()}\n```" in (ROOT / "monai_iunet" / "guides" / "networks.md").read_text(
+        encoding="utf-8"
+    )

@@ -1,4 +1,6 @@
-"""The README's tables, from the stored results. In a clone, `python -m monai_iunet.benchmark.readme` measures anew.
+"""The tables of the guide to memory and speed, from the stored results.
+
+In a clone, `python -m monai_iunet.benchmark.readme` measures anew.
 
 Each stands between `<!-- benchmark: NAME -->` and `<!-- end -->`. A cell is empty where nothing was measured.
 """
@@ -44,7 +46,7 @@ def with_tables(text: str, results: dict[str, Any]) -> str:
     }
     found = re.findall(r"<!-- benchmark: (.*?) -->", text)
     if sorted(found) != sorted(BLOCKS) or text.count("<!-- end -->") != len(BLOCKS):
-        raise InputError(f"README.md: needs one block each of {', '.join(BLOCKS)}, with an end; found {found}.")
+        raise InputError(f"benchmark.md: needs one block each of {', '.join(BLOCKS)}, with an end; found {found}.")
 
     def block(match: re.Match[str]) -> str:
         return f"{match[1]}\n\n{BLOCKS[match[2]](sections)}\n\n{match[3]}"
@@ -54,8 +56,8 @@ def with_tables(text: str, results: dict[str, Any]) -> str:
 
 def refresh(root: Path, console: Console) -> list[str]:
     """Measure what has changed since the stored results, draw the figure, write the tables; return what failed."""
-    readme = root / "README.md"
-    with_tables(readme.read_text(encoding="utf-8"), {"sections": {}})  # fails now rather than after the measurements
+    page = root / "monai_iunet" / "guides" / "benchmark.md"
+    with_tables(page.read_text(encoding="utf-8"), {"sections": {}})  # fails now rather than after the measurements
     run = partial(run_benchmark, torch.device("cpu"), RESULTS, console, peers=True)
     try:
         failures = run()
@@ -63,7 +65,7 @@ def refresh(root: Path, console: Console) -> list[str]:
         failures = run(overwrite=True)
     if not failures:
         draw(RESULTS, RESULTS.with_suffix(".png"))
-        write_text(readme, with_tables(readme.read_text(encoding="utf-8"), read_json(RESULTS)))
+        write_text(page, with_tables(page.read_text(encoding="utf-8"), read_json(RESULTS)))
     return failures
 
 

@@ -47,7 +47,7 @@ def run(environment: dict[str, str], command: str, *words: object) -> str:
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("nnunetv2", "batchgeneratorsv2", "blosc2", "seaborn")),
-    reason="needs nnunetv2, see the README",
+    reason="needs nnunetv2, see monai_iunet/guides/nnunet.md",
 )
 @pytest.mark.slow
 def test_its_trainer_and_its_prediction_take_our_network(tmp_path: Path) -> None:
