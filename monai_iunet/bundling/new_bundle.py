@@ -90,6 +90,7 @@ def _metadata(task: Task) -> Config:
         "label_classes": "single channel, " + ", ".join(f"{value} {name}" for value, name in enumerate(names)),
         "pred_classes": f"{len(names)} channels of logits: {', '.join(names)}",
         "eval_metrics": {},
+        **({} if task.max_field_of_view is None else {"max_field_of_view_mm": task.max_field_of_view}),
         "intended_use": "Research. Not a medical device, not for diagnosis or treatment.",
         "references": ["Etmann, Ke, Schönlieb: iUNets. 2020. arXiv:2005.05220"],
         "network_data_format": {

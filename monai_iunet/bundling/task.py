@@ -63,6 +63,7 @@ class Task:
         max_epochs: epochs of the full training.
         batch_size: cases per step.
         learning_rate: at the beginning.
+        val_interval: epochs from one validation to the next.
         in_channels: channels of an image.
         label_values: value of each structure in the label files, where they are not 1, 2, ...
         strides: of the network, per downsampling the factor of each axis.
@@ -102,6 +103,7 @@ class Task:
     max_epochs: int = 60
     batch_size: int = 2
     learning_rate: float = 2e-3
+    val_interval: int = 5
     in_channels: int = 1
     label_values: tuple[int, ...] | None = None
     strides: tuple[tuple[int, int, int], ...] | None = None

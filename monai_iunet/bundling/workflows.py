@@ -48,7 +48,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "check_data": True,
         "skip_bad_cases": False,
         "max_epochs": task.max_epochs,
-        "val_interval": 5,
+        "val_interval": task.val_interval,
         "patience": 20,
         "batch_size": task.batch_size,
         "learning_rate": task.learning_rate,

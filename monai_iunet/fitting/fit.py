@@ -135,7 +135,8 @@ def fit(
     if not plan_only:
         run.train()
         run.evaluate()
-        run.finish()
+        if not run.is_finished:
+            run.finish()
     return Path(output)
 
 
@@ -242,6 +243,11 @@ class _Fit:
             self.options.fold,
             has_validation=bool(data.validation),
         )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the bundle is complete."""
+        return bool(self._state().get("finished", False))
 
     def train(self) -> None:
         """Train each fold that is not done."""

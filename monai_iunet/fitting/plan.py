@@ -35,6 +35,7 @@ __all__ = ["Choice", "FitPlan", "Limits", "make_plan", "measure_speed", "plan_ta
 CHANNELS = (32, 64, 128, 256, 320)
 WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
 LONG_STEPS = 10_000  # without a limit of time
+STEPS_TO_VALIDATION = 100  # at least, so that small data sets are not validated more than trained
 TRAINING_SHARE = 0.85  # of the time; the rest is evaluation
 FEWEST_VOXELS = 1000  # of the smallest structure, if voxels are made larger
 COARSEST = 2.0  # times the voxels of the images
@@ -45,6 +46,7 @@ DEEPER_FROM = 96  # voxels along each axis that is downsampled: a fifth level se
 ELASTIC_UP_TO = 500_000  # voxels; elastic deformation of larger ones takes longer than their training step
 SHORTEST = 32  # voxels along an axis of a patch, unless the image is shorter
 ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ more
+LONGER = 1.5  # times the longest axis of the images that a network has learned from
 LARGE_PATCH = 128**3  # voxels
 THICK = 2.0  # slices, times the size of voxels in them
 FOLDS = 5
@@ -190,13 +192,15 @@ class _Planner:
         low, high = self._intensities()
         mirrored = self._mirroring()
         partial = self._partial_labels()
+        extent = self._largest_image()
         whole = all(extent >= length for extent, length in zip(patch, size))
         elastic = self._deformation(patch, spacing)
         levels = len(strides) + 1
         uniform = all(stride == (2, 2, 2) for stride in strides)
         values = self.data.label_values
-        steps = LONG_STEPS if seconds is None else None
-        epochs = max(1, round(LONG_STEPS / max(1, len(self.data.cases) * (parts - 1) / parts / batch)))
+        per_epoch = max(1.0, len(self.data.cases) * (parts - 1) / parts / batch)
+        interval = max(5, math.ceil(STEPS_TO_VALIDATION / per_epoch))
+        epochs = math.ceil(LONG_STEPS / per_epoch / interval) * interval
         task = Task(
             name=name,
             modality=self.data.modality,  # type: ignore[arg-type] # it checks
@@ -207,12 +211,14 @@ class _Planner:
             window=(low, high),
             mirrored=mirrored,
             partial_labels=partial,
+            max_field_of_view=extent,
             channels=self._channels(strides),
             couplings=self.couplings[:levels],
             strides=None if uniform else strides,
             activations=activations,
             batch_size=batch,
-            max_epochs=epochs if steps else 100_000,
+            max_epochs=100_000 if seconds else epochs,
+            val_interval=interval,
             in_channels=self.in_channels,
             label_values=None if values == tuple(range(1, len(values) + 1)) else values,
             sampling=self._sampling(whole),
@@ -458,6 +464,16 @@ class _Planner:
             reason = f"{', '.join(organs)}: of like size where labeled, so elsewhere not labeled rather than absent"
             self._note("missing labels", "no part of the loss", reason, "background")
         return bool(organs)
+
+    def _largest_image(self) -> float:
+        """Choose how long an axis of an image may be that is segmented."""
+        longest = max(max(case.extent) for case in self.data.cases)
+        largest = float(math.ceil(LONGER * longest / 10) * 10)
+        reason = (
+            f"the longest axis of an image is {longest:.0f} mm; much more was never seen, and must be cropped first"
+        )
+        self._note("largest image", f"{largest:.0f} mm", reason, "any")
+        return largest
 
     def _sampling(self, whole: bool) -> Literal["at structures", "anywhere"]:
         if whole:

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["TimedDecay"]
 
+SAY_EVERY = 60.0  # seconds
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +50,7 @@ class TimedDecay(LRScheduler):
         self.used = 0.0
         self._validator = validator
         self._since: float | None = None  # when seconds were last added
+        self._said = -SAY_EVERY  # when the time left was last said
         super().__init__(optimizer)
 
     @property
@@ -67,7 +70,9 @@ class TimedDecay(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, the seconds that were used among it."""
         state = super().state_dict()
-        return {name: value for name, value in state.items() if name not in ("_validator", "_since", "max_seconds")}
+        return {
+            name: value for name, value in state.items() if name not in ("_validator", "_since", "_said", "max_seconds")
+        }
 
     def _begin(self, _: Engine) -> None:
         self._since = time.monotonic()
@@ -80,5 +85,8 @@ class TimedDecay(LRScheduler):
             if self._validator is not None:
                 self._validator.run(trainer.state.epoch)
             trainer.terminate()
+        if now - self._said < SAY_EVERY and self.share < 1:
+            return
+        self._said = now
         left = max(self.max_seconds - self.used, 0) / 60
         logger.info("Epoch %d, %.0f %% of the time, %.0f minutes left", trainer.state.epoch, 100 * self.share, left)

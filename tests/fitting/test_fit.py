@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from rich.console import Console
 from typer.testing import CliRunner
 
 from monai_iunet import InputError, TimedDecay, fit, segment, verify_bundle
@@ -107,6 +108,26 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert bad.exit_code == 2
     assert "not a data set" in bad.output
     assert not (tmp_path / "other").exists()
+
+
+def test_a_training_that_diverges_goes_on_with_a_lower_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fit.json").write_text(json.dumps({"trained": [], "evaluated": []}))
+    run = fitting._Fit(tmp_path, tmp_path, fitting.FitOptions(device="cpu"), Console(quiet=True))
+    factors: list[float] = []
+
+    def diverge(fold: int, factor: float) -> None:
+        factors.append(factor)
+        if len(factors) < limit:
+            raise FloatingPointError("Epoch 3: the loss is nan.")
+
+    monkeypatch.setattr(run, "_run_training", diverge)
+    limit = 3
+    run._train_fold(0)
+    assert factors == [1, 0.5, 0.25]
+    assert json.loads((tmp_path / "fit.json").read_text())["learning_rate_factors"] == {"fold_0": 0.25}
+    limit = 100
+    with pytest.raises(InputError, match="fold_1: still diverges after 3 restarts"):
+        run._train_fold(1)
 
 
 @pytest.mark.parametrize("duration", ["", "12", "12 hours", "-1h", "h", "0h", "1..h"])

@@ -46,6 +46,7 @@ def test_small_images_are_seen_whole() -> None:
     assert found.task.roi_size == (40, 56, 40)
     assert found.task.channels == (32, 64, 128, 256)
     assert found.task.sampling == "anywhere"
+    assert found.task.max_field_of_view == 80
     assert reason(found, "patch") == "the whole image at the median size fits"
     assert found.folds == (0, 1, 2, 3, 4)
 
