@@ -297,7 +297,7 @@ class IUNet(ChosenActivations):
     def _forward(self, images: list[Tensor], crop: bool, levels: bool, compact: bool) -> list[Tensor]:
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
-        like = x if torch.jit.is_tracing() else x.new_empty(1).expand(x.shape)
+        like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
         with self._grid():
             images.append(self._enter(self._pad(x)))
             del x

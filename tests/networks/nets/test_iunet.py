@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 
 from monai_iunet import IUNet, SegIUNet
@@ -386,3 +387,10 @@ def test_the_segmentation_network_takes_the_arguments_of_the_invertible_one() ->
     # `deep_supervision` is its own.
     assert [theirs[name] for name in ours] == list(ours.values())
     assert set(theirs) - set(ours) == {"in_channels", "out_channels", "deep_supervision"}
+
+
+def test_a_meta_tensor_is_taken_as_a_tensor_is() -> None:
+    # MONAI's trainers hand their images over as such.
+    net = SegIUNet(2, 1, 2, (4, 8), couplings=1)
+    image = torch.rand(1, 1, 9, 8)
+    torch.testing.assert_close(net(MetaTensor(image)).as_tensor(), net(image))
