@@ -6,6 +6,7 @@ What was reported done is there afterwards, whole; what was not can be done agai
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -269,3 +270,19 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(recipe: dict[str, Any],
     assert "Signal 9 (SIGKILL)" in printed
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert trained(folder) >= 1
+
+
+def test_processes_of_torchrun_share_a_folder(images: Path, tmp_path: Path) -> None:
+    paths, folder = sorted(images.iterdir())[:5], tmp_path / "out"
+    start = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node", "2"]
+    words = [*start, *SEGMENT, *paths, "--output", folder, "--no-overlay", "--volumes", "json"]
+    alone = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert alone.returncode != 0
+    assert "Pass --share auto" in alone.stderr
+    assert not folder.exists()
+    result = subprocess.run([*words, "--share", "auto"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    done = [Path(line).name for line in result.stdout.splitlines() if line.endswith("_seg.nii.gz")]
+    names = [path.name.removesuffix(".nii.gz") for path in paths]
+    assert sorted(done) == sorted(f"{name}_seg.nii.gz" for name in names)
+    assert list(json.loads((folder / "volumes.json").read_text())) == names
