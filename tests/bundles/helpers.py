@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import monai.bundle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from monai_iunet.bundling.task import TASKS
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
@@ -18,20 +21,31 @@ SCHEMA = Path(__file__).with_name("metadata_schema.json")
 GLOO_ABORT = "terminate called without an active exception"
 
 
-def command(bundle: Path, config: str, **overrides: object) -> list[str]:
-    """`python -m monai.bundle run`, as the README of a bundle says; `__` in a name stands for `#`."""
+def options(bundle: Path, config: str, **overrides: object) -> dict[str, object]:
+    """What `monai.bundle.run` is given, as the README of a bundle says; `__` in a name stands for `#`."""
     configs = bundle / "configs"
-    words = ["-m", "monai.bundle", "run", "--config_file", str(configs / config)]
-    words += ["--meta_file", str(configs / "metadata.json"), "--logging_file", str(configs / "logging.conf")]
+    files = {"config_file": configs / config, "meta_file": configs / "metadata.json"}
     if config.endswith("evaluate.json"):
         overrides = {"fit_quality": False, **overrides}  # lest a bundle of the repository is fitted to made data
-    for name, value in {"bundle_root": bundle, **overrides}.items():
-        words += [f"--{name.replace('__', '#')}", str(value)]
+    given = {**files, "logging_file": configs / "logging.conf", "bundle_root": bundle, **overrides}
+    return {name.replace("__", "#"): str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def command(bundle: Path, config: str, **overrides: object) -> list[str]:
+    """Words of `python -m monai.bundle run`."""
+    words = ["-m", "monai.bundle", "run"]
+    for name, value in options(bundle, config, **overrides).items():
+        words += [f"--{name}", str(value)]
     return words
 
 
-def run(bundle: Path, config: str, launcher: Sequence[str] = (), **overrides: object) -> str:
-    """What the command prints; it must succeed."""
+def run(bundle: Path, config: str, **overrides: object) -> None:
+    """Run a config in this process, as the command does; a process of its own takes seconds to import all."""
+    monai.bundle.run(**{**options(bundle, config, **overrides), "logging_file": False})
+
+
+def launch(launcher: Sequence[str], bundle: Path, config: str, **overrides: object) -> str:
+    """Run the command in a process of its own, or several; it must succeed. Return what it prints."""
     words = [sys.executable, *launcher, *command(bundle, config, **overrides)]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     if launcher and result.returncode and GLOO_ABORT in result.stderr:
@@ -41,6 +55,8 @@ def run(bundle: Path, config: str, launcher: Sequence[str] = (), **overrides: ob
     return result.stdout
 
 
-def losses(log: str) -> list[float]:
-    """Loss of each step in a log."""
-    return [float(line.split("train_loss:")[1]) for line in log.splitlines() if "train_loss:" in line]
+def losses(log_dir: Path) -> list[float]:
+    """Loss of each step of a training, from what it wrote for TensorBoard."""
+    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    log.Reload()
+    return [event.value for event in log.Scalars("train_loss")]

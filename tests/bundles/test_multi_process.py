@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bundles.helpers import run
+from tests.bundles.helpers import launch, run
 from tests.bundles.made_data import HIPPOCAMPUS as BUNDLE
 from tests.bundles.made_data import make_hippocampus_data
 
@@ -34,7 +34,7 @@ def test_two_processes_train_evaluate_and_segment_as_one(tmp_path: Path) -> None
         "train__random_transforms": "$[monai.transforms.SpatialPadd(['image', 'label'], @roi_size)]",
     }
     run(BUNDLE, "train.json", **recipe, batch_size=2, ckpt_dir=tmp_path / "one")
-    run(BUNDLE, "multi_gpu_train.json", torchrun(), **recipe, batch_size=1, ckpt_dir=tmp_path / "two")
+    launch(torchrun(), BUNDLE, "multi_gpu_train.json", **recipe, batch_size=1, ckpt_dir=tmp_path / "two")
     one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
     assert one["epoch"] == two["epoch"] == 2
     for name, weight in one["network"].items():
@@ -42,19 +42,13 @@ def test_two_processes_train_evaluate_and_segment_as_one(tmp_path: Path) -> None
     assert one["best"] == pytest.approx(two["best"], abs=1e-4)
 
     options = {**small, "checkpoint": tmp_path / "one" / "model.pt"}
-    tables = []
-    for config, launcher in (("evaluate.json", []), ("multi_gpu_evaluate.json", torchrun())):
-        run(BUNDLE, config, launcher, **options, output_dir=tmp_path / config)
-        tables.append((tmp_path / config / "cases.csv").read_text())
+    run(BUNDLE, "evaluate.json", **options, output_dir=tmp_path / "one evaluates")
+    launch(torchrun(), BUNDLE, "multi_gpu_evaluate.json", **options, output_dir=tmp_path / "two evaluate")
+    tables = [(tmp_path / name / "cases.csv").read_text() for name in ("one evaluates", "two evaluate")]
     assert tables[0] == tables[1]
     assert len(list(csv.DictReader(tables[0].splitlines()))) == 2 * 3
 
     images = data / "imagesTr"
-    run(
-        BUNDLE,
-        "multi_gpu_inference.json",
-        torchrun(),
-        **{**options, "dataset_dir": images},
-        output_dir=tmp_path / "out",
-    )
+    options |= {"dataset_dir": images, "output_dir": tmp_path / "out"}
+    launch(torchrun(), BUNDLE, "multi_gpu_inference.json", **options)
     assert len(list((tmp_path / "out").iterdir())) == 5

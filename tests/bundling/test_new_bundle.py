@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from monai_iunet import BundleSegmenter, read_image
 from monai_iunet.cli import app
 from monai_iunet.training.evaluation import compare
-from tests.bundles.helpers import SCHEMA, losses, run
+from tests.bundles.helpers import SCHEMA, launch, losses, run
 from tests.bundles.made_data import make_hippocampus_data
 
 OPTIONS = {"--name": "my_task", "--modality": "MR", "--classes": "front,back", "--roi-size": "24,32,24"}
@@ -39,7 +39,8 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
     verify_metadata(bundle / "configs" / "metadata.json", str(SCHEMA))
     data = make_hippocampus_data(tmp_path / "data", training=5, validation=0)  # without a section "validation"
     small = {"network_def__channels": [8, 16], "network_def__couplings": 1, "dataset_dir": data}
-    log = run(
+    log = launch(
+        [],
         bundle,
         "train.json",
         **small,
@@ -52,8 +53,9 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         intensity_percentiles=[2, 98],
     )
     assert "of its 5 cases, 1 are for validation, every 5th by name" in log
-    assert np.mean(losses(log)[-4:]) < np.mean(losses(log)[:4])
-    assert "trained with" not in run(bundle, "evaluate.json", **small)
+    found = losses(bundle / "train")
+    assert np.mean(found[-4:]) < np.mean(found[:4])
+    assert "trained with" not in launch([], bundle, "evaluate.json", **small)
     with (bundle / "eval" / "cases.csv").open() as file:
         dice = {row["structure"]: float(row["dice"]) for row in csv.DictReader(file)}
     # What the training was given is used, and the same everywhere, though no command was told of it.

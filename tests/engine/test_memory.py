@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.planning.live_bytes import LiveBytes
 
 
+@cache
 def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> tuple[float, float]:
     """Peak of a training step and of a forward pass without gradients, above parameters and their gradients.
 
@@ -21,7 +24,7 @@ def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> 
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     parameters = list(net.parameters())
-    x = torch.randn(1, 32, 32, 32, 32, requires_grad=input_gradient)
+    x = torch.randn(1, 32, 24, 24, 24, requires_grad=input_gradient)
     with LiveBytes(ignore=net.buffers()) as training:
         z = x * 1
         y = net(z)
@@ -42,7 +45,7 @@ def check(depths: list[int], input_gradient: bool = False) -> None:
     assert max(training) < 6.55
     assert max(training) < 1.01 * min(training)
     # Input, copy and state make 3, two tensors inside a branch 1; statistics and small matrices come on top.
-    assert max(inference) < 4.001
+    assert max(inference) < 4.003
 
 
 @pytest.mark.parametrize("input_gradient", [False, True])
@@ -74,9 +77,9 @@ def test_under_autocast_exactness_takes_less_memory_for_its_stream_has_16_bits()
 
 def test_a_patch_takes_a_quarter_of_the_bytes_of_nnunet_s_network() -> None:
     net = EQUAL_COST["SegIUNet"]()
-    x = torch.rand(1, 1, 64, 64, 64)
-    assert peak_of_training(net, lambda: net(x).square().mean().backward()) < 540 * 64**3
-    assert 220e3 < forward_macs(net, x) / 64**3 < 230e3
+    x = torch.rand(1, 1, 48, 48, 48)
+    assert peak_of_training(net, lambda: net(x).square().mean().backward()) < 540 * 48**3
+    assert 220e3 < forward_macs(net, x) / 48**3 < 230e3
 
 
 @pytest.mark.slow

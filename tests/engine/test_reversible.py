@@ -194,14 +194,14 @@ def test_each_branch_is_evaluated_twice_a_step_and_each_matrix_computed_once(mon
 
 
 def test_float32_after_training_is_as_accurate_as_plain_autograd() -> None:
-    net = IUNet(2, (8, 16), couplings=24)  # 24 in each of two levels, in the encoder and in the decoder: 96
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    net = IUNet(2, (8, 16), couplings=12)  # 12 in each of two levels, in the encoder and in the decoder: 48
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
 
     def loss(network: IUNet) -> torch.Tensor:
         x = torch.randn(1, 8, 16, 16, dtype=torch.double).to(next(network.parameters()).dtype)
         return nn.functional.mse_loss(network(x), x.flip(-1))
 
-    for _ in range(200):
+    for _ in range(60):
         optimizer.zero_grad()
         loss(net).backward()
         optimizer.step()
