@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from monai.bundle import ckpt_export, trt_export
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_iunet import SegIUNet
+from monai_iunet.bundling.task import TASKS, Task
+from tests.bundles.helpers import BUNDLES
+from tests.bundles.test_exports import eager, files
 from tests.helpers import randomize, relative_errors
 
 pytestmark = pytest.mark.gpu
@@ -170,3 +174,33 @@ def test_a_cuda_graph_of_the_inference() -> None:
             y = net(x)
         graph.replay()
         torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def logits(network: nn.Module, task: Task) -> Tensor:
+    with torch.no_grad():
+        return network(torch.rand(1, 1, *task.roi_size, generator=torch.Generator().manual_seed(0)).cuda()).float()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_bundle_as_torchscript(task: Task, tmp_path: Path) -> None:
+    weights = str(BUNDLES / task.name / "models" / "model.pt")
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files(task))
+    exported = torch.jit.load(tmp_path / "model.ts", map_location="cuda")
+    torch.testing.assert_close(logits(exported, task), logits(eager(task).cuda(), task), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_bundle_as_tensorrt(task: Task, tmp_path: Path) -> None:
+    """The command of the bundle's README, in 16 bits."""
+    pytest.importorskip("torch_tensorrt")
+    trt_export(
+        "network_def",
+        filepath=str(tmp_path / "model_trt.ts"),
+        ckpt_file=str(BUNDLES / task.name / "models" / "model.pt"),
+        precision="fp16",
+        use_onnx=True,
+        use_trace=True,
+        **files(task),
+    )
+    found = logits(torch.jit.load(tmp_path / "model_trt.ts"), task)
+    assert (found.argmax(1) == logits(eager(task).cuda(), task).argmax(1)).float().mean() > 0.99
