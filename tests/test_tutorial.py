@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.fl.utils.exchange_object import ExchangeObject
 from torch import nn
 
 from monai_iunet import IUNet
@@ -74,6 +75,19 @@ def test_its_memory_saving_needs_no_asking() -> None:
     assert alive[0] == alive[1]
 
 
+class Client:
+    """Stands in for a federated client, whose training adds a number; `tests/bundles` runs the block with real ones."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def train(self, data: ExchangeObject) -> None:
+        self.weights = {name: torch.as_tensor(value) + self.step for name, value in data.weights.items()}
+
+    def get_weights(self) -> ExchangeObject:
+        return ExchangeObject(weights=self.weights)
+
+
 def test_there_is_code_in_the_pages() -> None:
     assert len(BLOCKS) >= 13
     assert len({"".join(block.split()) for block in BLOCKS}) >= len(BLOCKS) - 1  # the README shows one again
@@ -84,8 +98,7 @@ def test_the_code_of_the_pages_runs(block: str, tmp_path: Path, monkeypatch: pyt
     if "import lightning" in block:
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
-    updates = [{"weight": torch.ones(2)}, {"weight": torch.full((2,), 3.0)}]
-    names: dict[str, Any] = {"np": np, "updates": updates}
+    names: dict[str, Any] = {"np": np, "clients": [Client(1), Client(3)], "weights": {"weight": np.zeros(2)}}
     if "{bundle}" in block:
         leave_out = shutil.ignore_patterns("eval", "train")
         names["bundle"] = str(shutil.copytree(HIPPOCAMPUS, tmp_path / "bundle", ignore=leave_out))
@@ -97,8 +110,8 @@ def test_the_code_of_the_pages_runs(block: str, tmp_path: Path, monkeypatch: pyt
     if "workflow" in names:
         saved = torch.load(tmp_path / "bundle" / "models" / "last.pt", weights_only=True)
         assert saved["epoch"] == 1
-    if "weights" in names:
-        np.testing.assert_array_equal(names["weights"]["weight"], [2, 2])
+    if "updates" in names:  # three rounds, each adds 1 and 3
+        np.testing.assert_array_equal(names["weights"]["weight"], [6, 6])
     if "plan" in names:
         assert names["plan"].training_peak > names["plan"].inference_peak > 2**30
     if "restored" in names:

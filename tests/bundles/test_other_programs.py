@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo, MonaiAlgoStats
 from monai.fl.utils.constants import ExtraItems, ModelType
@@ -33,6 +35,7 @@ BUNDLES = pytest.mark.parametrize(
     ids=["hippocampus", "headneck"],
 )
 Weights = dict[str, Any]
+GUIDE = Path(__file__).parents[2] / "monai_iunet" / "guides" / "train.md"
 
 
 def copied(source: Path, folder: Path) -> Path:
@@ -124,7 +127,7 @@ def test_statistics_of_a_client_s_data(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_clients_and_three_rounds(tmp_path: Path) -> None:
-    """Federated averaging in a few lines, as in the README; gradients of the averaged weights are right."""
+    """Federated averaging by the lines of the guide; gradients of the averaged weights are right."""
     clients = []
     for number in range(2):
         bundle = copied(HIPPOCAMPUS, tmp_path / f"bundle{number}")
@@ -132,15 +135,17 @@ def test_two_clients_and_three_rounds(tmp_path: Path) -> None:
             client(bundle, make_hippocampus_data(tmp_path / f"data{number}", training=2 + number), local_epochs=6)
         )
     weights = {name: tensor.numpy() for name, tensor in clients[0].trainer.network.state_dict().items()}
-    losses = []
-    for _ in range(3):
-        updates = []
-        for algo in clients:
-            algo.train(ExchangeObject(weights=weights))
-            updates.append(algo.get_weights().weights)
-        losses.append(float(np.mean([algo.trainer.state.output[0]["loss"] for algo in clients])))
-        weights = {name: np.mean([np.asarray(update[name]) for update in updates], axis=0) for name in weights}
-    assert losses[-1] < losses[0]
+    losses: list[list[float]] = [[], []]
+    for algo, found in zip(clients, losses):
+        algo.trainer.add_event_handler(
+            Events.COMPLETED, lambda engine, f=found: f.append(engine.state.output[0]["loss"])
+        )
+    (block,) = re.findall(r"```python\n([^`]*?client\.train.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    names = {"np": np, "clients": clients, "weights": weights}
+    exec(block, names)
+    weights = names["weights"]
+    assert [len(found) for found in losses] == [3, 3]
+    assert np.mean([found[-1] for found in losses]) < np.mean([found[0] for found in losses])
     metrics = [algo.evaluate(ExchangeObject(weights=weights)).metrics["val_mean_dice"] for algo in clients]
     assert all(0 <= metric <= 1 for metric in metrics)
 

@@ -1,7 +1,8 @@
 """nnU-Net's own commands with our network: planning, two short epochs, prediction, and what else its users do.
 
-`monai_iunet/guides/nnunet.md` says how it is installed. Its search for a trainer (`-tr`) imports all of its trainers, those of transformers
-too, which need timm and with it torchvision; here empty stand-ins take their place, unless they are there.
+`monai_iunet/guides/nnunet.md` says how it is installed. Its search for a trainer (`-tr`) imports all of its trainers,
+those of transformers too, which need timm and with it torchvision; here empty stand-ins take their place, unless they
+are there.
 """
 
 from __future__ import annotations
