@@ -9,6 +9,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from ignite.handlers import EMAHandler
+from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -249,3 +250,10 @@ def test_compiled_branches(backend: str, options: dict[str, Any]) -> None:
         copy.deepcopy(net)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+
+
+def test_images_may_be_tensors_of_monai() -> None:
+    net = SegIUNet(3, 1, 2, (4, 8), couplings=1)
+    x = torch.rand(1, 1, 8, 8, 8)
+    net(MetaTensor(x)).square().mean().backward()
+    torch.testing.assert_close(torch.as_tensor(net(MetaTensor(x))), net(x))
