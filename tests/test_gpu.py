@@ -15,8 +15,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_iunet import SegIUNet
-from monai_iunet.bundling.task import TASKS, Task
-from tests.bundles.helpers import BUNDLES
+from monai_iunet.bundling.task import Task
+from tests.bundles.helpers import BUNDLES, TRAINED
 from tests.bundles.test_exports import eager, files
 from tests.helpers import randomize, relative_errors
 
@@ -181,7 +181,7 @@ def logits(network: nn.Module, task: Task) -> Tensor:
         return network(torch.rand(1, 1, *task.roi_size, generator=torch.Generator().manual_seed(0)).cuda()).float()
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", TRAINED, ids=lambda task: task.name)
 def test_a_bundle_as_torchscript(task: Task, tmp_path: Path) -> None:
     weights = str(BUNDLES / task.name / "models" / "model.pt")
     ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files(task))
@@ -189,7 +189,7 @@ def test_a_bundle_as_torchscript(task: Task, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(exported, task), logits(eager(task).cuda(), task), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", TRAINED, ids=lambda task: task.name)
 def test_a_bundle_as_tensorrt(task: Task, tmp_path: Path) -> None:
     """The command of the bundle's README, in 16 bits."""
     pytest.importorskip("torch_tensorrt")

@@ -91,11 +91,11 @@ def test_the_weights_of_a_running_training_are_taken(tmp_path: Path) -> None:
 def test_learns_from_label_maps_to_segment_images(made_heads: Path, tmp_path: Path) -> None:
     small = {"network_def__channels": [8, 32, 64], "network_def__couplings": 1, "dataset_dir": made_heads, "amp": False}
     weights = tmp_path / "weights"
-    log = run(
+    run(
         BUNDLE, "train.json", **small, max_epochs=300, val_interval=150, learning_rate=0.01, seed=3,
         roi_size=[48, 48, 48], average__momentum=0.05, ckpt_dir=weights, output_dir=tmp_path / "log",
     )  # fmt: skip
-    found = losses(log)
+    found = losses(tmp_path / "log")
     assert np.mean(found[-20:]) < 0.7 * np.mean(found[:20])
     run(BUNDLE, "evaluate.json", **small, checkpoint=weights / "model.pt", output_dir=tmp_path / "eval")
     with (tmp_path / "eval" / "summary.csv").open() as file:
