@@ -626,6 +626,10 @@ def new_bundle(
     classes: Annotated[str, typer.Option(help="Structures in the order of their labels, such as liver,tumor.")],
     spacing: Annotated[str, typer.Option(help="Voxels that the network sees, in mm.")] = "1,1,1",
     roi_size: Annotated[str, typer.Option(help="Patch, in voxels; multiples of 8.")] = "96,96,96",
+    any_contrast: Annotated[
+        bool,
+        typer.Option("--any-contrast", help="Vary contrasts in training, so that MRI of others are segmented too."),
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder in which the bundle's folder is made.")] = Path("."),
 ) -> None:
     """Write a bundle for a task of one's own: configs to train, evaluate and segment, ready to run."""
@@ -640,6 +644,7 @@ def new_bundle(
             dataset=name,
             spacing=_numbers(spacing, float, "--spacing"),
             roi_size=_numbers(roi_size, int, "--roi-size"),
+            any_contrast=any_contrast,
         )
         typer.echo(write_bundle(task, output / name))
 

@@ -120,6 +120,10 @@ class Task:
             raise InputError(f"name {self.name!r}: must consist of letters, digits and underscores.")
         if self.modality not in ("MR", "CT"):
             raise InputError(f"modality {self.modality!r}: must be MR or CT.")
+        if self.modality == "CT" and (self.any_contrast or self.synthetic):
+            raise InputError(
+                "modality CT: its contrast is the same in all images. Leave out any_contrast and synthetic."
+            )
         if not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
         if min(self.spacing) <= 0:

@@ -13,7 +13,7 @@ import torch
 from monai.bundle import verify_metadata
 from typer.testing import CliRunner
 
-from monai_iunet import BundleSegmenter, read_image
+from monai_iunet import BundleSegmenter, InputError, Task, read_image
 from monai_iunet.cli import app
 from monai_iunet.training.evaluation import compare
 from tests.bundles.helpers import SCHEMA, launch, losses, run
@@ -91,6 +91,20 @@ def test_what_does_not_describe_a_task_is_refused(changes: dict[str, str], messa
     assert code == 2
     assert message in output
     assert not (tmp_path / "new").exists()
+
+
+def test_contrasts_are_varied_if_that_is_asked_for(tmp_path: Path) -> None:
+    words = [word for option in OPTIONS.items() for word in option]
+    for number, flag in enumerate(([], ["--any-contrast"])):
+        result = CliRunner().invoke(app, ["init-bundle", *words, *flag, "--output", str(tmp_path / str(number))])
+        assert result.exit_code == 0, result.output
+        config = (tmp_path / str(number) / "my_task" / "configs" / "train.json").read_text()
+        assert ("monai_iunet.RandIntensityCurved" in config) == bool(flag)
+
+
+def test_a_ct_has_one_contrast() -> None:
+    with pytest.raises(InputError, match="modality CT"):
+        Task("name", "CT", ("a",), "data", (1.0, 1.0, 1.0), (16, 16, 16), any_contrast=True)
 
 
 def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
