@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = "monai_iunet/guides"
 # Title and pages of each part of the site.
 NAVIGATION = {
-    "Users": ["segment", "bids", "batches", "programs", "container"],
+    "Users": ["segment", "bids", "batches", "large_images", "programs", "container"],
     "Trainers": ["train", "memory", "nnunet"],
     "Engine builders": ["networks", "engine"],
     "Measured": ["benchmark", "comparison"],
