@@ -175,7 +175,7 @@ def segment(
     with _input_errors("segment"):
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Settings, image_names, segment_example, segment_files
-        from monai_iunet.segmentation.records import write_table
+        from monai_iunet.segmentation.records import RECORD_SUFFIX, write_table
         from monai_iunet.segmentation.report import write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
         from monai_iunet.segmentation.share import Share
@@ -213,6 +213,17 @@ def segment(
             names = image_names(images or [Path("mni152.nii.gz")])
             if table is not None and write_table(output, names, table) and not quiet:
                 typer.echo(f"{table}")
+            failed = {failure.path for failure in failures}
+            absent = [
+                name
+                for name, path in zip(names, images or [None])
+                if path not in failed and not (output / f"{name}{RECORD_SUFFIX}").exists()
+            ]
+            if (table or page) and absent and not quiet:
+                typer.echo(
+                    f"Not in the table: {len(absent)} of {len(names)} images without a record, such as {absent[0]}: "
+                    "not done yet, or done without --volumes and --report."
+                )
             reasons = [failure.reason for failure in failures]
             if page is not None and write_report(output, output, page, names, reasons, _command()) and not quiet:
                 typer.echo(f"{page}")

@@ -29,8 +29,9 @@ __all__ = ["image_view", "viewer_program", "write_page"]
 
 # Longer axes are thinned out for the page; the files keep all voxels.
 LARGEST_AXIS = 256
-# Images with a viewer in one page; further ones are in the table.
+# Images with a viewer in one page, and characters that they may take; further ones are in the table.
 MOST_VIEWS = 50
+MOST_CHARACTERS = 200_000_000
 
 
 def viewer_program() -> tuple[str, str, str]:
@@ -137,7 +138,7 @@ def write_page(
         path: file to write; an old one is replaced.
         title: heading.
         measures: row of each image, by the titles of the columns; columns that an image has not are empty.
-        views: JSON files with the `image_view` of images; of more than 50 the first are shown.
+        views: JSON files with the `image_view` of images; of more than 50, or 200 MB, the first are shown.
         warnings: lines at the top.
         doubtful: images whose row is red.
         command: the command that was run.
@@ -149,7 +150,11 @@ def write_page(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     program, version, license_text = viewer_program()
-    shown = [name for name in measures if name in views][:MOST_VIEWS]
+    shown: list[str] = []
+    room = MOST_CHARACTERS
+    for name in [name for name in measures if name in views][:MOST_VIEWS]:
+        room -= views[name].stat().st_size
+        shown += [name] if room >= 0 else []
     left_out = sum(name in views for name in measures) - len(shown)
     summary = f"{len(measures)} {'image' if len(measures) == 1 else 'images'}."
     summary += f" The first {len(shown)} can be looked at here, the table has all." if left_out else ""

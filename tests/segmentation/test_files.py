@@ -177,6 +177,16 @@ def test_several_processes_share_a_folder(images: list[Path], tmp_path: Path) ->
     assert list(json.loads((out / "volumes.json").read_text())) == ["a", "b", "c"]
 
 
+def test_results_without_a_record_are_said(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call("segment", images[0], "--output", out, "--no-overlay")[0] == 0
+    words = ("segment", *images[:2], "--output", out, "--no-overlay", "--skip-done", "--volumes", "json")
+    code, printed, _ = call(*words)
+    assert code == 0
+    assert "Not in the table: 1 of 2 images without a record, such as a: " in printed
+    assert list(json.loads((out / "volumes.json").read_text())) == ["b"]
+
+
 def test_programs_read_lines_of_json(images: list[Path], tmp_path: Path) -> None:
     images[1].write_bytes(b"no image")
     code, printed, _ = call("segment", *images[:2], "--output", tmp_path / "out", "--no-overlay", "--json")

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -86,12 +87,15 @@ def test_the_page_needs_no_network_and_escapes_what_users_name(written: Path) ->
     assert "BSD 2-Clause" in frame
 
 
+@pytest.mark.parametrize(
+    "limit", [lambda _: ("MOST_VIEWS", 1), lambda size: ("MOST_CHARACTERS", 2 * size - 1)], ids=["number", "size"]
+)
 def test_of_many_images_the_first_are_shown_and_the_page_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: Callable[[int], tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_VIEWS", 1)
     view = tmp_path / "view.json"
     view.write_text(json.dumps(image_view("one", *volume(), NAMES)))
+    monkeypatch.setattr(page, *limit(view.stat().st_size))
     write_page(tmp_path / "page.html", "Title", {"one": {}, "two": {}}, {"one": view, "two": view})
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "2 images. The first 1 can be looked at here, the table has all." in text
