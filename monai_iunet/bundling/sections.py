@@ -185,10 +185,11 @@ def log_of_loss() -> Config:
 def datalist(task: Task) -> Config:
     """Return the lists of training and validation cases, checked."""
 
+    without = ", @left_out" if task.left_out else ""
     folds = "None, 0" if task.validation_cases else "@fold, @folds"
 
     def section(name: str | None) -> str:
-        return f"monai_iunet.list_cases(@dataset_dir, {name!r}, {folds}, @skip_bad_cases)"
+        return f"monai_iunet.list_cases(@dataset_dir, {name!r}, {folds}, @skip_bad_cases{without})"
 
     def check(cases: str) -> str:
         values = "" if task.label_values is None else f", {[0, *task.label_values]}"
@@ -196,7 +197,8 @@ def datalist(task: Task) -> Config:
 
     if not task.validation_cases:
         sections = {name: check(section(name)) for name in ("training", "validation")}
-        return {"fold": task.fold, "folds": task.folds, "datalist": sections}
+        left_out = {"left_out": list(task.left_out)} if task.left_out else {}
+        return {"fold": task.fold, "folds": task.folds, **left_out, "datalist": sections}
     names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
     kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
     return {

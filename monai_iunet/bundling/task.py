@@ -75,6 +75,7 @@ class Task:
         max_seconds: of the training, if it is to last for a time and not for `max_epochs`.
         fold: which part of the training cases is for validation; None for the data set's own validation cases.
         folds: number of such parts.
+        left_out: file names of images that are not used, because something is wrong with them.
 
     Example:
         >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
@@ -114,6 +115,7 @@ class Task:
     max_seconds: float | None = None
     fold: int | None = None
     folds: int = 5
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):

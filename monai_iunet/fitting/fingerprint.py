@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Fingerprint:
         label_values: their values in the label files.
         modality: "MR" or "CT".
         cases: that can be learned from.
+        left_out: file names of the images of the others.
 
     Example:
         >>> Fingerprint(("CT",), ("liver",), (1,), "CT", ()).structures
@@ -107,6 +108,7 @@ class Fingerprint:
     label_values: tuple[int, ...]
     modality: str
     cases: tuple[CaseFacts, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def labeled(self) -> tuple[int, ...]:
@@ -133,14 +135,17 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
     values = _label_values(data)
     problems = list(data.problems)
     cases = []
+    left_out = []
     for case in track([*data.training, *(data.validation or [])], "Reading cases", transient=True):
         try:
             cases.append(_case_facts(case, values))
         except InputError as error:
             problems.append(str(error))
+            left_out.append(_image_of(case))
     chosen = modality or _named_modality(data.channels)
     problems_of_pairs = _other_modality(cases, chosen) | _mirrored(cases)
     problems += problems_of_pairs.values()
+    left_out += problems_of_pairs
     good = tuple(case for case in cases if case.name not in problems_of_pairs)
     if problems:
         listed = "\n".join(problems)
@@ -156,7 +161,8 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
     if kind not in ("MR", "CT"):
         raise InputError(f"modality {kind!r}: must be MR or CT.")
     structures = tuple(name for name, _ in values)
-    return Fingerprint(data.channels, structures, tuple(value for _, value in values), kind, good)
+    names = tuple(sorted(Path(name).name for name in left_out))
+    return Fingerprint(data.channels, structures, tuple(value for _, value in values), kind, good, names)
 
 
 def _count(problems: Sequence[str]) -> str:
@@ -178,13 +184,18 @@ def _label_values(data: LabeledData) -> list[tuple[str, int]]:
     return [(f"label {value}", value) for value in sorted(found) if value > 0]
 
 
+def _image_of(case: Mapping[str, Any]) -> str:
+    """Return the file of a case's image, or of its first channel."""
+    return str(case["image"][0] if isinstance(case["image"], list) else case["image"])
+
+
 def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]]) -> CaseFacts:
     """Read a case and count what is known of it."""
     channels, label = read_case(case, [0, *(value for _, value in values)])
     image = nibabel.as_closest_canonical(channels[0])
     labels = np.asarray(nibabel.as_closest_canonical(label).dataobj).astype(np.int32)
     data = image.get_fdata(dtype=np.float32)
-    name = case["image"][0] if isinstance(case["image"], list) else case["image"]
+    name = _image_of(case)
     if float(np.ptp(data)) == 0:
         raise InputError(f"{name}: all voxels have the same value. Check the export.")
     spacing = nibabel.affines.voxel_sizes(image.affine)
@@ -209,7 +220,7 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]]) -> Case
     inside = data[labels > 0]
     sample = inside[np.random.default_rng(0).integers(0, len(inside), min(SAMPLES, len(inside)))]
     return CaseFacts(
-        name=str(name),
+        name=name,
         shape=tuple(image.shape),
         spacing=tuple(round(float(size), 4) for size in spacing),  # type: ignore[arg-type]
         lowest=float(data.min()),

@@ -25,6 +25,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from rich.console import Console
 
+from monai_iunet.bundling.fit_quality import as_markdown, bundle_cases, evaluate_quality
 from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import draw_cases, draw_training
 from monai_iunet.errors import InputError
@@ -364,10 +365,16 @@ class _Fit:
         _write_table(self.folder / "eval" / "cross_validation.csv", rows)
         docs = self.folder / "docs"
         draw_training(self.folder / "train" / _name(best), docs / "training.png")
-        if task.in_channels == 1:
+        quality = None
+        if task.in_channels > 1 or task.label_values is not None:
+            logger.warning("No quality model and no pictures of cases: for one channel and labels 1, 2, ... only")
+        else:
+            cases = bundle_cases(self.folder, self.dataset)
+            quality = evaluate_quality(self.folder, cases, self.device, required=False)
             draw_cases(self.folder, self.dataset, self._evaluation(best, False) / "cases.csv", docs / "cases.png")
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
-        write_page(self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), cleaned)
+        of_quality = "" if quality is None else as_markdown(quality)
+        write_page(self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), cleaned, of_quality)
         self._note(finished=True)
         self.console.print(score_table(rows))
 

@@ -26,6 +26,7 @@ def write_page(
     members: Mapping[str, float],
     best: str,
     cleaned: Sequence[str],
+    quality: str,
 ) -> None:
     """Write `docs/README.md`, and the results into `configs/metadata.json`.
 
@@ -38,8 +39,11 @@ def write_page(
         members: mean Dice of each fold's network on the cases that it was not trained on.
         best: name of the network that the bundle has.
         cleaned: structures of which the largest component alone is kept.
+        quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
     """
-    write_text(folder / "docs" / "README.md", _page(task, plan, fingerprint, rows, members, best, cleaned, folder))
+    write_text(
+        folder / "docs" / "README.md", _page(task, plan, fingerprint, rows, members, best, cleaned, quality, folder)
+    )
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
     metadata["eval_metrics"] = {
@@ -66,6 +70,7 @@ def _page(
     members: Mapping[str, float],
     best: str,
     cleaned: Sequence[str],
+    quality: str,
     folder: Path,
 ) -> str:
     names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
@@ -93,6 +98,18 @@ def _page(
         else "Keeping the largest component of a structure alone made none better in the validation: all are kept."
     )
     cases_picture = "\n![Best, median and worst case](cases.png)\n" if (folder / "docs" / "cases.png").is_file() else ""
+    of_quality = ""
+    if quality:
+        of_quality = f"""
+### Quality of a segmentation
+
+`monai-iunet segment` predicts the Dice of each structure. The prediction was fitted to half of the validation cases of
+the network, as they are and damaged; the others judge it:
+
+{quality}
+
+![Predicted beside true Dice](quality.png)
+"""
     return f"""# {task.name}
 
 Segments {", ".join(task.classes)} in {task.modality} with an invertible U-Net, whose training rebuilds its
@@ -155,7 +172,7 @@ The bundle has the network of {best}. An ensemble was not evaluated: each case w
 its members.
 
 ![Training](training.png)
-{cases_picture}
+{cases_picture}{of_quality}
 ## Commands
 
 Install the package `monai-iunet`. In this folder:

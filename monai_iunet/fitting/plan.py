@@ -225,6 +225,7 @@ class _Planner:
             elastic=elastic,
             in_plane=max(spacing) > THICK * min(spacing),
             max_seconds=seconds,
+            left_out=self.data.left_out,
             fold=trained[0],
             folds=parts,
         )

@@ -104,6 +104,7 @@ def list_cases(
     fold: int | None = None,
     folds: int = FOLDS,
     skip_bad: bool = False,
+    without: Sequence[str] = (),
 ) -> list[Case]:
     """Return cases of a data set: all of them, those to train on, or those to validate on.
 
@@ -114,6 +115,7 @@ def list_cases(
             the first part if it has none.
         folds: number of parts.
         skip_bad: leave out images without labels, labels without images and the like, saying so, instead of stopping.
+        without: file names of images that are left out.
 
     Raises:
         InputError: when there are none, and naming each bad entry in a line, unless `skip_bad`.
@@ -135,20 +137,30 @@ def list_cases(
         )
     if data.problems:
         logger.warning("%d files of %s are left out:\n%s", len(data.problems), data.folder, listed)
+    cases, own_validation = _without(data.training, without), _without(data.validation or [], without)
     if section is None:
-        return [*data.training, *(data.validation or [])]
+        return [*cases, *own_validation]
     if fold is None and data.validation is not None:
-        return data.training if section == "training" else data.validation
-    training, validation = split_cases(data.training, fold or 0, folds)
+        return cases if section == "training" else own_validation
+    training, validation = split_cases(cases, fold or 0, folds)
     if fold is None and section == "validation":
         logger.info(
             "%s has no validation cases of its own: of its %d cases, %d are for validation, every %dth by name",
             data.folder,
-            len(data.training),
+            len(cases),
             len(validation),
             folds,
         )
     return training if section == "training" else validation
+
+
+def _without(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """Return the cases but those whose image, or its first channel, has one of the names."""
+    return [case for case in cases if Path(_channels_of(case)[0]).name not in names]
+
+
+def _channels_of(case: Case) -> list[str]:
+    return case["image"] if isinstance(case["image"], list) else [case["image"]]
 
 
 def split_cases(cases: Sequence[Case], fold: int, folds: int = FOLDS) -> tuple[list[Case], list[Case]]:

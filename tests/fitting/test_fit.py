@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.bundle import ConfigParser
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -106,6 +107,18 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     bad = CliRunner().invoke(app, ["fit", str(tmp_path), "--output", str(tmp_path / "other")])
     assert bad.exit_code == 2
+    # What is left out of the plan is left out of the training too.
+    (data / "imagesTr" / "case_01.nii.gz").write_bytes(b"no image")
+    words[3] = str(tmp_path / "four")
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "case_01.nii.gz" in refused.output
+    assert CliRunner().invoke(app, [*words, "--skip-bad-cases"]).exit_code == 0
+    parser = ConfigParser()
+    parser.read_config(tmp_path / "four" / "configs" / "train.json")
+    parser.update({"bundle_root": str(tmp_path / "four"), "dataset_dir": str(data)})
+    used = [case for part in parser.get_parsed_content("datalist").values() for case in part]
+    assert sorted(Path(case["image"]).name for case in used) == [f"case_{n:02}.nii.gz" for n in (0, 2, 3, 4)]
     assert "not a data set" in bad.output
     assert not (tmp_path / "other").exists()
 

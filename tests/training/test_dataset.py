@@ -49,6 +49,7 @@ def test_validation_cases_of_its_own_are_used(tmp_path: Path) -> None:
     folder = make(tmp_path, [], description)
     assert names(list_cases(folder, "validation")) == ["c04", "c05"]
     assert names(list_cases(folder, "training")) == ["c00", "c01", "c02", "c03"]
+    assert names(list_cases(folder, "training", without=["c01.nii.gz", "c05.nii.gz"])) == ["c00", "c02", "c03"]
     # Folds are made of the training cases alone.
     assert names(list_cases(folder, "validation", 1, 2)) == ["c01", "c03"]
 
