@@ -210,13 +210,14 @@ def segment(
             quiet = quiet or as_json
             if left_out and not quiet:
                 typer.echo(f"Left out: {left_out} of {own} images, whose results are there.")
-            names = image_names(images or [Path("mni152.nii.gz")])
+            paths = images or [Path("mni152.nii.gz")]
+            names = image_names(paths)
             if table is not None and write_table(output, names, table) and not quiet:
                 typer.echo(f"{table}")
             failed = {failure.path for failure in failures}
             absent = [
                 name
-                for name, path in zip(names, images or [None])
+                for name, path in zip(names, paths)
                 if path not in failed and not (output / f"{name}{RECORD_SUFFIX}").exists()
             ]
             if (table or page) and absent and not quiet:
