@@ -2,8 +2,7 @@
 
     forward  y = Q x        inverse  x = Q^T y        gradients  grad x = Q^T grad y,  grad Q = sum of grad y x^T
 
-The gradient of Q can be had from x as well as from y = Q x, whichever is cheaper. It is all that has to be saved beside
-Q, and what the backward pass rebuilds.
+Beside Q, x is all that has to be saved, and what the backward pass rebuilds.
 
 On the grid (see `grid.py`) y is rounded, and rounding Q^T y does not always give x again. The difference is a few steps
 of the grid, because Q changes no norm, and is kept in a byte per value or less. This is done in slabs of voxels, since
@@ -43,15 +42,12 @@ class OrthogonalLayer(InvertibleLayer):
     A subclass sets `matrix` and defines `multiply` and `matrix_gradient`.
 
     Attributes:
-        uses_outputs: whether `matrix_gradient` of a call of `forward` takes outputs, not inputs; of `inverse`, always
-            inputs.
         in_sizes: channels of the pieces before.
         out_sizes: channels of the pieces after.
         stride: factor per axis by which the pieces after are smaller; empty for none.
     """
 
     is_function_of_weights = True
-    uses_outputs: bool = False
     matrix: OrthogonalMatrix
     in_sizes: tuple[int, ...]
     out_sizes: tuple[int, ...]
@@ -64,7 +60,7 @@ class OrthogonalLayer(InvertibleLayer):
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        """The gradient of Q of a call, from its inputs or, if `uses_outputs` and not `inverse`, from its outputs."""
+        """The gradient of Q of a call with the inputs `states`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `matrix_gradient`.")
 
     def weights(self) -> Tensors:
@@ -106,13 +102,9 @@ class OrthogonalLayer(InvertibleLayer):
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         (matrix,) = (weight.detach() for weight in call.weights)
         inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
-        saved = self._saved(tuple(outputs), inputs, call.inverse) if call.weights[0].requires_grad else ()
         outputs.clear()
+        saved = inputs if call.weights[0].requires_grad else ()
         return inputs, [matrix, *map(Tensor.detach, saved)]
-
-    def _saved(self, outputs: Tensors, inputs: Tensors, inverse: bool) -> Tensors:
-        """What autograd is to save for the gradient of Q."""
-        return outputs if self.uses_outputs and not inverse else inputs
 
     def _call(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
         integers = self.exact and is_integer(pieces[0])
@@ -154,8 +146,7 @@ class _Product(torch.autograd.Function):
         else:
             outputs = layer.multiply(pieces, matrix, inverse)
         ctx.layer, ctx.inverse = layer, inverse
-        saved = layer._saved(outputs, pieces, inverse) if matrix.requires_grad else ()
-        ctx.save_for_backward(matrix, *saved)
+        ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
     @staticmethod
@@ -187,7 +178,7 @@ def _in_slabs(
     Args:
         layer: what was applied.
         matrix: its matrix.
-        states: on the grid, what `matrix_gradient` takes; none if the gradient of the matrix is not wanted.
+        states: the inputs, on the grid; none if the gradient of the matrix is not wanted.
         grad_outputs: gradients of the outputs.
         inverse: whether the inverse was applied.
     """
@@ -199,7 +190,7 @@ def _in_slabs(
         for piece, product in zip(_cut(grad_inputs, before), products):
             piece.copy_(product)
         if states:
-            numbers = tuple(map(read, _cut(states, after if layer.uses_outputs and not inverse else before)))
+            numbers = tuple(map(read, _cut(states, before)))
             part = layer.matrix_gradient(numbers, products, gradients, matrix, inverse)
             grad_matrix = part if grad_matrix is None else grad_matrix.add_(part)
     return grad_inputs, grad_matrix

@@ -14,7 +14,7 @@ Source: Etmann, Ke, Schönlieb 2020 (arXiv 2005.05220), section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,15 +123,13 @@ class OrthogonalDownsampling(OrthogonalLayer):
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         return self._up(pieces, matrix) if transposed else self._down(pieces, matrix)
 
-    uses_outputs = True
-
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        # Down: grad_y x^T, and x = K^T y, so (grad_y y^T) K. Up: y grad_x^T, and grad_x = K^T grad_y, so
-        # (y grad_y^T) K. Either way at the low resolution, where nothing has to be unshuffled.
-        left, right = (states, grad_inputs) if inverse else (grad_outputs, states)
-        return self._outer(left, right).to(matrix.dtype) @ matrix
+        if inverse:
+            # y grad_x^T, and grad_x = K^T grad_y, so (y grad_y^T) K, at the low resolution.
+            return self._outer(states, lambda group: self._blocks(grad_inputs, group)).to(matrix.dtype) @ matrix
+        return self._outer(grad_outputs, lambda group: self._unshuffle(states[0][:, group])).to(matrix.dtype)
 
     def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
         (whole,) = high
@@ -159,13 +157,18 @@ class OrthogonalDownsampling(OrthogonalLayer):
                 high[:, group] = self._shuffle(matrix[group] @ self._blocks(low, group), size)
         return (high,)
 
-    def _outer(self, left: Tensors, right: Tensors) -> Tensor:
-        """Outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`."""
+    def _outer(self, left: Tensors, right: Callable[[slice], Tensor]) -> Tensor:
+        """Outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`.
+
+        Args:
+            left: at the low resolution.
+            right: gives a group of channels, `(batch, channels, n, blocks)`.
+        """
         batch, *size = left[0].shape[0], *left[0].shape[2:]
         channels = len(self.matrix.weight)
         with torch.autocast(left[0].device.type, enabled=False):
             products = [
-                (self._blocks(left, group) @ self._blocks(right, group).mT).sum(0)
+                (self._blocks(left, group) @ right(group).mT).sum(0)
                 for group in _groups((batch, channels, math.prod(self.stride), *size), left[0].device)
             ]
         return torch.cat(products)
