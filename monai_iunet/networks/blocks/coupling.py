@@ -31,6 +31,7 @@ from monai_iunet.engine.reversible import (
 )
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
+from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
@@ -86,12 +87,12 @@ class AdditiveCoupling(InvertibleLayer):
     def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
         """The values of the half in the type that the branch computes in, as far as that is known."""
         of_convolutions = isinstance(self.branch, Branch) and isinstance(self.branch[0], _ConvNd)
-        kind = kept.device.type
+        autocast = autocast_type(kept.device)
         if self.exact and is_integer(kept):
             return values(kept, kept.dtype if of_convolutions else torch.float32)
         if kept.dtype == torch.float32:
-            if of_convolutions and torch.is_autocast_enabled(kind):
-                return kept.to(torch.get_autocast_dtype(kind))  # as the convolution would
+            if of_convolutions and autocast is not None:
+                return kept.to(autocast)  # as the convolution would
             for parameter in self.branch.parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     return kept.to(parameter.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
+from monai_iunet.networks.layers.full_precision import full_precision
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
 __all__ = ["ChannelMixing"]
@@ -57,7 +58,7 @@ def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
     batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
     columns = [piece.shape[1] for piece in pieces]
     results = []
-    with torch.autocast(matrix.device.type, enabled=False):
+    with full_precision(matrix.device.type):
         for rows in matrix.to(pieces[0].dtype).split(tuple(sizes), 0):
             blocks = [block.expand(batch, -1, -1) for block in rows.split(columns, 1)]
             result = torch.bmm(blocks[0], pieces[0].flatten(2))
@@ -71,5 +72,5 @@ def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
 
 def _outer(gradient: Tensor, piece: Tensor) -> Tensor:
     """Sum the outer products of the channels over batch and voxels."""
-    with torch.autocast(piece.device.type, enabled=False):
+    with full_precision(piece.device.type):
         return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
+from monai_iunet.networks.layers.full_precision import full_precision
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
 __all__ = ["OrthogonalDownsampling", "resampling_base"]
@@ -134,7 +135,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
     def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
         (whole,) = high
         size = [extent // factor for extent, factor in zip(whole.shape[2:], self.stride)]
-        with torch.autocast(matrix.device.type, enabled=False):
+        with full_precision(matrix.device.type):
             matrix = matrix.to(whole.dtype)
             if _as_one_expression(whole, matrix):
                 low = matrix @ self._unshuffle(whole)
@@ -147,7 +148,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
 
     def _up(self, low: Tensors, matrix: Tensor) -> Tensors:
         size = low[0].shape[2:]
-        with torch.autocast(matrix.device.type, enabled=False):
+        with full_precision(matrix.device.type):
             matrix = matrix.to(low[0].dtype).mT
             if _as_one_expression(*low, matrix):
                 return (self._shuffle(matrix @ self._blocks(low, slice(0, len(matrix))), size),)
@@ -166,7 +167,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
         """
         batch, *size = left[0].shape[0], *left[0].shape[2:]
         channels = len(self.matrix.weight)
-        with torch.autocast(left[0].device.type, enabled=False):
+        with full_precision(left[0].device.type):
             products = [
                 (self._blocks(left, group) @ right(group).mT).sum(0)
                 for group in _groups((batch, channels, math.prod(self.stride), *size), left[0].device)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
+from monai_iunet.networks.layers.full_precision import full_precision
 
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
@@ -153,7 +154,7 @@ class OrthogonalMatrix(nn.Module):
 
     def _compute(self, weight: Tensor, base: Tensor | None = None) -> Tensor:
         precision = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device.type):
             weight = weight.to(precision)
             matrix = ORTHOGONAL_MAPS[self.orthogonal_map](weight - weight.mT)
             return matrix if base is None else _polish(base.to(precision)) @ matrix

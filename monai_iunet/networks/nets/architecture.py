@@ -19,6 +19,8 @@ from monai_iunet.networks.nets.padding import PADDING_MODES
 
 __all__ = ["Architecture", "is_positive_int", "reachable_channels"]
 
+LARGEST_NUMBER = 2**31
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -135,6 +137,29 @@ class Architecture:
             raise ValueError(
                 f"{name} must hold at least one image of at least {self.factors} voxels, the factors that the network "
                 f"downsamples by, got {tuple(x.shape)}. Use larger images or fewer levels."
+            )
+
+    def check_number(self, shape: Sequence[int], channels: int, what: str) -> None:
+        """Check that tensors which convolutions read or write have fewer than 2^31 values.
+
+        Beyond, indices of 32 bits overflow, and convolutions have been seen to return zeros (PyTorch issue 87354).
+
+        Args:
+            shape: of images, `(batch, channels, *spatial)`.
+            channels: of the tensors, which have the size of the padded images.
+            what: name of the tensors in the error.
+
+        Raises:
+            ValueError: when they have more.
+        """
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # where sizes are symbols
+            return
+        voxels = math.prod(-(-extent // factor) * factor for extent, factor in zip(shape[2:], self.factors))
+        if shape[0] * channels * voxels >= LARGEST_NUMBER:
+            raise ValueError(
+                f"{what} of {channels} channels would have {shape[0] * channels * voxels} values, for images of shape "
+                f"{tuple(shape)}; convolutions take fewer than 2^31. Use fewer images at once, smaller ones (inference "
+                "in sliding windows), or fewer channels."
             )
 
     def check_divides(self, spatial_size: Sequence[int], method: str, remedy: str) -> None:

@@ -22,6 +22,7 @@ from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, rou
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
+from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.architecture import Architecture, is_positive_int
 from monai_iunet.networks.nets.padding import crop, crop_like, pad
@@ -322,6 +323,7 @@ class IUNet(ChosenActivations):
         images = x if isinstance(x, list) else [x]
         del x
         self.design.check_images(images[0], "x", self.channels[0])
+        self.design.check_number(images[0].shape, max(self.design.halves(0)), "Half a state")
         self._fit(images[0])
         if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
             return self._forward_uncompiled(images, crop, levels, compact)
@@ -380,8 +382,9 @@ class IUNet(ChosenActivations):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Convert images to float32 or float64, in which sums can be taken back, and to the grid if `exact`."""
-        if self.exact and self._may_use_integers(x):
-            return enter(x, torch.get_autocast_dtype(x.device.type))
+        autocast = autocast_type(x.device)
+        if self.exact and autocast in (torch.float16, torch.bfloat16) and self._may_use_integers(x):
+            return enter(x, autocast)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return round_to_grid(x) if self.exact else x
 
@@ -389,15 +392,12 @@ class IUNet(ChosenActivations):
         """Return an output in the type of the input, but in float32 under autocast to 16 bits, unless `compact`."""
         if self.exact and is_integer(y):
             return values(y, y.dtype if compact else torch.float32)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y.to(x.dtype) if autocast_type(x.device) is None else y
 
     def _may_use_integers(self, x: Tensor) -> bool:
-        """Return whether autocast is to 16 bits, and nobody looks at what is between the layers."""
-        kind = x.device.type
+        """Return whether nobody looks at what is between the layers, nor needs more digits."""
         return (
-            torch.is_autocast_enabled(kind)
-            and torch.get_autocast_dtype(kind) in (torch.float16, torch.bfloat16)
-            and x.dtype != torch.float64
+            x.dtype != torch.float64
             and not is_recorded_by_autograd_alone(x, *self.parameters())
             and not any(map(has_hooks, self._layers()))
         )

@@ -137,6 +137,8 @@ class SegIUNet(ChosenActivations):
         With `deep_supervision`, in training, a list of them, finest first.
         """
         self.iunet.design.check_images(x, "x", self.stem.in_channels)
+        most = max(self.iunet.channels[0], self.head.out_channels)
+        self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
         features = [self.stem(x)]  # in a list, from which the network takes them, so that nobody else holds them
         if not (self.deep_supervision and self.training):

@@ -1,0 +1,85 @@
+"""Full precision for products with orthogonal matrices, whatever the program has asked for.
+
+`torch.set_float32_matmul_precision("high")`, which Lightning, nnU-Net and many scripts call, lets products of float32
+run in TensorFloat-32, with 10 binary digits behind the point. The transpose of a matrix would then no longer undo it,
+and activations would be rebuilt wrongly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["full_precision"]
+
+# What products ask for is a setting of the process, not of a thread. The first to enter sets it and the last to leave
+# sets it back; products of other threads are in full precision meanwhile.
+_lock = threading.Lock()
+_inside = 0
+_before: list[Any] = []
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Compute matrix products in float32 as they are written: without autocast, TensorFloat-32 or bfloat16.
+
+    A compiler or tracer records operators only, so what it makes follows the setting of the program.
+
+    Args:
+        device_type: of autocast.
+
+    Example:
+        >>> with full_precision("cpu"):
+        ...     torch.backends.mkldnn.matmul.fp32_precision
+        'ieee'
+    """
+    with torch.autocast(device_type, enabled=False):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            yield
+            return
+        _enter()
+        try:
+            yield
+        finally:
+            _leave()
+
+
+def _enter() -> None:
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = _get()
+            _set(["ieee"] * len(_before) if _has_precisions() else ["highest"])
+        _inside += 1
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _set(_before)
+
+
+def _has_precisions() -> bool:
+    """Return whether backends have a precision each, as from PyTorch 2.9 on."""
+    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.mkldnn, "matmul")
+
+
+def _get() -> list[Any]:
+    if not _has_precisions():
+        return [torch.get_float32_matmul_precision()]
+    backends: Any = torch.backends
+    return [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision]
+
+
+def _set(precisions: list[Any]) -> None:
+    if not _has_precisions():
+        torch.set_float32_matmul_precision(precisions[0])
+        return
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = precisions
