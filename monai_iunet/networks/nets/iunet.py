@@ -224,7 +224,7 @@ class IUNet(ChosenActivations):
 
         Args:
             x: `(batch, channels[0], *spatial)`, floating point; or a list of this alone, which is emptied, so that the
-                memory is free once the first couplings have replaced it. The output is then in the type of autocast.
+                memory is free once the first couplings have replaced it.
             crop: whether the output has the size of `x`. If the size does not divide, the cropped output has no
                 inverse; pass False for the padded one, which `inverse(y, spatial_size=x.shape[2:])` takes back to `x`.
 
@@ -295,7 +295,7 @@ class IUNet(ChosenActivations):
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
         return tuple(self._leave(code, y) for code in codes)
 
-    def _forward(self, images: list[Tensor], crop: bool, levels: bool, compact: bool) -> list[Tensor]:
+    def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
         like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
@@ -306,6 +306,7 @@ class IUNet(ChosenActivations):
             codes.append(self._turn(*codes.pop()))
             tapped: list[Tensor] | None = [] if levels else None
             y = self._decode(codes, tapped)
+        compact = is_integer(like)  # as what is behind a convolution under autocast
         y = self._leave(y, like, compact)
         return [
             crop_like(y, like, list(self.factors)) if crop else y,
@@ -319,15 +320,14 @@ class IUNet(ChosenActivations):
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
-        compact = isinstance(x, list)
         images = x if isinstance(x, list) else [x]
         del x
         self.design.check_images(images[0], "x", self.channels[0])
         self.design.check_number(images[0].shape, max(self.design.halves(0)), "Half a state")
         self._fit(images[0])
         if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
-            return self._forward_uncompiled(images, crop, levels, compact)
-        return self._forward(images, crop, levels, compact)
+            return self._forward_uncompiled(images, crop, levels)
+        return self._forward(images, crop, levels)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
@@ -389,7 +389,13 @@ class IUNet(ChosenActivations):
         return round_to_grid(x) if self.exact else x
 
     def _leave(self, y: Tensor, x: Tensor, compact: bool = False) -> Tensor:
-        """Return an output in the type of the input, but in float32 under autocast to 16 bits, unless `compact`."""
+        """Return an output in the type of the input, but in float32 under autocast.
+
+        Args:
+            y: the output.
+            x: the input.
+            compact: whether integers of 16 bits are returned as floating-point numbers of 16 bits.
+        """
         if self.exact and is_integer(y):
             return values(y, y.dtype if compact else torch.float32)
         return y.to(x.dtype) if autocast_type(x.device) is None else y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
@@ -140,7 +141,10 @@ class SegIUNet(ChosenActivations):
         most = max(self.iunet.channels[0], self.head.out_channels)
         self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
-        features = [self.stem(x)]  # in a list, from which the network takes them, so that nobody else holds them
+        features: Any = self.stem(x)
+        if not torch.is_grad_enabled():
+            # In a list, from which the network takes them, so that nobody else holds them; a checkpoint asks again.
+            features = [features]
         if not (self.deep_supervision and self.training):
             return self.head(self.iunet(features))
         levels = self.iunet.forward_levels(features)
