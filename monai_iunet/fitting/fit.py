@@ -286,8 +286,8 @@ class _Fit:
         for handler in parser["train"]["handlers"]:
             if isinstance(handler, dict) and handler["_target_"].endswith("ProgressBar"):
                 handler["disable"] = not sys.stderr.isatty()
+        _parsed(parser, "initialize")  # first, so that the network begins with weights that the seed gives
         trainer, validator = _parsed(parser, "train#trainer"), _parsed(parser, "validate#evaluator")
-        _parsed(parser, "initialize")
         self._lower_learning_rate(_parsed(parser, "optimizer"), _parsed(parser, "lr_scheduler"), factor)
 
         def report(engine: Any) -> None:
