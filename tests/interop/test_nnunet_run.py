@@ -255,7 +255,7 @@ def test_monai_s_runner(nnunet: NnUNet, tmp_path: Path) -> None:
         {"image": f"imagesTr/c{number}_0000.nii.gz", "label": f"labelsTr/c{number}.nii.gz", "fold": number}
         for number in range(5)
     ]
-    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases, "testing": [{"image": cases[0]["image"]}]}))
     settings = {"modality": "MR", "datalist": str(tmp_path / "list.json"), "dataroot": str(images)}
     (tmp_path / "input.yaml").write_text(json.dumps({**settings, "dataset_name_or_id": 6}))
     shim = tmp_path / "bin" / "nnUNetv2_train"
