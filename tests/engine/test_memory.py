@@ -24,7 +24,7 @@ def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> 
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     parameters = list(net.parameters())
-    x = torch.randn(1, 32, 24, 24, 24, requires_grad=input_gradient)
+    x = torch.randn(1, 32, 32, 32, 32, requires_grad=input_gradient)
     with LiveBytes(ignore=net.buffers()) as training:
         z = x * 1
         y = net(z)
@@ -42,10 +42,10 @@ def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> 
 def check(depths: list[int], input_gradient: bool = False) -> None:
     found = [peaks(couplings, input_gradient) for couplings in depths]
     training, inference = zip(*found)
-    assert max(training) < 6.55
+    assert max(training) < 6.65
     assert max(training) < 1.01 * min(training)
     # Input, copy and state make 3, two tensors inside a branch 1; statistics and small matrices come on top.
-    assert max(inference) < 4.003
+    assert max(inference) < 4.001
 
 
 @pytest.mark.parametrize("input_gradient", [False, True])
