@@ -173,7 +173,7 @@ def test_the_images_after_a_bad_one_are_segmented(tmp_path: Path) -> None:
     arguments = ("segment", bad, good, missing, "--no-overlay", "--volumes", "json")
     code, printed, error = call(*arguments, "--output", tmp_path / "out")
     assert code == 2
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good_seg.nii.gz", "volumes.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good_seg.json", "good_seg.nii.gz", "volumes.json"}
     assert str(tmp_path / "out" / "good_seg.nii.gz") in printed
     assert [line.split(": ")[1] for line in without_warnings(error).splitlines()] == [str(bad), str(missing)]
     code, printed, error = call(*arguments, "--fail-fast", "--output", tmp_path / "fast")

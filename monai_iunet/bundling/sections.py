@@ -143,11 +143,11 @@ def inferer(task: Task, preprocessing: str, save_probabilities: bool = False) ->
         preprocessing: entry of the transforms that are undone.
         save_probabilities: whether the entry `save_probabilities` decides that probabilities are written.
     """
-    windows, flips = sliding_window(task), {}
+    labels: Config = {**sliding_window(task), "_target_": "monai_iunet.LabelInferer", "transform": preprocessing}
+    flips: Config = {}
     if task.mirrored is not None:
-        mirror = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
-        windows, flips = {**windows, "_target_": "monai_iunet.MirrorInferer", **mirror}, {"test_time_flips": True}
-    labels: Config = {"_target_": "monai_iunet.LabelInferer", "inferer": windows, "transform": preprocessing}
+        labels["mirror"] = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
+        flips = {"test_time_flips": True}
     if save_probabilities:
         labels["probabilities_dir"] = "$@output_dir if @save_probabilities else None"
     return {**flips, "inferer": labels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from monai_iunet.inference.blocks import probability_blocks
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import Image, WholeImage
+from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.inference.streaming import Slab, StreamingInferer
 from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_atomically
 from monai_iunet.io.labels import write_probability_image
@@ -42,15 +43,20 @@ class LabelInferer(Inferer):
     resample it to parallel axes, the logits are held as a whole and brought back one class after another.
 
     Args:
-        inferer: stitches the logits.
         transform: the preprocessing, which is undone.
         probabilities_dir: folder for the probabilities of all classes, `NAME_prob.nii.gz`; None to write none.
+        mirror: arguments of `MirrorInferer`, such as `swap`, to stitch the mean over an image and its mirror image;
+            None for the image alone.
+        options: of `StreamingInferer`, which stitches the logits, such as `roi_size` and `overlap`.
+
+    Attributes:
+        inferer: stitches the logits.
 
     Example:
         >>> from monai.transforms import Compose, Spacingd
         >>> transform = Compose([Spacingd("image", (2, 2, 2))])
         >>> image = MetaTensor(torch.rand(1, 9, 9, 9), affine=torch.eye(4), meta={"original_affine": np.eye(4)})
-        >>> inferer = LabelInferer(StreamingInferer(roi_size=(8, 8, 8)), transform)
+        >>> inferer = LabelInferer(transform, roi_size=(8, 8, 8))
         >>> network = lambda windows: torch.cat([windows, 0.5 - windows], 1)
         >>> inferer(transform({"image": image})["image"][None], network).shape
         torch.Size([1, 1, 9, 9, 9])
@@ -58,12 +64,14 @@ class LabelInferer(Inferer):
 
     def __init__(
         self,
-        inferer: StreamingInferer,
         transform: InvertibleTransform,
         probabilities_dir: str | Path | None = None,
+        mirror: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.inferer, self.transform = inferer, transform
+        self.transform = transform
+        self.inferer = StreamingInferer(**options) if mirror is None else MirrorInferer(**{**mirror, **options})
         self.probabilities_dir = None if probabilities_dir is None else Path(str(probabilities_dir))
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> MetaTensor:

@@ -10,7 +10,9 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import torch
 from nibabel.affines import voxel_sizes
+from torch import distributed
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import check_extent, check_not_constant
@@ -185,7 +187,8 @@ def images_to_segment(
         skip_done: whether to leave out images that have a result.
 
     Returns:
-        Dictionaries with the path "image".
+        Dictionaries with the path "image"; in several processes those that the first one finds, since results may
+        come while the others look.
 
     Raises:
         InputError: when there is no such image, two of them have the same name, or the folder cannot be written.
@@ -204,7 +207,7 @@ def images_to_segment(
     names = [image_name(path) for path in images]
     check_names(names)
     results = [Path(str(output_dir), f"{name}{suffix}.nii.gz") for name in names]
-    left = [path for path, result in zip(images, results) if not (skip_done and result.exists())]
+    left = _of_first_process([path for path, result in zip(images, results) if not (skip_done and result.exists())])
     if len(left) < len(images):
         logger.info(
             "%d of %d images have a result in %s and are left out", len(images) - len(left), len(images), output_dir
@@ -212,6 +215,16 @@ def images_to_segment(
     if left:
         check_folder(output_dir)
     return [{"image": str(path)} for path in left]
+
+
+def _of_first_process(paths: list[Path]) -> list[Path]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return paths
+    on_gpu = distributed.get_backend() == "nccl"
+    objects = [paths]
+    device = torch.device("cuda", distributed.get_node_local_rank(0)) if on_gpu else None
+    distributed.broadcast_object_list(objects, device=device)
+    return objects[0]
 
 
 def _as_list(source: Any) -> list[Path]:

@@ -24,6 +24,7 @@ class RandMirrord(RandomizableTransform, MapTransform):
         spatial_axis: axis that runs from left to right.
 
     Example:
+        >>> import torch
         >>> flip = RandMirrord(["image", "label"], "label", swap=[[1, 2]], prob=1)
         >>> found = flip({"image": torch.tensor([[5.0, 6.0]]), "label": torch.tensor([[1.0, 0.0]])})
         >>> found["image"].tolist(), found["label"].tolist()

@@ -151,7 +151,7 @@ def test_the_inferer_can_be_changed_by_the_command(task: Task, config: str) -> N
     parser = ConfigParser()
     parser.read_config(BUNDLES / task.name / "configs" / f"{config}.json")
     options = {"roi_size": [16, 16, 16], "overlap": 0.125, "sw_batch_size": 7}
-    parser.update({f"inferer#inferer#{name}": value for name, value in options.items()})
+    parser.update({f"inferer#{name}": value for name, value in options.items()})
     classes = task.num_classes
     inferer = parser.get_parsed_content("inferer").inferer
     assert (tuple(inferer.roi_size), inferer.overlap, inferer.sw_batch_size) == ((16, 16, 16), 0.125, 7)

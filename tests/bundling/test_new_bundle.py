@@ -67,7 +67,7 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         content["network_def"] |= {"channels": [8, 16], "couplings": 1}
         config.write_text(json.dumps(content))
     segmenter = BundleSegmenter(bundle, "cpu")
-    assert tuple(segmenter.inferer.roi_size) == (32, 48, 32)
+    assert tuple(segmenter.windows.roi_size) == (32, 48, 32)
     np.testing.assert_array_equal(labels.get_fdata(), segmenter.segment(read_image(image)).labels)
     truth = torch.from_numpy(nibabel.load(data / "labelsTr" / "made_0.nii.gz").get_fdata())
     measured = compare(torch.from_numpy(labels.get_fdata()), truth, (1, 1, 1), list(dice))

@@ -23,7 +23,7 @@ from monai.transforms import (
 )
 from torch import Tensor, nn
 
-from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, StreamingInferer, is_scanned
+from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, is_scanned
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.io.labels import write_probability_image
@@ -71,7 +71,7 @@ def assert_same_labels(labels: Any, probabilities: Tensor) -> None:
 @torch.no_grad()
 def from_file(transform: Compose, image: MetaTensor, network: nn.Module, **options: Any) -> Any:
     """Labels of an image that is preprocessed where windows are cut."""
-    inferer = LabelInferer(StreamingInferer(**WINDOWS, shrink=False), transform)
+    inferer = LabelInferer(transform, **WINDOWS, shrink=False)
     prepared, meta = prepare(transform, image, "cpu")
     return inferer.segment(prepared, meta, network, **options)
 
@@ -130,16 +130,17 @@ def test_as_the_inferer_of_an_evaluator(longest: int, tmp_path: Path) -> None:
     transform, network, image = preprocessing(), Network(), scan(shape=tuple(shape))
     image.meta["filename_or_obj"] = "folder/case.nii.gz"
     batch: Any = list_data_collate([transform({"image": image.float()})])["image"]
-    mirror = MirrorInferer(swap=[[1, 3]], shrink=False, **WINDOWS)
+    options: Any = {"shrink": False, **WINDOWS}
+    inferer = LabelInferer(transform, tmp_path, mirror={"swap": [[1, 3]]}, **options)
     with torch.no_grad():
-        labels = LabelInferer(mirror, transform, tmp_path)(batch, network)
+        labels = inferer(batch, network)
     assert labels.shape == (1, 1, *shape)
-    probabilities = reference(transform, image, network, mirror)
+    probabilities = reference(transform, image, network, MirrorInferer(swap=[[1, 3]], **options))
     assert_same_labels(labels[0, 0].numpy(), probabilities)
     written = nibabel.load(tmp_path / "case_prob.nii.gz")
     np.testing.assert_allclose(written.get_fdata(), probabilities.movedim(0, -1).numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="a MetaTensor is needed"):
-        LabelInferer(mirror, transform)(batch.as_tensor(), network)
+        inferer(batch.as_tensor(), network)
 
 
 def test_windows_of_the_raw_image_are_those_of_the_preprocessed_one() -> None:
@@ -157,7 +158,7 @@ def test_classes_that_cannot_win_are_left_out_and_no_other() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.02], [0.02, 0.5], [0.46, 0.46], [0.02, 0.02]])).reshape(4, 2, 1, 1)
     transform = Compose([Spacingd("image", (2.0, 1.0, 1.0), mode="bilinear")])
     image = MetaTensor(torch.zeros(1, 3, 1, 1), affine=torch.eye(4), meta={"original_affine": np.eye(4)})
-    inferer = LabelInferer(StreamingInferer((2, 1, 1)), transform)
+    inferer = LabelInferer(transform, roi_size=(2, 1, 1))
     labels = inferer(transform({"image": image})["image"][None], lambda _: logits[None])
     assert labels.flatten().tolist() == [0, 2, 1]
 

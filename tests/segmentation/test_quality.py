@@ -279,12 +279,12 @@ def test_doubts_are_said_in_the_log(segmenter: BundleSegmenter, caplog: pytest.L
 
 
 def test_a_side_is_as_good_as_its_worst_part() -> None:
-    names = {1: "left front", 2: "left back"}
+    names = {1: "left front organ", 2: "left back organ"}
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
     labels = np.ones((2, 2, 2), np.uint8)
-    found = monai_iunet.Segmentation(image, labels, names, None, {"left front": 0.9, "left back": 0.3}, 0.5)
-    assert found.qualities() == {"left front": 0.9, "left back": 0.3, "left, whole": 0.3}
-    assert found.doubts() == "doubtful, predicted Dice below 0.50: left back 0.30"
+    found = monai_iunet.Segmentation(image, labels, names, None, {"left front organ": 0.9, "left back organ": 0.3}, 0.5)
+    assert found.qualities() == {"left front organ": 0.9, "left back organ": 0.3, "left, whole": 0.3}
+    assert found.doubts() == "doubtful, predicted Dice below 0.50: left back organ 0.30"
     unknown = monai_iunet.Segmentation(image, labels, names)
     assert unknown.doubts() is None
     assert unknown.qualities()["left, whole"] is None

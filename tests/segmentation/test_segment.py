@@ -130,7 +130,8 @@ def test_a_dicom_series_and_its_formats(crop: nibabel.Nifti1Image, expected: np.
         "segment", *images, "--output", tmp_path / "out", "--no-overlay", "--volumes", "csv", "--device", "cpu"
     )
     assert code == 0, error
-    names = ["one_seg.nii.gz", "series_seg.nii.gz", "two_seg.nii.gz", "volumes.csv"]
+    records = [f"{name}_seg.json" for name in ("one", "series", "two")]
+    names = sorted([*records, "one_seg.nii.gz", "series_seg.nii.gz", "two_seg.nii.gz", "volumes.csv"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     labels = nibabel.load(tmp_path / "out" / "one_seg.nii.gz")
     np.testing.assert_array_equal(np.asarray(labels.dataobj), expected)
@@ -151,7 +152,8 @@ def test_labels_in_the_format_of_the_input(crop: nibabel.Nifti1Image, expected: 
     )
     assert code == 0, error
     out = tmp_path / "out"
-    names = ["four_seg.nii", "one_seg.nrrd", "series_seg.dcm", "three_seg.mha", "two_seg.mha", "volumes.json"]
+    written = ["four_seg.nii", "one_seg.nrrd", "series_seg.dcm", "three_seg.mha", "two_seg.mha"]
+    names = sorted([*written, *(f"{name.partition('_')[0]}_seg.json" for name in written), "volumes.json"])
     assert sorted(path.name for path in out.iterdir()) == names
     for name in ("one_seg.nrrd", "two_seg.mha", "three_seg.mha"):
         image = SimpleITK.ReadImage(out / name)

@@ -26,7 +26,6 @@ from monai_iunet.benchmark.measure import Spread, ratio
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, SkippedError, number, spread
 from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.prepare import prepare
-from monai_iunet.inference.streaming import StreamingInferer
 
 __all__ = ["SECTION", "measure_here"]
 
@@ -123,7 +122,7 @@ def measure_here(
         ScaleIntensityRanged("image", -1000, 1000, -1, 1, clip=True),
     ]
     preprocessing = Compose(transforms)
-    windows = {"roi_size": [window] * 3, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
+    windows: dict[str, Any] = {"roi_size": [window] * 3, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rng = np.random.default_rng(0)
     data = np.empty((1, *size), np.int16)
@@ -136,9 +135,11 @@ def measure_here(
             cpu_start, start = time.process_time(), time.perf_counter()
             if name == OURS:
                 prepared, meta = prepare(preprocessing, image, device)
-                labels, _ = LabelInferer(StreamingInferer(**windows), preprocessing).segment(prepared, meta, network)
+                labels, _ = LabelInferer(preprocessing, **windows).segment(prepared, meta, network)
             else:
-                buffers = {"buffer_steps": 2, "buffer_dim": int(np.argmax(size))} if name == BUFFERED else {}
+                buffers: dict[str, Any] = (
+                    {"buffer_steps": 2, "buffer_dim": int(np.argmax(size))} if name == BUFFERED else {}
+                )
                 inferer = SlidingWindowInferer(**windows, **buffers, device="cpu", sw_device=device)
                 item: Any = preprocessing({"image": image.float()})
                 item["pred"] = torch.softmax(inferer(item["image"][None], network)[0], 0)
