@@ -206,7 +206,7 @@ def segment_cases(
             if writing is not None:
                 yield _outcome(*writing, settings)
             writing = (case, result)
-            if not overlaps:
+            if not overlaps or result.done():  # done already, if it has failed: then nothing more is begun
                 yield _outcome(*writing, settings)
                 writing = None
         if writing is not None:
