@@ -579,17 +579,11 @@ def fit(
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop when the plan is made and printed.")] = False,
 ) -> None:
     """Make a bundle from images and labels: plan, train, evaluate; nothing else need be chosen."""
-    with _input_errors("train"):
-        import logging
-
+    with _input_errors("train"), _progress_on_terminal():
         from rich.console import Console
-        from rich.logging import RichHandler
 
         from monai_iunet.fitting.fit import fit as run
 
-        log = logging.getLogger("monai_iunet")
-        log.setLevel(logging.INFO)
-        log.addHandler(RichHandler(show_path=False))
         bundle = run(
             dataset,
             output,
@@ -604,6 +598,24 @@ def fit(
             console=Console(),
         )
         typer.echo(bundle)
+
+
+@contextlib.contextmanager
+def _progress_on_terminal() -> Iterator[None]:
+    """Print what the package logs while a command runs."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    log, handler = logging.getLogger("monai_iunet"), RichHandler(show_path=False)
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @app.command(epilog="Example: monai-iunet quality --bundle headneck --dataset-dir DATA/OpenKBP_HeadNeck --refit")
