@@ -62,6 +62,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Options that several commands have.
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')]
+FailFast = Annotated[
+    bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")]
+SkipDone = Annotated[bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")]
+
 EXAMPLES = """\
 monai-iunet segments medical images, and trains the networks that do. Three examples:
 
@@ -146,16 +159,10 @@ def segment(
     format: Annotated[
         LabelFormat, typer.Option(help="Format of the labels: NIfTI, or the input's own; DICOM SEG for a series.")
     ] = LabelFormat.nifti,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
-    fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")
-    ] = False,
-    skip_done: Annotated[
-        bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
-    ] = False,
+    device: Device = "auto",
+    fail_fast: FailFast = False,
+    overwrite: Overwrite = False,
+    skip_done: SkipDone = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write a page to look through all results, report.html.")
     ] = False,
@@ -163,11 +170,9 @@ def segment(
         str | None,
         typer.Option(help="Part of the images: K/N, or auto under torchrun and SLURM.", show_default=False),
     ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Segment images: writes NAME_seg.nii.gz and the picture NAME_seg.png, prints volumes and predicted Dice."""
     if example == bool(images):
@@ -327,24 +332,16 @@ def bids(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write probabilities too, probseg.nii.gz.")
     ] = False,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
-    fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")
-    ] = False,
-    skip_done: Annotated[
-        bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")
-    ] = False,
+    device: Device = "auto",
+    fail_fast: FailFast = False,
+    overwrite: Overwrite = False,
+    skip_done: SkipDone = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write a page to look through the results, report.html.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image, for programs.")] = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Segment a BIDS data set into BIDS derivatives: labels, side-cars, tables of names and volumes."""
     with _input_errors("bids"):
@@ -571,7 +568,7 @@ def fit(
     modality: Annotated[
         str | None, typer.Option(help="MR or CT. Default: what the data set says, or looks like.")
     ] = None,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    device: Device = "auto",
     skip_bad_cases: Annotated[
         bool,
         typer.Option("--skip-bad-cases", help="Leave out cases that cannot be learned from; else they are an error."),
@@ -624,7 +621,7 @@ def quality(
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
     damages: Annotated[int, typer.Option(min=1, help="Damaged copies of each validation case.")] = 6,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again, where there is a model of the weights.")] = False,
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Fit the model that predicts the Dice of a bundle's segmentations: models/quality.json and docs/quality.png."""
     with _input_errors("train"):
