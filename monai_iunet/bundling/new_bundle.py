@@ -14,8 +14,21 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.files import check_folder, write_text
 
-__all__ = ["bundle_configs", "write_bundle", "write_configs"]
+__all__ = ["COMMANDS", "bundle_configs", "write_bundle", "write_configs"]
 
+# What a bundle's page says of running and exporting it.
+COMMANDS = """\
+python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
+python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
+
+# TorchScript, for images of any size
+python -m monai.bundle ckpt_export network_def --filepath model.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json
+
+# TensorRT, on a machine with a GPU, torch-tensorrt and onnx; not tested
+python -m monai.bundle trt_export network_def --filepath model_trt.ts --ckpt_file models/model.pt \\
+    --meta_file configs/metadata.json --config_file configs/inference.json --use_onnx true --use_trace true"""
 NUMPY = "2.2.6"  # the newest version for Python 3.10
 
 
@@ -170,17 +183,7 @@ To complete, from `eval/summary.csv`.
 Install the package `monai-iunet`. In this folder:
 
 ```bash
-python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
-python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
-python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
-
-# TorchScript, for images of any size
-python -m monai.bundle ckpt_export network_def --filepath model.ts --ckpt_file models/model.pt \\
-    --meta_file configs/metadata.json --config_file configs/inference.json
-
-# TensorRT, on a machine with a GPU, torch-tensorrt and onnx; not tested
-python -m monai.bundle trt_export network_def --filepath model_trt.ts --ckpt_file models/model.pt \\
-    --meta_file configs/metadata.json --config_file configs/inference.json --use_onnx true --use_trace true
+{COMMANDS}
 ```
 
 ## Limitations

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_iunet.bundling.new_bundle import COMMANDS
 from monai_iunet.bundling.task import Task
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.plan import FitPlan
@@ -180,17 +181,7 @@ Install the package `monai-iunet`. In this folder:
 ```bash
 monai-iunet segment IMAGE --bundle .
 
-python -m monai.bundle run --config_file configs/train.json --dataset_dir DATA
-python -m monai.bundle run --config_file configs/evaluate.json --dataset_dir DATA
-python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES
-
-# TorchScript, for images of any size
-python -m monai.bundle ckpt_export network_def --filepath model.ts --ckpt_file models/model.pt \\
-    --meta_file configs/metadata.json --config_file configs/inference.json
-
-# TensorRT, on a machine with a GPU, torch-tensorrt and onnx; not tested
-python -m monai.bundle trt_export network_def --filepath model_trt.ts --ckpt_file models/model.pt \\
-    --meta_file configs/metadata.json --config_file configs/inference.json --use_onnx true --use_trace true
+{COMMANDS}
 ```
 
 ## Limitations

@@ -35,7 +35,7 @@ from monai_iunet.benchmark.sections.largest_cubes import largest
 from monai_iunet.cli import app
 
 CPU = torch.device("cpu")
-TINY = Sizes((1, 2), 1, (4, 8), 8, 8, 8, 2, 8, 8, (16, 16, 16), rounds=1)
+TINY = Sizes((1, 3), 1, (4, 8), 8, 8, 8, 2, 8, 8, (16, 16, 16), rounds=1)
 
 
 def test_spread_and_ratio() -> None:
@@ -119,9 +119,9 @@ def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypat
             for row in found["depth_memory"]
             if row.get("dtype") == dtype
         }
-        assert memory["ours, invert", 2] < 1.1 * memory["ours, invert", 1]
-        assert memory["ours, store", 2] > 1.15 * memory["ours, store", 1]
-        assert memory["ours, invert", 2] < memory["ours, auto", 2] <= AUTO_UNITS
+        assert memory["ours, invert", 3] < 1.1 * memory["ours, invert", 1]
+        assert memory["ours, store", 3] > 1.3 * memory["ours, store", 1]
+        assert memory["ours, invert", 3] < memory["ours, auto", 3] <= AUTO_UNITS
         bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["budgets"] if row["dtype"] == dtype]
         assert bytes_per_voxel == sorted(bytes_per_voxel)
     assert [found["budgets"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
