@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 # The tensors of most tests are too small for threads to pay, in processes that tests start, too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The site needs packages that tests do not.
+collect_ignore = [] if find_spec("griffe") else ["reference_examples.py"]
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
