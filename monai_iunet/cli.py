@@ -132,7 +132,11 @@ def _input_errors(guide: str = "index") -> Iterator[None]:
 def segment(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Images: NIfTI, NRRD, MetaImage, or a folder with a DICOM series.", show_default=False),
+        typer.Argument(
+            help="Images: NIfTI, NRRD, MetaImage, or a folder with a DICOM series. Channels are NAME_0000, NAME_0001, "
+            "... or the last axis of a 4D NIfTI file.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("segmentations"),
     bundle: Annotated[
@@ -179,6 +183,7 @@ def segment(
         raise typer.BadParameter("name images, or --example, and not both.")
     with _input_errors("segment"):
         from monai_iunet.io.bundles import bundle_folder
+        from monai_iunet.io.channels import group_channels
         from monai_iunet.segmentation.files import Settings, image_names, segment_example, segment_files
         from monai_iunet.segmentation.records import RECORD_SUFFIX, write_table
         from monai_iunet.segmentation.report import write_report
@@ -209,14 +214,16 @@ def segment(
             if images
             else iter([segment_example(segmenter, output, settings)])
         )
+        paths = [Path("mni152.nii.gz")]
+        if images:
+            paths = [files[0] for files in group_channels(images, segmenter.channels)]
+        names = image_names(paths, segmenter.channels)
         with _said(outcomes, quiet, as_json) as (results, failures):
-            own = len(images[part.index :: part.count]) if images else 1
+            own = len(paths[part.index :: part.count]) if images else 1
             left_out = own - len(results) - len(failures)
             quiet = quiet or as_json
             if left_out and not quiet:
                 typer.echo(f"Left out: {left_out} of {own} images, whose results are there.")
-            paths = images or [Path("mni152.nii.gz")]
-            names = image_names(paths)
             if table is not None and write_table(output, names, table) and not quiet:
                 typer.echo(f"{table}")
             failed = {failure.path for failure in failures}

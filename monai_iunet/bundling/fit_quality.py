@@ -121,6 +121,8 @@ def evaluate_quality(
         if segmenter.quality is not None and not refit:
             logger.info("%s: belongs to the weights of the bundle", quality_file(bundle))
             return segmenter.quality
+        if segmenter.channels > 1:
+            raise InputError(f"{bundle}: takes {segmenter.channels} channels, a quality model is for images of one.")
         references = describe_training(segmenter, cases["training"])
         digest = weights_digest(bundle)
         table = check_folder(bundle / "eval") / f"quality_{digest[:8]}.csv"

@@ -159,7 +159,8 @@ cases, from where, by which license.
 
 ### Input
 
-One channel: {task.modality}, in any orientation and spacing.
+{"One channel" if task.in_channels == 1 else f"{task.in_channels} channels"}: {task.modality}, in any orientation and
+spacing.
 
 ### Output
 

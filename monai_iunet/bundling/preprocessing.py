@@ -27,10 +27,14 @@ READER = "monai_iunet.SimpleITKReader"
 Transforms = list[Config]
 
 
-def loading(keys: str | Sequence[str]) -> Transforms:
+def loading(keys: str | Sequence[str], channels: int = 1) -> Transforms:
     """Return the transforms that load images, or images and labels, and turn them to RAS."""
+    load: Transforms = [{"_target_": "LoadImaged", "keys": keys, "reader": READER}]
+    if channels > 1:
+        load = [{"_target_": "LoadImaged", "keys": "image", "reader": READER, "channels": channels}]
+        load += [] if isinstance(keys, str) else [{"_target_": "LoadImaged", "keys": "label", "reader": READER}]
     return [
-        {"_target_": "LoadImaged", "keys": keys, "reader": READER},
+        *load,
         # Apart, because MONAI Deploy leaves out what loads.
         {"_target_": "EnsureChannelFirstd", "keys": keys},
         # The labels of an affine that leads to RAS, as all readers give it, whatever space the meta data name.
@@ -41,7 +45,7 @@ def loading(keys: str | Sequence[str]) -> Transforms:
 def preprocessing(task: Task, keys: str | Sequence[str]) -> Transforms:
     """Return the transforms before the network, of images or of images and labels."""
     both = not isinstance(keys, str)
-    transforms = [*loading(keys), *(map_labels(task, "label") if both else [])]
+    transforms = [*loading(keys, task.in_channels), *(map_labels(task, "label") if both else [])]
     if task.modality == "CT":
         # What lies around the scanned region is air, or was never there.
         transforms.append(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.bundle import ConfigParser
+from monai.transforms import MapLabelValue
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.channels import first_channel
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.segmenter import BundleSegmenter
@@ -100,8 +102,8 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
             dice.setdefault(row["case"], []).append(float(row["dice"]))
     means = {case: float(np.nanmean(values)) for case, values in dice.items()}
     ranked = sorted(means, key=lambda case: means[case])
-    files = _validation_files(Path(bundle), dataset_dir)
-    unknown = sorted(set(ranked) - set(files))
+    known, number_labels = _validation_cases(Path(bundle), dataset_dir)
+    unknown = sorted(set(ranked) - set(known))
     if unknown:
         raise InputError(
             f"{cases}: of other cases than {dataset_dir}, such as {unknown[0]}. Evaluate the bundle again."
@@ -113,14 +115,15 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
         height = 1 / len(chosen)
         bar = tqdm(chosen.items(), "drawing cases", leave=False, disable=None)
         for number, (rank, case) in enumerate(bar, 1):
-            image, truth = (read_image(file) for file in files[case])
+            image = read_image(known[case]["image"], channels=segmenter.channels)
+            truth = np.asarray(read_image(known[case]["label"]).dataobj)
             draw_overlay(
                 figure,
-                image,
+                first_channel(image),
                 segmenter.segment(image).labels,
                 segmenter.labels,
                 title=f"{rank}: {case}, mean Dice {means[case]:.3f}",
-                reference=np.asarray(truth.dataobj),
+                reference=truth if number_labels is None else number_labels(truth),
                 window=segmenter.window,
                 bottom=1 - number * height,
                 height=height,
@@ -130,10 +133,16 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
         plt.close(figure)
 
 
-def _validation_files(bundle: Path, dataset_dir: str | Path) -> dict[str, tuple[Path, Path]]:
-    """Image and label of each validation case, by the name of the label's file."""
+def _validation_cases(
+    bundle: Path, dataset_dir: str | Path
+) -> tuple[dict[str, dict[str, Any]], Callable[[np.ndarray], Any] | None]:
+    """Return the validation cases by the names of their labels' files, and what numbers labels of other values."""
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "evaluate.json")
     parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
     cases: Sequence[dict[str, Any]] = parser.get_parsed_content("datalist")["validation"]
-    return {Path(case["label"]).name: (Path(case["image"]), Path(case["label"])) for case in cases}
+    for transform in parser["validate"]["preprocessing"]["transforms"]:
+        if transform["_target_"] == "MapLabelValued":
+            mapping = MapLabelValue(transform["orig_labels"], transform["target_labels"], dtype=np.uint8)
+            return {Path(case["label"]).name: case for case in cases}, mapping
+    return {Path(case["label"]).name: case for case in cases}, None

@@ -192,7 +192,8 @@ def datalist(task: Task) -> Config:
         return f"monai_iunet.list_cases(@dataset_dir, {name!r}, {folds}, @skip_bad_cases{without})"
 
     def check(cases: str) -> str:
-        values = "" if task.label_values is None else f", {[0, *task.label_values]}"
+        values = "" if task.label_values is None else f", label_values={[0, *task.label_values]}"
+        values += "" if task.in_channels == 1 else f", channels={task.in_channels}"
         return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases{values})"
 
     if not task.validation_cases:

@@ -223,7 +223,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         **trained_network(),
         "check_data": True,
         "skip_bad_cases": False,
-        "fit_quality": True,
+        "fit_quality": task.in_channels == 1 and task.label_values is None,  # what a quality model is made for
         "structures": list(task.classes),
         **datalist(task),
         **inferer(task, "@validate#preprocessing"),
@@ -283,6 +283,9 @@ def _fit_quality() -> str:
 
 def inference_config(task: Task, distributed: bool = False) -> Config:
     """Return `inference.json`, or `multi_gpu_inference.json`: segments images into label maps on their grids."""
+    channels = "" if task.in_channels == 1 else f", channels={task.in_channels}"
+    images = f"monai_iunet.images_to_segment(@dataset_dir, @output_dir, skip_done=@skip_done{channels})"
+    checked = f"monai_iunet.check_images(@images, @check_data, @skip_bad_cases, @max_field_of_view{channels})"
     return {
         **header(task, distributed),
         **trained_network(),
@@ -292,8 +295,8 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         "check_data": True,
         "skip_bad_cases": False,
         "max_field_of_view": task.max_field_of_view,
-        "images": "$monai_iunet.images_to_segment(@dataset_dir, @output_dir, skip_done=@skip_done)",
-        "datalist": "$monai_iunet.check_images(@images, @check_data, @skip_bad_cases, @max_field_of_view)",
+        "images": f"${images}",
+        "datalist": f"${checked}",
         "preprocessing": {"_target_": "Compose", "transforms": preprocessing(task, "image")},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": case_loader("@dataset", 1, distributed),

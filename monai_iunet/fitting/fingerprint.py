@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import first_line
+from monai_iunet.io.channels import first_channel
+from monai_iunet.io.checks import check_not_constant, first_line
 from monai_iunet.io.files import write_atomically, write_text
-from monai_iunet.training.cases import read_case
+from monai_iunet.training.cases import image_of, read_case
 from monai_iunet.training.dataset import LabeledData
 
 __all__ = [
@@ -138,10 +139,10 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
     left_out = []
     for case in track([*data.training, *(data.validation or [])], "Reading cases", transient=True):
         try:
-            cases.append(_case_facts(case, values))
+            cases.append(_case_facts(case, values, len(data.channels)))
         except InputError as error:
             problems.append(str(error))
-            left_out.append(_image_of(case))
+            left_out.append(image_of(case))
     chosen = modality or _named_modality(data.channels)
     problems_of_pairs = _other_modality(cases, chosen) | _mirrored(cases)
     problems += problems_of_pairs.values()
@@ -184,20 +185,14 @@ def _label_values(data: LabeledData) -> list[tuple[str, int]]:
     return [(f"label {value}", value) for value in sorted(found) if value > 0]
 
 
-def _image_of(case: Mapping[str, Any]) -> str:
-    """Return the file of a case's image, or of its first channel."""
-    return str(case["image"][0] if isinstance(case["image"], list) else case["image"])
-
-
-def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]]) -> CaseFacts:
-    """Read a case and count what is known of it."""
-    channels, label = read_case(case, [0, *(value for _, value in values)])
-    image = nibabel.as_closest_canonical(channels[0])
+def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channels: int) -> CaseFacts:
+    """Read a case and count what is known of it; of several channels the first one counts."""
+    read, label = read_case(case, [0, *(value for _, value in values)], channels)
+    name = image_of(case)
+    check_not_constant(read, name)
+    image = nibabel.as_closest_canonical(first_channel(read))
     labels = np.asarray(nibabel.as_closest_canonical(label).dataobj).astype(np.int32)
     data = image.get_fdata(dtype=np.float32)
-    name = _image_of(case)
-    if float(np.ptp(data)) == 0:
-        raise InputError(f"{name}: all voxels have the same value. Check the export.")
     spacing = nibabel.affines.voxel_sizes(image.affine)
     mean, deviation = float(data.mean()), float(data.std())
     volumes: list[float] = []

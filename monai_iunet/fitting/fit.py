@@ -367,11 +367,11 @@ class _Fit:
         draw_training(self.folder / "train" / _name(best), docs / "training.png")
         quality = None
         if task.in_channels > 1 or task.label_values is not None:
-            logger.warning("No quality model and no pictures of cases: for one channel and labels 1, 2, ... only")
+            logger.warning("No quality model is fitted: that is for images of one channel and labels 1, 2, ... only")
         else:
             cases = bundle_cases(self.folder, self.dataset)
             quality = evaluate_quality(self.folder, cases, self.device, required=False)
-            draw_cases(self.folder, self.dataset, self._evaluation(best, False) / "cases.csv", docs / "cases.png")
+        draw_cases(self.folder, self.dataset, self._evaluation(best, False) / "cases.csv", docs / "cases.png")
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
         of_quality = "" if quality is None else as_markdown(quality)
         write_page(self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), cleaned, of_quality)

@@ -22,7 +22,8 @@ from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.inference.streaming import Slab, StreamingInferer
-from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_atomically
+from monai_iunet.io.channels import result_name
+from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
 from monai_iunet.transforms.outputs import LabelsOnImageGridd
@@ -99,7 +100,8 @@ class LabelInferer(Inferer):
             )
             if self.probabilities_dir is not None and probabilities is not None:
                 check_folder(self.probabilities_dir)
-                path = self.probabilities_dir / f"{image_name(image.meta['filename_or_obj'], SUFFIXES)}_prob.nii.gz"
+                name = result_name(image.meta["filename_or_obj"], len(image))
+                path = self.probabilities_dir / f"{name}_prob.nii.gz"
                 write_atomically(path, partial(write_probability_image, probabilities, image.meta["original_affine"]))
             results.append(torch.from_numpy(labels)[None])
         affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)

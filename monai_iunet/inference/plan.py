@@ -66,6 +66,7 @@ def plan_inference(
     spacing: tuple[float, ...],
     itemsize: int = 2,
     network: nn.Module | None = None,
+    channels: int = 1,
 ) -> InferencePlan:
     """Count what the segmentation of an image holds.
 
@@ -77,6 +78,7 @@ def plan_inference(
         spacing: of the file, in mm.
         itemsize: bytes of a voxel as it was read: 2 for most CT, 4 for what is read as float32.
         network: whose memory is counted too.
+        channels: of the image.
 
     Example:
         >>> from monai.transforms import Spacingd
@@ -102,15 +104,15 @@ def plan_inference(
     batch = min(inferer.sw_batch_size, max(1, windows.count // len(windows.starts[axis])))
     held = 0
     if network is not None:
-        planned = plan_training(network, windows.roi_size, batch_size=batch, optimizer=None).inference_peak
+        planned = plan_training(network, windows.roi_size, channels, batch, optimizer=None).inference_peak
         outputs = FLOAT * classes * math.prod(windows.roi_size) * batch
         held = planned + outputs * len(inferer.views)
     return InferencePlan(
         network_size=size,
         roi_size=windows.roi_size,
         windows=windows.count * len(inferer.views),
-        image=itemsize * math.prod(image_size),
-        preprocessed=FLOAT * math.prod(size) if steps is None else 0,
+        image=itemsize * channels * math.prod(image_size),
+        preprocessed=FLOAT * channels * math.prod(size) if steps is None else 0,
         labels=math.prod(image_size),
         slab=slab,
         blocks=blocks,

@@ -38,7 +38,7 @@ def prepare(preprocessing: Compose, image: MetaTensor, device: torch.device | st
 
     Args:
         preprocessing: transforms of the key "image".
-        image: `(1, *spatial)`, as it was read.
+        image: `(channels, *spatial)`, as it was read.
         device: where its windows are to be.
 
     Returns:

@@ -134,14 +134,14 @@ def _segment(options: argparse.Namespace) -> None:
     _progress("start", 0)
     device = None if options.device == "auto" else options.device
     segmenter = BundleSegmenter(bundle_folder(options.bundle), device)
-    image = read_image(options.image)
+    image = read_image(options.image, channels=segmenter.channels)
     _progress("progress", 0.1)
     segmentation = segmenter.segment(image, str(options.image), options.mirror)
     _progress("progress", 0.9)
     doubts = segmentation.doubts()
     if doubts:
         sys.stderr.write(f"Warning: {options.image}: {doubts}\n")
-    labels = to_simpleitk(image, segmentation.labels)
+    labels = to_simpleitk(segmentation.image, segmentation.labels)
     write_atomically(options.labels, partial(SimpleITK.WriteImage, labels, useCompression=True))
     _progress("end", 1)
 

@@ -12,12 +12,14 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.channels import CHANNEL_FILES
 
 __all__ = [
     "DAMAGED",
     "check_extent",
     "check_image",
     "check_not_constant",
+    "check_same_grid",
     "check_size",
     "first_line",
     "planes",
@@ -43,18 +45,20 @@ DAMAGED = (
 )
 
 
-def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
+def check_image(image: nibabel.Nifti1Image, name: str, channels: int = 1) -> nibabel.Nifti1Image:
     """Check that an image can be segmented, and read its voxels.
 
     Args:
         image: image to check.
         name: name of the image in errors.
+        channels: that it must have; several are the last axis of a 4D image.
 
     Returns:
         The image with its voxels in memory, as `raw_voxels` gives them.
 
     Raises:
-        InputError: when it is not 3D, without orientation, of a size that no scan has, damaged or not finite.
+        InputError: when it is not 3D, or of other channels, without orientation, of a size that no scan has, damaged or
+            not finite.
 
     Example:
         >>> check_image(nibabel.Nifti1Image(np.zeros((4, 5)), np.eye(4)), "x")
@@ -62,9 +66,12 @@ def check_image(image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
             ...
         monai_iunet.errors.InputError: x: has the shape (4, 5), a 3D volume is needed. Extract one volume of it first.
     """
-    shape = image.shape
-    if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"{name}: has the shape {shape}, a 3D volume is needed. Extract one volume of it first.")
+    shape = image.shape[:3]
+    if channels > 1 and image.ndim in (3, 4) and image.shape[3:] != (channels,):
+        found = "1 channel" if image.ndim == 3 else f"{image.shape[3]} channels"
+        raise InputError(f"{name}: has {found}, {channels} are needed: {CHANNEL_FILES}")
+    if image.ndim != (3 if channels == 1 else 4) or min(shape) < 1:
+        raise InputError(f"{name}: has the shape {image.shape}, a 3D volume is needed. Extract one volume of it first.")
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(f"{name}: has voxels of type {image.get_data_dtype()}, numbers are needed. Convert it first.")
     header = image.header
@@ -140,7 +147,7 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
             f"{name}: its axes run to {axes[0]} by its sform, to {axes[1]} by its qform, so left and right are in "
             "doubt. Keep the right one with nibabel: `image.set_sform(image.get_qform(), code=1)`, or the other way."
         )
-    zooms, spacing = header.get_zooms(), voxel_sizes(image.affine)
+    zooms, spacing = header.get_zooms()[:3], voxel_sizes(image.affine)
     if not np.allclose(zooms, spacing, rtol=0.01):
         raise InputError(
             f"{name}: voxels of {_times(zooms)} mm by its pixdim, of {_times(spacing)} mm by its affine. If the affine "
@@ -149,15 +156,39 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
 
 
 def check_not_constant(image: nibabel.Nifti1Image, name: str) -> None:
-    """Check that the voxels of an image differ.
+    """Check that the voxels of an image differ, in each of its channels.
 
     Raises:
-        InputError: when all voxels have the same value.
+        InputError: when all voxels of one have the same value.
     """
     data = raw_voxels(image)
-    first = data.flat[0]
-    if all((plane == first).all() for plane in planes(data)):
-        raise InputError(f"{name}: all voxels have the same value, so there is nothing to segment. Check the export.")
+    for number, channel in enumerate([data] if data.ndim == 3 else np.moveaxis(data, -1, 0)):
+        first = channel.flat[0]
+        if all((plane == first).all() for plane in planes(channel)):
+            where = "" if data.ndim == 3 else f" of channel {number}"
+            raise InputError(
+                f"{name}: all voxels{where} have the same value, so there is nothing to segment. Check the export."
+            )
+
+
+def check_same_grid(name: str, image: nibabel.Nifti1Image, other: str, reference: nibabel.Nifti1Image) -> None:
+    """Check that two images lie on the same grid.
+
+    Args:
+        name: of the image in errors.
+        image: to check.
+        other: name of the reference in errors.
+        reference: the other image.
+
+    Raises:
+        InputError: when shapes differ, or corners are a tenth of a voxel apart.
+    """
+    if image.shape[:3] != reference.shape[:3]:
+        raise InputError(f"{name}: has the shape {image.shape[:3]}, {other} {reference.shape[:3]}.")
+    corners = np.array([[0, 0, 0, 1], [*reference.shape[:3], 1]])
+    apart = np.abs(corners @ (image.affine - reference.affine).T).max()
+    if apart > 0.1 * voxel_sizes(reference.affine).min():
+        raise InputError(f"{name}: its grid and that of {other} are up to {apart:.3g} mm apart.")
 
 
 def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: str) -> None:
@@ -166,7 +197,7 @@ def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: st
     Raises:
         InputError: when an axis is longer than `limit`, in mm; it ends with the advice.
     """
-    extent = voxel_sizes(image.affine) * image.shape
+    extent = voxel_sizes(image.affine) * image.shape[:3]
     if extent.max() > limit:
         raise InputError(f"{name}: {_times(extent.round())} mm, images of up to {limit:g} mm are needed. {advice}")
 

@@ -11,7 +11,6 @@ from monai.config import PathLike
 from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 
-from monai_iunet.errors import InputError
 from monai_iunet.io.files import SUFFIXES
 from monai_iunet.io.read import read_image
 
@@ -26,38 +25,34 @@ class SimpleITKReader(ImageReader):
 
     Args:
         series: Series Instance UID, or its beginning or end, where a folder holds several.
+        channels: that an image must have, see `read_image`; by default one per file.
 
     Raises:
-        InputError: when a file cannot be read as a volume.
+        InputError: when a file cannot be read as a volume, or there are other channels.
 
     Example:
         >>> from monai.transforms import LoadImaged
         >>> load = LoadImaged(keys="image", reader=SimpleITKReader(), ensure_channel_first=True)
     """
 
-    def __init__(self, series: str | None = None) -> None:
+    def __init__(self, series: str | None = None, channels: int | None = None) -> None:
         self.series = series
+        self.channels = channels
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         return all(Path(name).is_dir() or Path(name).name.lower().endswith(SUFFIXES) for name in ensure_tuple(filename))
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
-        images = [read_image(Path(name), self.series) for name in ensure_tuple(data)]
-        return images if len(images) > 1 else images[0]
+        return read_image(ensure_tuple(data), self.series, self.channels)
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[Any, Any]]:
-        images = ensure_tuple(img)
-        first = images[0]
-        for image in images[1:]:
-            if image.shape != first.shape or not np.allclose(image.affine, first.affine):
-                raise InputError("The channels of an image have different grids. Resample them to one.")
-        arrays = [image.get_fdata(dtype=np.float32) for image in images]
-        stacked = len(arrays) > 1
+        data = img.get_fdata(dtype=np.float32)
+        stacked = data.ndim == 4
         meta = {
-            MetaKeys.AFFINE: first.affine.copy(),
-            MetaKeys.ORIGINAL_AFFINE: first.affine.copy(),
-            MetaKeys.SPATIAL_SHAPE: np.array(first.shape),
+            MetaKeys.AFFINE: img.affine.copy(),
+            MetaKeys.ORIGINAL_AFFINE: img.affine.copy(),
+            MetaKeys.SPATIAL_SHAPE: np.array(img.shape[:3]),
             MetaKeys.SPACE: SpaceKeys.RAS,
             MetaKeys.ORIGINAL_CHANNEL_DIM: 0 if stacked else float("nan"),
         }
-        return np.stack(arrays) if stacked else arrays[0], meta
+        return np.moveaxis(data, -1, 0) if stacked else data, meta

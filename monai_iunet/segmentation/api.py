@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ Image = TypeVar("Image")
 
 
 def segment(
-    image: Image | str | Path,
+    image: Image | str | Path | Sequence[str | Path],
     bundle: str | Path | BundleSegmenter | None = None,
     *,
     affine: np.ndarray | None = None,
@@ -43,7 +44,8 @@ def segment(
     Args:
         image: path of an image file or of a folder with a DICOM series; or a nibabel image, a SimpleITK image, a
             `MetaTensor` or, with `affine`, an array or a tensor. 3D, with or without a channel in front where it is a
-            tensor or an array.
+            tensor or an array. Of a bundle that takes several channels: a path for each, a 4D NIfTI file or nibabel
+            image with the channels last, or a tensor or an array with them in front.
         bundle: name or folder of a bundle, see `monai-iunet bundles`; or a `BundleSegmenter`, so that the weights of
             many images are loaded once. By default the hippocampus bundle.
         affine: 4 x 4, from voxels to millimeters in RAS, for an array without one.
@@ -67,7 +69,7 @@ def segment(
     if affine is not None and not isinstance(image, (np.ndarray, torch.Tensor)):
         raise InputError(f"affine: {type(image).__name__} has an affine of its own. Leave the argument out.")
     segmenter = bundle if isinstance(bundle, BundleSegmenter) else BundleSegmenter(bundle_folder(bundle), device)
-    volume, name = _as_nibabel(image, affine, series)
+    volume, name = _as_nibabel(image, affine, series, segmenter.channels)
     segmentation = segmenter.segment(volume, name, mirrored)
     doubts = segmentation.doubts()
     if doubts:
@@ -75,17 +77,21 @@ def segment(
     return _as_kind_of(image, segmentation)
 
 
-def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tuple[nibabel.Nifti1Image, str]:
+def _as_nibabel(
+    image: Any, affine: np.ndarray | None, series: str | None, channels: int
+) -> tuple[nibabel.Nifti1Image, str]:
     """Return the image as the segmenter takes it, and its name in errors."""
     if isinstance(image, (str, Path)):
-        return read_image(image, series), str(image)
+        return read_image(image, series, channels), str(image)
+    if isinstance(image, (list, tuple)) and image and all(isinstance(path, (str, Path)) for path in image):
+        return read_image(image, series, channels), str(image[0])
     name = f"image ({type(image).__name__})"
     if isinstance(image, nibabel.spatialimages.SpatialImage):
-        return check_image(nibabel.Nifti1Image.from_image(image), name), name
+        return check_image(nibabel.Nifti1Image.from_image(image), name, channels), name
     if isinstance(image, SimpleITK.Image):
         if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
             raise InputError(f"{name}: has the size {image.GetSize()}, a 3D volume of scalars is needed.")
-        return check_image(from_simpleitk(image), name), name
+        return check_image(from_simpleitk(image), name, channels), name
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise InputError(
             f"{name}: a path, a nibabel or SimpleITK image, a MetaTensor, or an array with an affine is needed."
@@ -93,7 +99,7 @@ def _as_nibabel(image: Any, affine: np.ndarray | None, series: str | None) -> tu
     if isinstance(image, MetaTensor) and affine is None:
         affine = _ras_affine(image, name)
     volume = nibabel.Nifti1Image(_voxels(image, name), _checked_affine(affine, name))
-    return check_image(volume, name), name
+    return check_image(volume, name, channels), name
 
 
 def _ras_affine(image: MetaTensor, name: str) -> np.ndarray:
@@ -120,7 +126,7 @@ def _checked_affine(affine: Any, name: str) -> np.ndarray:
 
 
 def _voxels(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    """Return the voxels of an array or tensor in a type that NIfTI has, without a channel in front."""
+    """Return the voxels of an array or tensor in a type that NIfTI has, one channel left out, several last."""
     if isinstance(image, torch.Tensor):
         tensor = image.detach().cpu()
         tensor = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
@@ -129,7 +135,8 @@ def _voxels(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         data = np.asarray(image)
     if data.dtype.kind not in "biuf":
         raise InputError(f"{name}: has voxels of type {data.dtype}, real numbers are needed. Convert it first.")
-    data = data[0] if data.ndim == 4 and len(data) == 1 else data
+    if data.ndim == 4:
+        data = data[0] if len(data) == 1 else np.moveaxis(data, 0, -1)
     return data.astype(np.float64 if data.dtype.itemsize > 4 else np.float32)
 
 
@@ -141,7 +148,7 @@ def _as_kind_of(image: Any, segmentation: Segmentation) -> Any:
         converted.CopyInformation(image)
         return converted
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        labels = labels.reshape(tuple(image.shape))
+        labels = labels.reshape((1,) * (image.ndim - 3) + labels.shape)
         if isinstance(image, np.ndarray):
             return labels
         tensor = torch.from_numpy(labels.copy()).to(image.device)

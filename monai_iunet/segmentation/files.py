@@ -16,6 +16,7 @@ import SimpleITK
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.channels import group_channels, result_name
 from monai_iunet.io.checks import first_line
 from monai_iunet.io.dicom_series import series_files
 from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically
@@ -96,11 +97,12 @@ class Case:
     """Names an image to segment, and the files that its results go to.
 
     Attributes:
-        image: file, or folder with a DICOM series.
+        image: file, or folder with a DICOM series; that of the first channel, if there is one for each.
         name: name of the image in tables and pictures.
         labels: file of the labels; it is written last, so an image that has one is done.
         write: writes the labels.
         beside: what is written beside the labels, by file: the picture, probabilities, side-cars.
+        channels: files of the channels, if there is one for each.
     """
 
     image: Path
@@ -108,6 +110,12 @@ class Case:
     labels: Path
     write: Write
     beside: Mapping[Path, Write] = field(default_factory=dict)
+    channels: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the image is read from."""
+        return self.channels or (self.image,)
 
     @property
     def outputs(self) -> list[Path]:
@@ -153,7 +161,8 @@ def segment_files(
     """Segment image files one after another; the next one is read while one is segmented and the last one is written.
 
     Args:
-        images: files, or folders with a DICOM series.
+        images: files, or folders with a DICOM series. Where the bundle takes several channels, files NAME_0000,
+            NAME_0001, ... are those of one image.
         segmenter: of a bundle.
         output: folder of the results; created if need be.
         settings: see there.
@@ -167,8 +176,11 @@ def segment_files(
             `overwrite`, a file that is there, or cannot be written, or, with `strict`, when the bundle has no quality
             model; with `fail_fast` when an image cannot be segmented.
     """
-    check_names(image_names(images))
-    cases = [_case(path, segmenter, output, settings) for path in images[settings.share.index :: settings.share.count]]
+    groups = group_channels(images, segmenter.channels)
+    check_names(image_names([files[0] for files in groups], segmenter.channels))
+    cases = [
+        _case(files, segmenter, output, settings) for files in groups[settings.share.index :: settings.share.count]
+    ]
     check_outputs(cases, settings)
     check_folder(output)
     yield from segment_cases(cases, segmenter, settings)
@@ -190,11 +202,11 @@ def segment_cases(
         # A bar on a terminal, nothing elsewhere.
         bar = tqdm(left, desc="segmenting", unit="image", leave=False, disable=None)
         for case, following in zip(bar, [*left[1:], None]):
-            wait([current := reading or reader.submit(read_image, case.image, settings.series)])
-            overlaps = settings.overlap and _is_small(case.image)
+            wait([current := reading or reader.submit(read_image, case.files, settings.series, segmenter.channels)])
+            overlaps = settings.overlap and _is_small(case)
             reading = None
-            if following is not None and overlaps and _is_small(following.image):
-                reading = reader.submit(read_image, following.image, settings.series)
+            if following is not None and overlaps and _is_small(following):
+                reading = reader.submit(read_image, following.files, settings.series, segmenter.channels)
             try:
                 segmentation = segmenter.segment(current.result(), str(case.image), settings.mirror)
             except Exception as error:
@@ -213,10 +225,10 @@ def segment_cases(
             yield _outcome(*writing, settings)
 
 
-def _is_small(image: Path) -> bool:
+def _is_small(case: Case) -> bool:
     """Return whether the files of an image are so small that several such images fit the memory."""
     try:
-        files = list(image.iterdir()) if image.is_dir() else [image]
+        files = [file for path in case.files for file in (path.iterdir() if path.is_dir() else [path])]
         return sum(file.stat().st_size for file in files) <= SMALL
     except OSError:
         return False
@@ -250,7 +262,7 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     """
     _check_strict(segmenter, settings)
     image, region = segmenter.example()
-    case = _case(Path("mni152.nii.gz"), segmenter, output, settings)
+    case = _case((Path("mni152.nii.gz"),), segmenter, output, settings)
     check_outputs([case], settings)
     check_folder(output)
     return _write(segmenter.segment(image, region=region), case, settings.strict)
@@ -264,8 +276,9 @@ def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
         )
 
 
-def _case(image: Path, segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
-    name, (suffix, write) = _name(image), _format(image, settings)
+def _case(files: tuple[Path, ...], segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
+    image = files[0]
+    name, (suffix, write) = _name(image, segmenter.channels), _format(image, settings)
     beside: dict[Path, Write] = {}
     if segmenter.gives_probabilities:
         beside[output / f"{name}_prob.nii.gz"] = write_probabilities
@@ -275,7 +288,7 @@ def _case(image: Path, segmenter: BundleSegmenter, output: Path, settings: Setti
         beside[output / f"{name}{RECORD_SUFFIX}"] = partial(write_record, image, segmenter.title)
     if settings.view:
         beside[output / VIEWS / f"{name}.json"] = partial(write_view, name, segmenter.window)
-    return Case(image, name, output / f"{name}_seg{suffix}", write, beside)
+    return Case(image, name, output / f"{name}_seg{suffix}", write, beside, files)
 
 
 def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
@@ -284,7 +297,7 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
     Raises:
         InputError: when one would.
     """
-    images = [case.image for case in cases if case.image.exists()]
+    images = [path for case in cases for path in case.files if path.exists()]
     inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path])]
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
@@ -356,14 +369,14 @@ def _format(path: Path, settings: Settings) -> tuple[str, Write]:
     return (suffix, write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
 
 
-def image_names(images: Sequence[Path]) -> list[str]:
-    """Return the names of images, after which results are named.
+def image_names(images: Sequence[Path], channels: int = 1) -> list[str]:
+    """Return the names of images, or of their first channels' files, after which results are named.
 
     Raises:
         InputError: when a file has none of the suffixes of images.
     """
-    return [_name(path) for path in images]
+    return [_name(path, channels) for path in images]
 
 
-def _name(path: Path) -> str:
-    return path.resolve().name if path.is_dir() else image_name(path, SUFFIXES)
+def _name(path: Path, channels: int) -> str:
+    return path.resolve().name if path.is_dir() else result_name(path, channels)

@@ -24,6 +24,7 @@ from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab
 from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality
@@ -53,6 +54,9 @@ class BundleSegmenter:
         probabilities: whether to give probabilities too; each class then takes a volume of floats.
         progress: whether to show a bar of the patches that are done.
         probabilities_dtype: type of the probabilities, float32 or float16.
+
+    Attributes:
+        channels: of the images; several are the last axis of a 4D image.
 
     Raises:
         InputError: when the folder is not a bundle, or its weights are not those of its network.
@@ -107,17 +111,12 @@ class BundleSegmenter:
             if not all(str(value).isdigit() and isinstance(name, str) for value, name in classes.items()):
                 raise ValueError("channel_def must name each class by its number")
             formats["inputs"]["image"]["format"]
-            channels = formats["inputs"]["image"].get("num_channels", 1)
+            self.channels = int(formats["inputs"]["image"].get("num_channels", 1))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: does not describe a segmentation of `image` into the classes of `pred` ({error!r}). Add "
                 "network_data_format with inputs, outputs and channel_def, as in the bundles of this package."
             ) from error
-        if channels != 1:
-            raise InputError(
-                f"{self.folder}: its network takes {channels} channels, images of one are segmented here. Segment with "
-                "`python -m monai.bundle run`, as its README says."
-            )
         return metadata
 
     def _check_files(self) -> None:
@@ -217,19 +216,23 @@ class BundleSegmenter:
         """Find the region of the structures in an image that shows more than the network has learned from.
 
         Args:
-            image: the image.
+            image: the image, with several channels 4D.
             name: name of the image in errors.
 
         Returns:
             Where the region is, as `segment` takes it; None if the image is segmented as it is.
 
         Raises:
-            InputError: when the image is constant; when an axis is longer than the metadata allow, and they name no way
-                to find the region, or it was not found.
+            InputError: when the image has other channels, or is constant; when an axis is longer than the metadata
+                allow, and they name no way to find the region, or it was not found.
         """
+        count = 1 if image.ndim == 3 else image.shape[3]
+        if count != self.channels:
+            found = f"{count} channel{'s' if count > 1 else ''}"
+            raise InputError(f"{name}: has {found}, {self.folder.name} takes {self.channels}: {CHANNEL_FILES}")
         check_not_constant(image, name)
         limit = self.metadata.get("max_field_of_view_mm")
-        if limit is None or (voxel_sizes(image.affine) * image.shape).max() <= limit:
+        if limit is None or (voxel_sizes(image.affine) * image.shape[:3]).max() <= limit:
             return None
         if self.region_finder is None:
             check_extent(image, limit, name, "Crop the image around the structure first.")
@@ -249,7 +252,7 @@ class BundleSegmenter:
         """Segment an image, or the region of it that holds the structures.
 
         Args:
-            image: 3D volume in any orientation.
+            image: in any orientation, with several channels 4D.
             name: name of the image in errors.
             mirrored: segment the left-right mirror image, and mirror the result back; of no effect if a region is
                 segmented, which holds both sides.
@@ -266,13 +269,13 @@ class BundleSegmenter:
             names, found = finder.names, finder.segment(image, region, self.segment_crop)
         quality = None if found.quality is None else {names[value]: dice for value, dice in found.quality.items()}
         warn_below = None if self.quality is None else self.quality.warn_below
-        return Segmentation(image, found.labels, names, found.probabilities, quality, warn_below)
+        return Segmentation(first_channel(image), found.labels, names, found.probabilities, quality, warn_below)
 
     def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> Labels:
         """Segment an image of the kind that the network has learned from.
 
         Args:
-            image: 3D volume in any orientation.
+            image: in any orientation, with several channels 4D.
             mirrored: segment the left-right mirror image, and mirror the result back.
 
         Returns:
@@ -329,7 +332,7 @@ class BundleSegmenter:
     def _slab_by_slab(
         self, image: MetaTensor, watch: Callable[[Slab], object] | None
     ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
-        """Segment an image as it was read, `(1, *spatial)`, with an inferer that returns labels on its grid."""
+        """Segment an image as it was read, `(channels, *spatial)`, with an inferer that returns labels on its grid."""
         spacing = voxel_sizes(np.asarray(image.affine))
         self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size()))
         prepared, meta = prepare(self.preprocessing, image, self.device)
@@ -366,6 +369,7 @@ class BundleSegmenter:
             tuple(spacing),
             itemsize,
             self.network if with_network else None,
+            self.channels,
         )
 
     def _check_memory(self, plan: InferencePlan) -> None:
@@ -380,7 +384,7 @@ class BundleSegmenter:
     def _as_a_whole(
         self, image: MetaTensor, watch: Callable[[Slab], object] | None
     ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
-        """Segment an image as it was read, `(1, *spatial)`, as the inferer and the transforms of the bundle do."""
+        """Segment an image as it was read, `(channels, *spatial)`, as inferer and transforms of the bundle do."""
         item = self.preprocessing({"image": image.float()})
         seen = item["image"]
         item["pred"] = self.inferer(seen[None].to(self.device), self.network)[0]
@@ -405,12 +409,12 @@ class BundleSegmenter:
 
 
 def _as_tensor(image: nibabel.Nifti1Image, mirrored: bool) -> MetaTensor:
-    """Return an image as it was read, `(1, *spatial)`, or its mirror image."""
+    """Return an image as it was read, `(channels, *spatial)`, or its mirror image."""
     data = raw_voxels(image)
     data = np.flip(data, _left_right(image)) if mirrored else data
     data = data.copy() if min(data.strides) < 0 else data  # PyTorch takes no flipped arrays
     return MetaTensor(
-        torch.from_numpy(data)[None],
+        torch.from_numpy(data[None] if data.ndim == 3 else np.moveaxis(data, -1, 0)),
         affine=torch.from_numpy(image.affine),
         meta={MetaKeys.ORIGINAL_CHANNEL_DIM: 0, MetaKeys.ORIGINAL_AFFINE: image.affine},
     )

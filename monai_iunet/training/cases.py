@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import torch
-from nibabel.affines import voxel_sizes
 from torch import distributed
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import check_extent, check_not_constant
+from monai_iunet.io.channels import group_channels, result_name
+from monai_iunet.io.checks import check_extent, check_not_constant, check_same_grid
 from monai_iunet.io.files import NIFTI, check_folder, check_names, image_name
 from monai_iunet.io.read import read_image
 
-__all__ = ["check_cases", "check_images", "images_to_segment", "read_case"]
+__all__ = ["check_cases", "check_images", "image_of", "images_to_segment", "read_case"]
 
 logger = logging.getLogger(__name__)
+
+Files = tuple[Path, ...]  # of an image: one, or one per channel
 
 
 def check_cases(
@@ -30,15 +32,17 @@ def check_cases(
     check: bool = True,
     skip_bad: bool = False,
     label_values: Sequence[int] | None = None,
+    channels: int = 1,
 ) -> list[dict[str, Any]]:
     """Check that the cases of a data set can be learned from; all problems are listed together.
 
     Args:
-        cases: dictionaries with paths "image", one per channel if there are several, and "label".
+        cases: dictionaries with "image", a path or one per channel, and "label".
         num_classes: labels are 0 to `num_classes - 1`.
         check: whether to look at all; every file is read.
         skip_bad: leave bad cases out, saying so, instead of stopping.
         label_values: the labels, where they are others.
+        channels: of an image.
 
     Returns:
         The good cases.
@@ -60,22 +64,27 @@ def check_cases(
     if not check:
         return list(cases)
     values = range(num_classes) if label_values is None else label_values
-    good = _without_bad(cases, lambda case: _problem(case, values), skip_bad)
+    good = _without_bad(cases, lambda case: _problem(case, values, channels), skip_bad)
     if not good:
         raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
     return good
 
 
 def check_images(
-    cases: Sequence[dict[str, Any]], check: bool = True, skip_bad: bool = False, max_extent: float | None = None
+    cases: Sequence[dict[str, Any]],
+    check: bool = True,
+    skip_bad: bool = False,
+    max_extent: float | None = None,
+    channels: int = 1,
 ) -> list[dict[str, Any]]:
     """Check that images can be segmented; all problems are listed together.
 
     Args:
-        cases: dictionaries with a path "image".
+        cases: dictionaries with "image", a path or one per channel.
         check: whether to look at all; every file is read.
         skip_bad: leave bad images out, saying so, instead of stopping.
         max_extent: longest axis, in mm, of images that the network has learned from; None for any.
+        channels: of an image.
 
     Returns:
         The good images.
@@ -91,7 +100,9 @@ def check_images(
         >>> len(check_images([{"image": str(path)}]))
         1
     """
-    return _without_bad(cases, lambda case: _image_problem(case, max_extent), skip_bad) if check else list(cases)
+    if not check:
+        return list(cases)
+    return _without_bad(cases, lambda case: _image_problem(case, max_extent, channels), skip_bad)
 
 
 def _without_bad(
@@ -109,50 +120,48 @@ def _without_bad(
     return [case for number, case in enumerate(cases) if number not in problems]
 
 
-def _image_problem(case: dict[str, Any], max_extent: float | None) -> str | None:
+def _image_problem(case: dict[str, Any], max_extent: float | None, channels: int) -> str | None:
     """Return what is wrong with an image, in one line; None if nothing is."""
+    name = image_of(case)
     try:
-        image = read_image(case["image"])
-        check_not_constant(image, case["image"])
+        image = read_image(case["image"], channels=channels)
+        check_not_constant(image, name)
         if max_extent is not None:
-            check_extent(image, max_extent, case["image"], "Crop it first, or use `monai-iunet segment`.")
+            check_extent(image, max_extent, name, "Crop it first, or use `monai-iunet segment`.")
     except InputError as error:
         return str(error)
     return None
 
 
-def _problem(case: dict[str, Any], label_values: Sequence[int]) -> str | None:
+def _problem(case: dict[str, Any], label_values: Sequence[int], channels: int) -> str | None:
     """Return what is wrong with a case, in one line; None if nothing is."""
     try:
-        read_case(case, label_values)
+        read_case(case, label_values, channels)
     except InputError as error:
         return str(error)
     return None
 
 
 def read_case(
-    case: dict[str, Any], label_values: Sequence[int]
-) -> tuple[list[nibabel.Nifti1Image], nibabel.Nifti1Image]:
+    case: dict[str, Any], label_values: Sequence[int], channels: int = 1
+) -> tuple[nibabel.Nifti1Image, nibabel.Nifti1Image]:
     """Read a case and check that it can be learned from.
 
     Args:
         case: with "image", a path or one per channel, and "label".
         label_values: what labels may be.
+        channels: of the image.
 
     Returns:
-        The channels of the image, and the labels.
+        The image, with several channels 4D, and the labels.
 
     Raises:
         InputError: naming the file that cannot be used.
     """
-    paths = case["image"] if isinstance(case["image"], list) else [case["image"]]
     if not case.get("label"):
-        raise InputError(f"{paths[0]}: has no label.")
-    channels = [read_image(path) for path in paths]
-    label = read_image(case["label"])
-    for path, channel in zip(paths[1:], channels[1:]):
-        _check_same_grid(path, channel, "the first channel", channels[0])
-    _check_same_grid(case["label"], label, "its image", channels[0])
+        raise InputError(f"{image_of(case)}: has no label.")
+    image, label = read_image(case["image"], channels=channels), read_image(case["label"])
+    check_same_grid(case["label"], label, "its image", image)
     values = np.unique(label.get_fdata(dtype=np.float32))
     wrong = [value for value in values if value not in label_values]
     if wrong:
@@ -162,21 +171,21 @@ def read_case(
         raise InputError(f"{case['label']}: has the values {some}, labels are {known}.")
     if len(values) < 2:
         raise InputError(f"{case['label']}: is empty, all voxels are {values[0]:g}.")
-    return channels, label
+    return image, label
 
 
-def _check_same_grid(path: str, image: nibabel.Nifti1Image, other: str, reference: nibabel.Nifti1Image) -> None:
-    if image.shape != reference.shape:
-        raise InputError(f"{path}: has the shape {image.shape}, {other} {reference.shape}.")
-    corners = np.array([[0, 0, 0, 1], [*reference.shape, 1]])
-    apart = np.abs(corners @ (image.affine - reference.affine).T).max()
-    if apart > 0.1 * voxel_sizes(reference.affine).min():
-        raise InputError(f"{path}: its grid and that of {other} are up to {apart:.3g} mm apart.")
+def image_of(case: Mapping[str, Any]) -> str:
+    """Return the file of a case's image, or that of its first channel."""
+    return str(case["image"][0] if isinstance(case["image"], list) else case["image"])
 
 
 def images_to_segment(
-    source: str | Path | Sequence[str | Path], output_dir: str | Path, suffix: str = "_seg", skip_done: bool = True
-) -> list[dict[str, str]]:
+    source: str | Path | Sequence[str | Path],
+    output_dir: str | Path,
+    suffix: str = "_seg",
+    skip_done: bool = True,
+    channels: int = 1,
+) -> list[dict[str, Any]]:
     """Find the images that are asked for and have no result yet.
 
     Args:
@@ -185,10 +194,11 @@ def images_to_segment(
         output_dir: folder of the results; created if there is something to do.
         suffix: what a result's name has after that of its image.
         skip_done: whether to leave out images that have a result.
+        channels: of an image; files NAME_0000, NAME_0001, ... are then channels of one, whose result is named NAME.
 
     Returns:
-        Dictionaries with the path "image"; in several processes those that the first one finds, since results may
-        come while the others look.
+        Dictionaries with "image", a path or one per channel; in several processes those that the first one finds, since
+        results may come while the others look.
 
     Raises:
         InputError: when there is no such image, two of them have the same name, or the folder cannot be written.
@@ -201,27 +211,29 @@ def images_to_segment(
         >>> [case["image"] == str(path) for case in images_to_segment(path.parent, path.parent / "results")]
         [True]
     """
-    images = [path for part in _as_list(source) for path in _images(part)]
+    found = [files for part in _as_list(source) for files in _images(part)]
+    alone = group_channels([files[0] for files in found if len(files) == 1], channels)
+    images = [*alone, *(files for files in found if len(files) > 1)]
     if not images:
         raise InputError(f"{source}: no NIfTI image (.nii or .nii.gz) there. Name images or a folder of them.")
-    names = [image_name(path) for path in images]
+    names = [result_name(files[0], channels, NIFTI) for files in images]
     check_names(names)
     results = [Path(str(output_dir), f"{name}{suffix}.nii.gz") for name in names]
-    left = _of_first_process([path for path, result in zip(images, results) if not (skip_done and result.exists())])
+    left = _of_first_process([files for files, result in zip(images, results) if not (skip_done and result.exists())])
     if len(left) < len(images):
         logger.info(
             "%d of %d images have a result in %s and are left out", len(images) - len(left), len(images), output_dir
         )
     if left:
         check_folder(output_dir)
-    return [{"image": str(path)} for path in left]
+    return [{"image": str(files[0]) if len(files) == 1 else [str(path) for path in files]} for files in left]
 
 
-def _of_first_process(paths: list[Path]) -> list[Path]:
+def _of_first_process(images: list[Files]) -> list[Files]:
     if not (distributed.is_available() and distributed.is_initialized()):
-        return paths
+        return images
     on_gpu = distributed.get_backend() == "nccl"
-    objects = [paths]
+    objects = [images]
     device = torch.device("cuda", distributed.get_node_local_rank(0)) if on_gpu else None
     distributed.broadcast_object_list(objects, device=device)
     return objects[0]
@@ -233,24 +245,30 @@ def _as_list(source: Any) -> list[Path]:
     return [Path(str(part)) for part in parts]
 
 
-def _images(path: Path) -> list[Path]:
+def _images(path: Path) -> list[Files]:
+    """Return the files of each image that a path stands for."""
     if path.is_dir():
         folder = path / "imagesTs" if (path / "imagesTs").is_dir() else path
         # Files that begin with a dot are not images: macOS adds `._scan.nii.gz` to a copied `scan.nii.gz`.
-        return sorted(file for file in folder.iterdir() if file.name.lower().endswith(NIFTI) and file.name[0] != ".")
+        found = (file for file in folder.iterdir() if file.name.lower().endswith(NIFTI) and file.name[0] != ".")
+        return [(file,) for file in sorted(found)]
     if path.suffix.lower() == ".json":
-        return [path.parent / name for name in _listed(path)]
+        return [tuple(path.parent / name for name in names) for names in _listed(path)]
     if not path.is_file():
         raise InputError(f"{path}: no such file. Check the path.")
     image_name(path)
-    return [path]
+    return [(path,)]
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(path: Path) -> list[list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["test"] if isinstance(content, dict) else content
-        return [entry["image"] if isinstance(entry, dict) else str(entry) for entry in entries]
+        images = [entry["image"] if isinstance(entry, dict) else entry for entry in entries]
+        listed = [list(map(str, image)) if isinstance(image, list) else [str(image)] for image in images]
+        if not all(listed):
+            raise ValueError("an image has no file")
+        return listed
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f'{path}: not a list of images. It must hold a list of paths, or {{"test": [...]}} as dataset.json does.'

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
+
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import SUFFIXES, image_name
 
@@ -36,7 +38,7 @@ class LabeledData:
 
     Attributes:
         folder: of the data set.
-        training: cases with "image", a path or one per channel, and "label".
+        training: cases with "image", a path or one per channel, and "label"; a path of several channels is 4D.
         validation: its own validation cases; None if it has none.
         channels: names of the channels of an image.
         labels: value of each structure in the label files, by its name; None if nothing names them.
@@ -58,11 +60,11 @@ class LabeledData:
 
 
 def read_labeled_data(folder: str | Path) -> LabeledData:
-    """Find the cases of a data set; no image is read.
+    """Find the cases of a data set; of the first image the header is read, of the others nothing.
 
     Args:
         folder: with `dataset.json`, as the Medical Segmentation Decathlon or nnU-Net has it, or with `images` and
-            `labels`, files of the same names; channels are files NAME_0000, NAME_0001, ...
+            `labels`, files of the same names; channels are files NAME_0000, NAME_0001, ... or the last axis of a file.
 
     Raises:
         InputError: when nothing of that kind is there.
@@ -93,8 +95,10 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
         training, problems = _paired(folder)
         validation = None
     counts = {len(case["image"]) if isinstance(case["image"], list) else 1 for case in training}
-    if len(counts) == 1 and len(channels) not in counts:
-        channels = tuple(f"channel {number}" for number in range(counts.pop()))
+    if len(counts) == 1:
+        count = counts.pop()
+        count = _stored_channels(training[0]["image"]) if count == 1 else count
+        channels = channels if len(channels) == count else tuple(f"channel {number}" for number in range(count))
     return LabeledData(folder, training, validation, channels, labels, parts, tuple(problems))
 
 
@@ -201,6 +205,16 @@ def _channels(description: Mapping[str, Any]) -> tuple[str, ...]:
         return (names,)
     values = names.values() if isinstance(names, Mapping) else names if isinstance(names, list) else ()
     return tuple(map(str, values)) or ("image",)
+
+
+def _stored_channels(path: str) -> int:
+    """Return how many channels a file holds, the last axis of a 4D image; 1 if it cannot be read."""
+    try:
+        shape = nibabel.load(path).shape  # type: ignore[attr-defined] # of every spatial image
+    except Exception as error:
+        logger.debug("%s: %s", path, error)
+        return 1
+    return int(shape[3]) if len(shape) == 4 else 1
 
 
 def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] | None, str]:

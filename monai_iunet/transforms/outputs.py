@@ -13,7 +13,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveImaged
 
-from monai_iunet.io.files import check_folder, image_name
+from monai_iunet.io.channels import result_name
+from monai_iunet.io.files import NIFTI, check_folder
 from monai_iunet.io.labels import write_labels
 
 __all__ = ["LabelsOnImageGridd", "SaveImageLabelsd"]
@@ -73,6 +74,8 @@ class LabelsOnImageGridd(MapTransform):
 class SaveImageLabelsd(SaveImaged):
     """Write label maps beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
 
+    Of an image of several channels in files NAME_0000, NAME_0001, ... it is NAME too.
+
     It writes all by itself. It is a `SaveImaged`, and is called so, because MONAI Label leaves out transforms of that
     class and MONAI Deploy those of such a name.
 
@@ -100,8 +103,9 @@ class SaveImageLabelsd(SaveImaged):
         item = dict(data)
         for key in self.key_iterator(item):
             source = item[self.orig_key].meta["filename_or_obj"]
+            name = result_name(source, len(item[self.orig_key]), NIFTI)
             image: Any = nibabel.load(source)
             labels = np.asarray(torch.as_tensor(item[key])[0].cpu())
             check_folder(self.output_dir)
-            write_labels(labels, image, self.output_dir / f"{image_name(source)}{self.suffix}.nii.gz")
+            write_labels(labels, image, self.output_dir / f"{name}{self.suffix}.nii.gz")
         return item

@@ -22,8 +22,12 @@ def make_set(
     channels: int = 1,
     modality: str = "MRI",
     seed: int = 0,
+    in_one_file: bool = False,
 ) -> Path:
-    """A Decathlon folder: bright boxes in noise, the first to the right and the others in a row behind it."""
+    """A Decathlon folder: bright boxes in noise, the first to the right and the others in a row behind it.
+
+    Several channels are a file each, or `in_one_file` of four axes, as the Decathlon has them.
+    """
     rng = np.random.default_rng(seed)
     affine = np.diag([*spacing, 1.0])
     entries = []
@@ -36,7 +40,7 @@ def make_set(
             low = (value - 1) * width + 1 + int(rng.integers(0, 2))
             labels[shape[0] * 5 // 8 : shape[0] * 7 // 8, low : low + width, shape[2] // 4 : shape[2] * 3 // 4] = value
         name = f"case_{number:02}"
-        paths = []
+        images = []
         for channel in range(channels):
             image = 100 * (rng.normal(0, 0.2, shape) + (labels > 0) * (0.5 + labels / classes) * (1 + channel)).astype(
                 np.float32
@@ -44,10 +48,16 @@ def make_set(
             if modality == "CT":
                 image = np.clip(image - 50, -1000, 3000)
                 image[:, :, 0] = -1000
-            paths.append(f"imagesTr/{name}_{channel:04}.nii.gz" if channels > 1 else f"imagesTr/{name}.nii.gz")
-            nibabel.save(nibabel.Nifti1Image(image, affine), folder / paths[-1])
+            images.append(image)
+        if channels == 1 or in_one_file:
+            paths = [f"imagesTr/{name}.nii.gz"]
+            images = [np.stack(images, -1) if in_one_file else images[0]]
+        else:
+            paths = [f"imagesTr/{name}_{channel:04}.nii.gz" for channel in range(channels)]
+        for path, image in zip(paths, images):
+            nibabel.save(nibabel.Nifti1Image(image, affine), folder / path)
         nibabel.save(nibabel.Nifti1Image(labels, affine), folder / f"labelsTr/{name}.nii.gz")
-        entries.append({"image": paths if channels > 1 else paths[0], "label": f"labelsTr/{name}.nii.gz"})
+        entries.append({"image": paths if len(paths) > 1 else paths[0], "label": f"labelsTr/{name}.nii.gz"})
     names = {str(value): f"structure {value}" for value in range(1, classes + 1)}
     channel_names = {str(channel): f"{modality} {channel}" for channel in range(channels)}
     description = {"modality": channel_names, "labels": {"0": "background", **names}, "training": entries}

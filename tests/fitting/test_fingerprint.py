@@ -102,6 +102,12 @@ def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
     change(folder / "labelsTr" / "case_01.nii.gz", lambda data: data * 5)
     assert take(folder).label_values == (1, 5)
     assert take(folder).structures == ("label 1", "label 5")
+    in_one_file = take(make_set(tmp_path / "joint", channels=4, count=2, in_one_file=True))
+    assert in_one_file.channels == found.channels
+    assert in_one_file.cases[1].intensities == found.cases[1].intensities
+    change(tmp_path / "joint" / "imagesTr" / "case_01.nii.gz", lambda data: data[..., :3])
+    with pytest.raises(InputError, match=r"case_01.nii.gz: has 3 channels, 4 are needed"):
+        take(tmp_path / "joint")
     change(folder / "imagesTr" / "case_01_0003.nii.gz", lambda data: data[1:])
     with pytest.raises(InputError, match=r"case_01_0003.nii.gz: has the shape .*, the first channel"):
         take(folder)

@@ -81,8 +81,13 @@ def test_several_files_become_channels(volume: np.ndarray, tmp_path: Path) -> No
     assert item["image"].shape == (2, 7, 6, 5)
     np.testing.assert_array_equal(item["image"][1].numpy(), 2 * volume)
     nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "2.nii")
-    with pytest.raises(InputError, match="different grids"):
-        SimpleITKReader().get_data(SimpleITKReader().read(paths))
+    with pytest.raises(InputError, match=r"2\.nii: its grid and that of the first channel are"):
+        SimpleITKReader().read(paths)
+    nibabel.save(nibabel.Nifti1Image(np.stack([volume, 2 * volume], -1), oblique()), tmp_path / "4.nii")
+    joint = LoadImaged("image", SimpleITKReader, ensure_channel_first=True, channels=2)({"image": tmp_path / "4.nii"})
+    np.testing.assert_array_equal(joint["image"].numpy(), item["image"].numpy())
+    with pytest.raises(InputError, match=r"4\.nii: has 2 channels, 3 are needed"):
+        SimpleITKReader(channels=3).read(tmp_path / "4.nii")
 
 
 def test_the_reader_knows_its_suffixes(tmp_path: Path) -> None:

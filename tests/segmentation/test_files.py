@@ -114,9 +114,9 @@ def test_results_are_written_while_the_next_images_are_segmented(
 ) -> None:
     read, seen = files.read_image, []
 
-    def note(path: Path, *arguments: Any) -> Any:
-        seen.append((path.name, [name for name in names(tmp_path / "out") if not name.startswith(".")]))
-        return read(path, *arguments)
+    def note(paths: tuple[Path, ...], *arguments: Any) -> Any:
+        seen.append((paths[0].name, [name for name in names(tmp_path / "out") if not name.startswith(".")]))
+        return read(paths, *arguments)
 
     monkeypatch.setattr(files, "read_image", note)
     assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay")[0] == 0
@@ -129,9 +129,9 @@ def test_of_large_images_one_is_in_memory_at_a_time(
 ) -> None:
     read, seen = files.read_image, []
 
-    def note(path: Path, *arguments: Any) -> Any:
-        seen.append((path.name, names(tmp_path / "out")))
-        return read(path, *arguments)
+    def note(paths: tuple[Path, ...], *arguments: Any) -> Any:
+        seen.append((paths[0].name, names(tmp_path / "out")))
+        return read(paths, *arguments)
 
     monkeypatch.setattr(files, "SMALL", 0)
     monkeypatch.setattr(files, "read_image", note)
@@ -240,12 +240,12 @@ def test_a_full_disk_ends_the_batch_and_what_went_wrong_before_is_said(
 ) -> None:
     read = files.read_image
 
-    def fail(path: Path, *arguments: Any) -> Any:
-        if path.name == "b.nii.gz":
+    def fail(paths: tuple[Path, ...], *arguments: Any) -> Any:
+        if paths[0].name == "b.nii.gz":
             raise OSError(errno.ENAMETOOLONG, "File name too long")
-        if path.name == "c.nii.gz":
+        if paths[0].name == "c.nii.gz":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return read(path, *arguments)
+        return read(paths, *arguments)
 
     monkeypatch.setattr(files, "read_image", fail)
     code, printed, error = call("segment", *images, "--output", tmp_path / "out", "--no-overlay")
