@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 __all__ = ["WeightAverage"]
 
+EARLY = 4  # as a fraction of the steps so far, one over what the average spans at the beginning
+
 
 class WeightAverage(EMAHandler):
     """Averages the weights of a network over the steps of a training, exponentially.
+
+    At first it spans about a quarter of the steps so far, so that the weights that a training begins with are soon
+    forgotten, in a short one too; later the last `1 / momentum` steps.
 
     It is ignite's `EMAHandler`, that begins with the weights of the network when a training starts, and again whenever
     somebody has replaced them between two runs of the trainer, as a federated server does. A training that is resumed
@@ -21,7 +26,7 @@ class WeightAverage(EMAHandler):
 
     Args:
         model: the network that is trained; for `DistributedDataParallel` the network inside is averaged.
-        momentum: weight of each step in the average.
+        momentum: weight of each step in the average, but for the first `4 / momentum`, which weigh more.
 
     Attributes:
         ema_model: the average, a network in evaluation mode.
@@ -33,8 +38,8 @@ class WeightAverage(EMAHandler):
         >>> average.attach(trainer)
         >>> _ = network.weight.data.zero_()
         >>> _ = trainer.run([0, 0])
-        >>> network.weight.item(), average.ema_model.weight.item()
-        (2.0, 1.25)
+        >>> network.weight.item(), round(average.ema_model.weight.item(), 2)
+        (2.0, 1.8)
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.003) -> None:
@@ -47,6 +52,10 @@ class WeightAverage(EMAHandler):
         super().attach(engine, *arguments, **options)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.COMPLETED, self._end)
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, EARLY / (EARLY + engine.state.iteration - 1)))
+        super()._update_ema_model(engine, name)
 
     def _begin(self, engine: Engine) -> None:
         state = self.model.state_dict()
