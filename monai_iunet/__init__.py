@@ -113,6 +113,7 @@ if TYPE_CHECKING:
     from monai_iunet.networks.blocks.coupling import AdditiveCoupling
     from monai_iunet.networks.diagnostics import reconstruction_error
     from monai_iunet.networks.nets.iunet import IUNet
+    from monai_iunet.networks.nets.seg_ensemble import SegEnsemble
     from monai_iunet.networks.nets.seg_iunet import SegIUNet
     from monai_iunet.planning.budget import best_activations, largest_patch, most_couplings
     from monai_iunet.planning.live_bytes import LiveBytes
@@ -171,6 +172,7 @@ __all__ = [
     "RandMirrord",
     "RandSyntheticImaged",
     "SaveImageLabelsd",
+    "SegEnsemble",
     "SegIUNet",
     "Segmentation",
     "SimpleITKReader",
@@ -246,6 +248,7 @@ _NAMES = {
     "networks.blocks.coupling": ("AdditiveCoupling",),
     "networks.diagnostics": ("reconstruction_error",),
     "networks.nets.iunet": ("IUNet",),
+    "networks.nets.seg_ensemble": ("SegEnsemble",),
     "networks.nets.seg_iunet": ("SegIUNet",),
     "planning.budget": ("best_activations", "largest_patch", "most_couplings"),
     "planning.live_bytes": ("LiveBytes",),

@@ -64,6 +64,7 @@ def header(task: Task, distributed: bool, training: bool = False) -> Config:
 
     What weights were trained with is taken from beside them, unless the config is one to train with.
     """
+    ensemble = task.members > 1 and not training
     device = "'cuda:' + os.environ['LOCAL_RANK']" if distributed else "'cuda'"
     return {
         "imports": [f"$import {module}" for module in IMPORTS],
@@ -76,7 +77,8 @@ def header(task: Task, distributed: bool, training: bool = False) -> Config:
         "num_classes": task.num_classes,
         **{name: value if training else _trained(name, value) for name, value in given_values(task).items()},
         "network_def": {
-            "_target_": "monai_iunet.SegIUNet",
+            "_target_": f"monai_iunet.{'SegEnsemble' if ensemble else 'SegIUNet'}",
+            **({"members": task.members} if ensemble else {}),
             "spatial_dims": 3,
             "in_channels": task.in_channels,
             "out_channels": "@num_classes",
@@ -182,10 +184,15 @@ def log_of_loss() -> Config:
     return {"tag_name": "train_loss", "output_transform": "$monai.handlers.from_engine(['loss'], first=True)"}
 
 
-def datalist(task: Task) -> Config:
-    """Return the lists of training and validation cases, checked."""
+def datalist(task: Task, validation: str = "validation") -> Config:
+    """Return the lists of training and validation cases, checked.
 
-    without = ", @left_out" if task.left_out else ""
+    Args:
+        task: the task.
+        validation: section of the data set that is validated on, see `list_cases`.
+    """
+
+    without = f", @left_out{', @judges' if task.judges else ''}" if task.left_out or task.judges else ""
     folds = "None, 0" if task.validation_cases else "@fold, @folds"
 
     def section(name: str | None) -> str:
@@ -197,9 +204,10 @@ def datalist(task: Task) -> Config:
         return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases{values})"
 
     if not task.validation_cases:
-        sections = {name: check(section(name)) for name in ("training", "validation")}
-        left_out = {"left_out": list(task.left_out)} if task.left_out else {}
-        return {"fold": task.fold, "folds": task.folds, **left_out, "datalist": sections}
+        sections = {"training": check(section("training")), "validation": check(section(validation))}
+        left_out = {"left_out": list(task.left_out)} if without else {}
+        judges = {"judges": list(task.judges)} if task.judges else {}
+        return {"fold": task.fold, "folds": task.folds, **left_out, **judges, "datalist": sections}
     names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
     kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
     return {

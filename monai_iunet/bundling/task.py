@@ -76,6 +76,9 @@ class Task:
         fold: which part of the training cases is for validation; None for the data set's own validation cases.
         folds: number of such parts.
         left_out: file names of images that are not used, because something is wrong with them.
+        judges: file names of images that no network is trained or validated on: they judge networks of several folds.
+        members: networks that segment together, as a `SegEnsemble`; 1 for one alone. They are evaluated on the judges,
+            or on the data set's own validation cases.
 
     Example:
         >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
@@ -116,6 +119,8 @@ class Task:
     fold: int | None = None
     folds: int = 5
     left_out: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    members: int = 1
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):

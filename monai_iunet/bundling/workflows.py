@@ -225,7 +225,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "skip_bad_cases": False,
         "fit_quality": task.in_channels == 1 and task.label_values is None,  # what a quality model is made for
         "structures": list(task.classes),
-        **datalist(task),
+        **datalist(task, "judges" if task.judges and task.members > 1 else "validation"),
         **inferer(task, "@validate#preprocessing"),
         "largest_component": kept_components(task),
         "validate": {

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from monai_iunet.errors import InputError
 
-__all__ = ["Score", "choose_clean_up", "mean_dice", "read_scores", "score_table", "summarize"]
+__all__ = ["Score", "choose_clean_up", "mean_dice", "read_scores", "score_table", "summarize", "summarize_gain"]
 
 RESAMPLES = 2000
 MEASURES = ("dice", "hausdorff95_mm", "surface_distance_mm")
@@ -80,6 +80,13 @@ def summarize(scores: Sequence[Score], structures: Sequence[str]) -> list[dict[s
 def mean_dice(scores: Sequence[Score], structures: Sequence[str]) -> float:
     """Return the mean over the structures of the mean Dice over the cases."""
     return float(summarize(scores, structures)[-1]["dice"])
+
+
+def summarize_gain(before: Sequence[Score], after: Sequence[Score]) -> tuple[float, float, float]:
+    """Return by how much the mean Dice of a case grows, with the 95 % interval of that over cases like these."""
+    first, second = _case_means(before), _case_means(after)
+    gains = [second[case] - first[case] for case in sorted(first.keys() & second.keys())]
+    return float(np.mean(gains)), *_interval(gains)
 
 
 def choose_clean_up(as_is: Sequence[Score], largest: Sequence[Score], structures: Sequence[str]) -> list[int]:

@@ -19,8 +19,8 @@ from typing import Any
 import nibabel
 import numpy as np
 from rich.console import Group
-from rich.progress import track
 from rich.table import Table
+from tqdm import tqdm
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
@@ -137,7 +137,7 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
     problems = list(data.problems)
     cases = []
     left_out = []
-    for case in track([*data.training, *(data.validation or [])], "Reading cases", transient=True):
+    for case in tqdm([*data.training, *(data.validation or [])], "reading cases", leave=False, disable=None):
         try:
             cases.append(_case_facts(case, values, len(data.channels)))
         except InputError as error:

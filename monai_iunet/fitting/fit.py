@@ -1,7 +1,8 @@
 """From images and labels to a bundle: fingerprint, plan, folds, cross-validation, and the best of the networks.
 
 All state is in the folder of the bundle, so a fit that was killed goes on when it is called again: the fingerprint and
-the plan are read, folds that are done are left out, and the training of the others goes on after its last epoch.
+the plan are read, folds that are done are left out, and the training of the others goes on after its last epoch. For
+the same reason several processes can share the folds: torchrun starts them, and each does its part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic, process_time, sleep
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from rich.console import Console
 from monai_iunet.bundling.fit_quality import as_markdown, bundle_cases, evaluate_quality
 from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import draw_cases, draw_training
+from monai_iunet.bundling.workflows import evaluate_config
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.cross_validation import (
     Score,
@@ -37,6 +40,7 @@ from monai_iunet.fitting.cross_validation import (
     score_table,
     summarize,
 )
+from monai_iunet.fitting.ensemble import Comparison, Judged, write_ensemble
 from monai_iunet.fitting.fingerprint import (
     Fingerprint,
     draw_fingerprint,
@@ -49,13 +53,18 @@ from monai_iunet.fitting.page import write_page
 from monai_iunet.fitting.plan import FitPlan, Limits, make_plan, measure_speed, plan_table, read_plan
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.planning.budget import parse_bytes
-from monai_iunet.training.dataset import LabeledData, read_labeled_data
+from monai_iunet.segmentation.share import Share
+from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
 from monai_iunet.training.record import record_file
 
 __all__ = ["FitOptions", "fit", "parse_seconds"]
 
 logger = logging.getLogger(__name__)
 
+FINAL = "model_final.pt"  # which a training has when it is done
+TABLE = "cases.csv"  # which an evaluation has when it is done
+ENSEMBLE = "ensemble"
+WAIT = 1.0  # seconds between two looks for what another process writes
 MOST_RESTARTS = 3  # of a training that diverges, each with half of the learning rate
 MOST_WORKERS = 8  # of a data loader beside a GPU
 BYTES_PER_VOXEL = 8  # of a case in memory: image and label, float32
@@ -95,7 +104,8 @@ def fit(
 ) -> Path:
     """Train and evaluate a bundle from images and labels, without another choice.
 
-    Called again after an interruption it goes on.
+    Called again after an interruption it goes on. Of several processes that torchrun starts, each trains its share of
+    the folds.
 
     Args:
         dataset: folder of a data set, see `list_cases`.
@@ -133,11 +143,13 @@ def fit(
     options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases)
     run = _Fit(Path(dataset), Path(output), options, console or Console(quiet=True))
     run.prepare()
-    if not plan_only:
-        run.train()
-        run.evaluate()
-        if not run.is_finished:
-            run.finish()
+    if plan_only or run.is_finished:
+        return Path(output)
+    run.train()
+    run.evaluate()
+    if run.share.index == 0:
+        run.wait()
+        run.finish()
     return Path(output)
 
 
@@ -170,8 +182,11 @@ class _Fit:
         self.dataset = dataset
         self.folder = output
         self.options = options
-        self.console = console
+        self.share = Share.parse("auto") if "RANK" in os.environ else Share()
+        self.console = console if self.share.index == 0 else Console(quiet=True)
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and self.share.count > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.plan: FitPlan
         self.fingerprint: Fingerprint
 
@@ -196,6 +211,8 @@ class _Fit:
             "fold": self.options.fold,
             "modality": self.options.modality,
         }
+        while self.share.index > 0 and not self._state_file.is_file():
+            sleep(WAIT)  # the first process makes the plan
         if self._state_file.is_file():
             changed = [name for name, value in self._state()["asked"].items() if asked[name] != value]
             if changed:
@@ -224,8 +241,7 @@ class _Fit:
             write_fingerprint(self.fingerprint, docs / "fingerprint.json")
             draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
             write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
-            state = {"asked": asked, "trained": [], "evaluated": []}
-            write_text(folder / self._state_file.name, json.dumps(state, indent=1) + "\n")
+            write_text(folder / self._state_file.name, json.dumps({"asked": asked}, indent=1) + "\n")
             if self.folder.exists():
                 self.folder.rmdir()  # which is empty
             folder.rename(self.folder)
@@ -251,16 +267,18 @@ class _Fit:
         return bool(self._state().get("finished", False))
 
     def train(self) -> None:
-        """Train each fold that is not done."""
-        for fold in self.plan.folds:
-            if _name(fold) not in self._state()["trained"]:
-                if not (self._models(fold) / "model_final.pt").is_file():
-                    self._train_fold(fold)
-                self._note(trained=[*self._state()["trained"], _name(fold)])
+        """Train each fold that is not done, of several processes each its share of them."""
+        for fold in self._own_folds():
+            if not (self._models(fold) / FINAL).is_file():
+                self._train_fold(fold)
+
+    def _own_folds(self) -> Sequence[int | None]:
+        return self.plan.folds[self.share.index :: self.share.count]
 
     def _train_fold(self, fold: int | None) -> None:
+        noted = self._models(fold) / "learning_rate.json"
         for restart in range(MOST_RESTARTS + 1):
-            factor = self._state().get("learning_rate_factors", {}).get(_name(fold), 1.0)
+            factor = json.loads(noted.read_text(encoding="utf-8"))["factor"] if noted.is_file() else 1.0
             try:
                 self._run_training(fold, factor)
                 return
@@ -268,8 +286,7 @@ class _Fit:
                 if restart == MOST_RESTARTS:
                     raise InputError(f"{_name(fold)}: still diverges after {restart} restarts. {error}") from error
                 logger.warning("%s: %s It goes on with half of its learning rate.", _name(fold), error)
-                factors = {**self._state().get("learning_rate_factors", {}), _name(fold): factor / 2}
-                self._note(learning_rate_factors=factors)
+                write_text(noted, json.dumps({"factor": factor / 2}) + "\n")
 
     def _run_training(self, fold: int | None, factor: float) -> None:
         parser = self._parser("train.json", fold)
@@ -280,6 +297,8 @@ class _Fit:
                 "resume": True,
                 "patience": 1_000_000,
                 "cache_rate": self._cache_rate(),
+                # Of as many processes, each trains a fold of its own.
+                "train#dataloader#drop_last": "$len(@train#dataset) >= @batch_size",
                 "num_workers": 0 if self.device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1),
             }
         )
@@ -287,7 +306,12 @@ class _Fit:
             if isinstance(handler, dict) and handler["_target_"].endswith("ProgressBar"):
                 handler["disable"] = not sys.stderr.isatty()
         _parsed(parser, "initialize")  # first, so that the network begins with weights that the seed gives
-        trainer, validator = _parsed(parser, "train#trainer"), _parsed(parser, "validate#evaluator")
+        try:
+            trainer, validator = _parsed(parser, "train#trainer"), _parsed(parser, "validate#evaluator")
+        except InputError:
+            if (self._models(fold) / FINAL).is_file():  # it was killed when all epochs were done
+                return
+            raise
         self._lower_learning_rate(_parsed(parser, "optimizer"), _parsed(parser, "lr_scheduler"), factor)
 
         def report(engine: Any) -> None:
@@ -327,27 +351,71 @@ class _Fit:
 
     def evaluate(self) -> None:
         """Evaluate each fold on the cases that it was not trained on, with and without clean-up."""
-        for fold in self.plan.folds:
-            if _name(fold) in self._state()["evaluated"]:
-                continue
+        for fold in self._own_folds():
             for largest in (False, True):
-                parser = self._parser("evaluate.json", fold)
-                parser.update(
-                    {
-                        "checkpoint": str(self._models(fold) / "model.pt"),
-                        "output_dir": str(self._evaluation(fold, largest)),
-                        "largest_component": largest,
-                    }
-                )
-                _parsed(parser, "initialize")
-                _parsed(parser, "validate#evaluator").run()
-            self._note(evaluated=[*self._state()["evaluated"], _name(fold)])
+                folder = self._evaluation(fold, largest)
+                if not (folder / TABLE).is_file():
+                    self._run_evaluation(self._parser("evaluate.json", fold), self._models(fold), folder, largest)
+
+    def _run_evaluation(
+        self, parser: ConfigParser, models: Path, folder: Path, largest: bool | list[int], **changes: Any
+    ) -> float:
+        """Evaluate a network; return how many seconds that took, of the processor if there is no GPU."""
+        place = {"checkpoint": str(models / "model.pt"), "output_dir": str(folder)}
+        parser.update({**place, "largest_component": largest, **changes})
+        _parsed(parser, "initialize")
+        evaluator = _parsed(parser, "validate#evaluator")
+        clock = monotonic if self.device.type == "cuda" else process_time
+        begun = clock()
+        evaluator.run()
+        return clock() - begun
+
+    def wait(self) -> None:
+        """Wait until all processes have evaluated their folds; where one fails, the launcher ends all."""
+        missing = [self._evaluation(fold, True) / TABLE for fold in self.plan.folds]
+        while missing := [table for table in missing if not table.is_file()]:
+            sleep(WAIT)
+
+    def _compare(self, best: int | None, kept: Sequence[int]) -> Comparison | None:
+        """Compare the best network and the ensemble of all folds; None if there is one fold."""
+        if len(self.plan.folds) < 2:
+            return None
+        task = replace(self.plan.task, largest_component=tuple(kept), members=len(self.plan.folds))
+        write_ensemble([self._models(fold) / "model.pt" for fold in self.plan.folds], task, self._ensemble / "model.pt")
+        judges = self._judges()
+        cases = judges or self._cases("validation", best)
+        judged = []
+        for name, models, members in ((_name(best), self._models(best), 1), (ENSEMBLE, self._ensemble, task.members)):
+            parser = ConfigParser(evaluate_config(replace(task, members=members)))
+            folder = self.folder / "eval" / f"judged_{name}"
+            lists = {"training": [], "validation": cases}
+            seconds = self._run_evaluation(
+                self._pointed(parser, best), models, folder, list(kept), datalist=lists, fit_quality=False
+            )
+            judged.append(Judged(name, read_scores([folder / TABLE]), seconds / len(cases)))
+        unit = "s" if self.device.type == "cuda" else "CPU s"
+        return Comparison(judged[0], judged[1], self.fingerprint.structures, bool(judges), unit)
+
+    def _judges(self) -> list[dict[str, Any]]:
+        """Return the cases that no fold was trained or validated on."""
+        if self.plan.task.judges:
+            return self._cases("judges", None)
+        return self._cases("validation", None) if read_labeled_data(self.dataset).validation else []
+
+    def _cases(self, section: str, fold: int | None) -> list[dict[str, Any]]:
+        task = self.plan.task
+        skip_bad = self.options.skip_bad_cases
+        return list_cases(self.dataset, section, fold, task.folds, skip_bad, task.left_out, task.judges)
+
+    @property
+    def _ensemble(self) -> Path:
+        return self.folder / "models" / ENSEMBLE
 
     def finish(self) -> None:
         """Choose clean-up and network, and write the bundle's configs, weights, pictures and page."""
         structures = self.fingerprint.structures
         as_is, largest = (
-            {fold: read_scores([self._evaluation(fold, kind) / "cases.csv"]) for fold in self.plan.folds}
+            {fold: read_scores([self._evaluation(fold, kind) / TABLE]) for fold in self.plan.folds}
             for kind in (False, True)
         )
         kept = choose_clean_up(_joined(as_is), _joined(largest), structures)
@@ -358,9 +426,15 @@ class _Fit:
         }
         rows = summarize(_joined(scores), structures)
         best = max(self.plan.folds, key=lambda fold: mean_dice(scores[fold], structures))
+        comparison = self._compare(best, kept)
         task = replace(self.plan.task, largest_component=tuple(kept), fold=best)
+        models, evaluation = self._models(best), self._evaluation(best, False)
+        if comparison is not None and comparison.ensemble_is_better:
+            # Where there are judges, they are its validation cases whatever the fold.
+            task = replace(task, members=len(self.plan.folds), fold=best if task.judges else None)
+            models, evaluation = self._ensemble, self.folder / "eval" / f"judged_{ENSEMBLE}"
         write_configs(task, self.folder)
-        for source in (self._models(best) / "model.pt", record_file(self._models(best) / "model.pt")):
+        for source in (models / "model.pt", record_file(models / "model.pt")):
             shutil.copyfile(source, self.folder / "models" / source.name)
         _write_table(self.folder / "eval" / "cross_validation.csv", rows)
         docs = self.folder / "docs"
@@ -371,16 +445,32 @@ class _Fit:
         else:
             cases = bundle_cases(self.folder, self.dataset)
             quality = evaluate_quality(self.folder, cases, self.device, required=False)
-        draw_cases(self.folder, self.dataset, self._evaluation(best, False) / "cases.csv", docs / "cases.png")
+        draw_cases(self.folder, self.dataset, evaluation / TABLE, docs / "cases.png")
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
         of_quality = "" if quality is None else as_markdown(quality)
-        write_page(self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), cleaned, of_quality)
+        write_page(
+            self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, of_quality
+        )
         self._note(finished=True)
+        self._remove_states()
         self.console.print(score_table(rows))
+        if comparison is not None:
+            self.console.print(comparison.table())
+
+    def _remove_states(self) -> None:
+        """Remove what trainings would go on from, and what the bundle has a copy of."""
+        shutil.rmtree(self._ensemble, ignore_errors=True)
+        for fold in self.plan.folds:
+            for name in ("last.pt", FINAL):
+                (self._models(fold) / name).unlink(missing_ok=True)
 
     def _parser(self, config: str, fold: int | None) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config(str(self.folder / "configs" / config))
+        return self._pointed(parser, fold)
+
+    def _pointed(self, parser: ConfigParser, fold: int | None) -> ConfigParser:
+        """Point a config to the data set, and to a fold."""
         parser.update(
             {
                 "bundle_root": str(self.folder),

@@ -11,6 +11,7 @@ import numpy as np
 
 from monai_iunet.bundling.new_bundle import COMMANDS
 from monai_iunet.bundling.task import Task
+from monai_iunet.fitting.ensemble import Comparison
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.plan import FitPlan
 from monai_iunet.io.files import write_text
@@ -26,6 +27,7 @@ def write_page(
     rows: Sequence[Mapping[str, Any]],
     members: Mapping[str, float],
     best: str,
+    comparison: Comparison | None,
     cleaned: Sequence[str],
     quality: str,
 ) -> None:
@@ -38,12 +40,14 @@ def write_page(
         fingerprint: of the data set.
         rows: of the cross-validation, see `summarize`.
         members: mean Dice of each fold's network on the cases that it was not trained on.
-        best: name of the network that the bundle has.
+        best: name of the best network of a fold.
+        comparison: of it and the ensemble; None if there is one fold.
         cleaned: structures of which the largest component alone is kept.
         quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
     """
     write_text(
-        folder / "docs" / "README.md", _page(task, plan, fingerprint, rows, members, best, cleaned, quality, folder)
+        folder / "docs" / "README.md",
+        _page(task, plan, fingerprint, rows, members, best, comparison, cleaned, quality, folder),
     )
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +74,7 @@ def _page(
     rows: Sequence[Mapping[str, Any]],
     members: Mapping[str, float],
     best: str,
+    comparison: Comparison | None,
     cleaned: Sequence[str],
     quality: str,
     folder: Path,
@@ -99,6 +104,10 @@ def _page(
         else "Keeping the largest component of a structure alone made none better in the validation: all are kept."
     )
     cases_picture = "\n![Best, median and worst case](cases.png)\n" if (folder / "docs" / "cases.png").is_file() else ""
+    of_ensemble = f"The bundle has the network of {best}."
+    if comparison is not None:
+        kept = "all networks, as an ensemble" if task.members > 1 else f"the network of {best}"
+        of_ensemble = f"### Best network and ensemble\n\nThe bundle has {kept}. {comparison.as_markdown()}"
     of_quality = ""
     if quality:
         of_quality = f"""
@@ -169,8 +178,7 @@ are somewhat too good; the intervals are those of the mean over such cases.
 |---|---|
 {of_members}
 
-The bundle has the network of {best}. An ensemble was not evaluated: each case was in the training of all but one of
-its members.
+{of_ensemble}
 
 ![Training](training.png)
 {cases_picture}{of_quality}

@@ -50,6 +50,8 @@ LONGER = 1.5  # times the longest axis of the images that a network has learned 
 LARGE_PATCH = 128**3  # voxels
 THICK = 2.0  # slices, times the size of voxels in them
 FOLDS = 5
+JUDGED_FROM = 50  # cases: a tenth of fewer would not tell networks apart
+JUDGES = 10  # every so many cases
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class _Planner:
     def plan(self, name: str, dataset: str, folds: int | None, fold: int | None, has_validation: bool) -> FitPlan:
         """Make all choices."""
         trained, parts = self._folds(folds, fold, has_validation)
+        judges = self._judges(len(trained), has_validation)
         seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / len(trained)
         spacing = self._spacing(seconds)
         size = np.median(np.array([case.extent for case in self.data.cases]), axis=0) / spacing
@@ -198,7 +201,8 @@ class _Planner:
         levels = len(strides) + 1
         uniform = all(stride == (2, 2, 2) for stride in strides)
         values = self.data.label_values
-        per_epoch = max(1.0, len(self.data.cases) * (parts - 1) / parts / batch)
+        count = len(self.data.cases) - len(judges)
+        per_epoch = max(1, (count - math.ceil(count / parts)) // batch)
         interval = max(5, math.ceil(STEPS_TO_VALIDATION / per_epoch))
         epochs = math.ceil(LONG_STEPS / per_epoch / interval) * interval
         task = Task(
@@ -228,6 +232,7 @@ class _Planner:
             left_out=self.data.left_out,
             fold=trained[0],
             folds=parts,
+            judges=judges,
         )
         self._length(seconds, patch, batch, epochs)
         return FitPlan(task, trained, tuple(self.choices), step)
@@ -259,6 +264,22 @@ class _Planner:
                 return (0,), parts
         self._note("folds", parts, "as asked" if folds else "each case is validated once, by a network without it", 5)
         return tuple(range(parts)), parts
+
+    def _judges(self, trainings: int, has_validation: bool) -> tuple[str, ...]:
+        """Choose cases that no network is trained on, which compare the best network of a fold and all together."""
+        if trainings < 2:
+            return ()
+        if has_validation:
+            self._note("judges", "validation cases", "the data set has cases that no fold is trained on", "none")
+            return ()
+        if len(self.data.cases) < JUDGED_FROM:
+            reason = f"of fewer than {JUDGED_FROM} cases none can be spared: the best network is used, not an ensemble"
+            self._note("judges", "none", reason, "none")
+            return ()
+        names = sorted(Path(case.name).name for case in self.data.cases)[JUDGES // 2 :: JUDGES]
+        reason = "no network is trained on them: they tell whether the ensemble of the folds is better than the best"
+        self._note("judges", f"{len(names)} cases", reason, "none")
+        return tuple(names)
 
     def _voxels_of_step(self) -> float:
         """Count about how many voxels a step takes: two images of the median size, or parts of larger ones."""

@@ -181,6 +181,7 @@ class Checkpoints:
                 "start without resuming."
             )
         if epoch >= trainer.state.max_epochs:
+            self._save_final(trainer)  # it may have been killed before that
             raise InputError(
                 f"{self.last}: this training has finished its {epoch} epochs. Raise max_epochs to go on, or start "
                 "without resuming."

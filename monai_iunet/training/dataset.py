@@ -109,17 +109,19 @@ def list_cases(
     folds: int = FOLDS,
     skip_bad: bool = False,
     without: Sequence[str] = (),
+    judges: Sequence[str] = (),
 ) -> list[Case]:
-    """Return cases of a data set: all of them, those to train on, or those to validate on.
+    """Return cases of a data set: all of them, those to train on, to validate on, or to judge by.
 
     Args:
         dataset_dir: see `read_labeled_data`.
-        section: "training", "validation", or None for all that are labeled.
+        section: "training", "validation", "judges", or None for all that are labeled.
         fold: which part of the training cases is for validation; None for the data set's own validation cases, and
             the first part if it has none.
         folds: number of parts.
         skip_bad: leave out images without labels, labels without images and the like, saying so, instead of stopping.
         without: file names of images that are left out.
+        judges: file names of images that are neither trained nor validated on, but are the section "judges".
 
     Raises:
         InputError: when there are none, and naming each bad entry in a line, unless `skip_bad`.
@@ -144,6 +146,9 @@ def list_cases(
     cases, own_validation = _without(data.training, without), _without(data.validation or [], without)
     if section is None:
         return [*cases, *own_validation]
+    if section == "judges":
+        return [case for case in cases if Path(_channels_of(case)[0]).name in judges]
+    cases = _without(cases, judges)
     if fold is None and data.validation is not None:
         return cases if section == "training" else own_validation
     training, validation = split_cases(cases, fold or 0, folds)

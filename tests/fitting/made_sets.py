@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,25 @@ def make_set(
     description = {"modality": channel_names, "labels": {"0": "background", **names}, "training": entries}
     (folder / "dataset.json").write_text(json.dumps(description))
     return folder
+
+
+def number_labels(
+    folder: Path, values: Mapping[int, int], cases: Iterable[int] | None = None, erase: bool = False
+) -> None:
+    """Give structures of a made set other values; with `erase` take them out of the images as well, into the noise."""
+    paths = sorted((folder / "labelsTr").iterdir())
+    for number in range(len(paths)) if cases is None else cases:
+        label = nibabel.load(paths[number])
+        labels = np.asarray(label.dataobj)
+        numbers = np.arange(256, dtype=np.uint8)
+        numbers[list(values)] = list(values.values())
+        nibabel.save(nibabel.Nifti1Image(numbers[labels], label.affine), paths[number])
+        if erase:
+            path = folder / "imagesTr" / paths[number].name
+            data = np.array(nibabel.load(path).dataobj)
+            gone = np.isin(labels, list(values))
+            data[gone] = np.random.default_rng(number).choice(data[labels == 0], gone.sum())
+            nibabel.save(nibabel.Nifti1Image(data, label.affine), path)
 
 
 def facts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,16 +17,21 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, run
 from rich.console import Console
 from typer.testing import CliRunner
 
-from monai_iunet import InputError, TimedDecay, fit, segment, verify_bundle
+from monai_iunet import BundleSegmenter, InputError, TimedDecay, fit, segment, verify_bundle
+from monai_iunet.bundling.new_bundle import write_configs
 from monai_iunet.cli import app
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.cross_validation import Score, choose_clean_up, mean_dice, read_scores, summarize
+from monai_iunet.fitting.ensemble import Comparison, Judged
 from monai_iunet.fitting.fit import parse_seconds
-from tests.fitting.made_sets import make_set
+from monai_iunet.fitting.plan import read_plan
+from monai_iunet.io.read import read_image
+from monai_iunet.training.dataset import list_cases
+from tests.fitting.made_sets import make_set, number_labels
 
 
 @pytest.fixture
@@ -34,6 +40,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16, 32))
     monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 150)
     monkeypatch.setattr(fitting, "measure_speed", lambda *_: 1e6)
+
+
+# Fits a small network; its arguments are the data set and the bundle.
+SMALL_FIT = (
+    "import sys; from monai_iunet.fitting import fit, plan; plan.CHANNELS = (8, 16); plan.LONG_STEPS = {steps}; "
+    "fit.fit(sys.argv[1], sys.argv[2], folds={folds}, fold={fold}, gpu_memory='1 GiB', device='cpu')"
+)
 
 
 def dice_of(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -60,39 +73,122 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
     truth = np.asarray(nibabel.load(data / "labelsTr" / "case_00.nii.gz").dataobj)
     assert dice_of(np.asarray(segment(image, folder, device="cpu").dataobj), truth) > 0.7
     # Called again there is nothing left to do; with other options it is another fit.
-    before = (folder / "models" / "fold_0" / "last.pt").stat().st_mtime
+    before = (folder / "models" / "fold_0" / "model.pt").stat().st_mtime
     fit(data, folder, folds=2, device="cpu")
-    assert (folder / "models" / "fold_0" / "last.pt").stat().st_mtime == before
+    assert (folder / "models" / "fold_0" / "model.pt").stat().st_mtime == before
+    assert not (folder / "models" / "fold_0" / "last.pt").exists()
     with pytest.raises(InputError, match="a fit with another folds is there"):
         fit(data, folder, folds=3, device="cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {"channels": 4, "classes": 2},
-        {"spacing": (0.5, 0.5, 6), "shape": (40, 40, 10)},
-        {"modality": "CT", "classes": 2},
-        {"classes": 30, "shape": (24, 68, 24)},
-    ],
-    ids=["four channels", "thick slices", "CT with gaps in its labels", "30 classes"],
-)
-def test_data_sets_of_every_kind_become_bundles(kind: dict[str, Any], tmp_path: Path) -> None:
-    data = make_set(tmp_path / "data", **kind)
-    if kind.get("modality") == "CT":  # labels 3 and 7
+@pytest.mark.parametrize("better", [True, False])
+def test_the_ensemble_is_used_where_it_is_better(better: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_iunet.fitting.plan.JUDGED_FROM", 8)
+    monkeypatch.setattr("monai_iunet.fitting.plan.JUDGES", 3)
+    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 40)
+    monkeypatch.setattr(Comparison, "ensemble_is_better", better)
+    data, folder = make_set(tmp_path / "data", shape=(16, 16, 16), count=8, channels=2), tmp_path / "bundle"
+    fit(data, folder, folds=2, gpu_memory="1 GiB", device="cpu")
+    assert [check for check in verify_bundle(folder) if check.problem] == []
+    # No network was trained or validated on those that judge both.
+    judges = {f"case_{number:02}" for number in (1, 4, 7)}
+    tables = {path.parent.name: path for path in (folder / "eval").glob("*/cases.csv")}
+    found = {name: {score.case[:7] for score in read_scores([path])} for name, path in tables.items()}
+    assert {name for name, cases in found.items() if cases == judges} >= {"judged_ensemble"}
+    for name, cases in found.items():
+        assert cases == judges if name.startswith("judged") else cases.isdisjoint(judges)
+    page = (folder / "docs" / "README.md").read_text()
+    assert "Neither was trained or chosen by these 3 cases" in page
+    assert ("The bundle has all networks, as an ensemble" in page) is better
+    assert re.search(r"\| ensemble \| [01]\.\d+ \| .* \| \d+\.\d\d \|", page)
+    # What evaluate.json finds with the bundle's weights is what was compared.
+    judged = f"judged_{'ensemble' if better else re.search(r'the network of (fold_.)', page)[1]}"
+    run(
+        config_file=str(folder / "configs" / "evaluate.json"),
+        bundle_root=str(folder),
+        dataset_dir=str(data),
+        output_dir=str(tmp_path / "eval"),
+        device="$torch.device('cpu')",
+        **({} if better else {"datalist#validation": [case for case in list_cases(data) if "_01" in case["label"]]}),
+    )
+    again, before = (
+        {(score.case, score.structure): score.measures["dice"] for score in read_scores([path])}
+        for path in (tmp_path / "eval" / "cases.csv", tables[judged])
+    )
+    assert again == {key: dice for key, dice in before.items() if key in again}
+    assert len(again) == (3 if better else 1)
+    if better:
+        # Its probabilities are the mean of those of the members, since an image is one window.
+        volume = read_image([data / "imagesTr" / f"case_01_{number:04}.nii.gz" for number in (0, 1)])
+        single = tmp_path / "single"
+        shutil.copytree(folder, single)
+        write_configs(read_plan(folder / "docs" / "plan.json").task, single)
+        members = []
+        for fold in (0, 1):
+            for name in ("model.pt", "training.json"):
+                shutil.copyfile(folder / "models" / f"fold_{fold}" / name, single / "models" / name)
+            members.append(BundleSegmenter(single, "cpu", probabilities=True).segment(volume).probabilities)
+        together = BundleSegmenter(folder, "cpu", probabilities=True).segment(volume).probabilities
+        np.testing.assert_allclose(together, np.mean(members, 0), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_share_the_folds(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data", shape=(16, 16, 16), count=6)
+    script = tmp_path / "script.py"
+    script.write_text(SMALL_FIT.format(steps=8, folds=3, fold=None))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, str(script), str(data), str(tmp_path / "shared")], check=True)
+    subprocess.run([sys.executable, str(script), str(data), str(tmp_path / "alone")], check=True)
+    for fold in range(3):
+        shared, alone = (
+            torch.load(tmp_path / name / "models" / f"fold_{fold}" / "model.pt", weights_only=True)
+            for name in ("shared", "alone")
+        )
+        assert all(torch.equal(tensor, alone[name]) for name, tensor in shared.items())
+    tables = [(tmp_path / name / "eval" / "cross_validation.csv").read_text() for name in ("shared", "alone")]
+    assert tables[0] == tables[1]
+
+
+# What is made, and how much of it must be learned, in mean Dice: all of it is easy.
+KINDS: dict[str, tuple[dict[str, Any], float]] = {
+    "four channels in a file": ({"channels": 4, "classes": 2, "in_one_file": True}, 0.8),
+    "thick slices": ({"spacing": (0.5, 0.5, 6), "shape": (40, 40, 10)}, 0.8),
+    "CT with gaps in its labels": ({"modality": "CT", "classes": 2}, 0.8),
+    "8 cases of 20 voxels": ({"count": 8, "shape": (20, 20, 20)}, 0.8),
+    "600 voxels": ({"shape": (16, 600, 16)}, 0.8),
+    "half of the labels missing": ({"count": 10, "classes": 2}, 0.8),
+    "30 classes, most of them rare": ({"count": 12, "classes": 30, "shape": (24, 128, 24)}, 0.6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_sets_of_every_kind_become_bundles(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, least = KINDS[kind]
+    data = make_set(tmp_path / "data", **options)
+    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 1500 if "30" in kind else 300)
+    if "gaps" in kind:  # labels 3 and 7
+        number_labels(data, {1: 3, 2: 7})
         description = json.loads((data / "dataset.json").read_text())
         description["labels"] = {"0": "background", "3": "front", "7": "back"}
         (data / "dataset.json").write_text(json.dumps(description))
-        for path in (data / "labelsTr").iterdir():
-            image = nibabel.load(path)
-            values = np.array([0, 3, 7], np.uint8)[np.asarray(image.dataobj)]
-            nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+    if "missing" in kind:
+        number_labels(data, {2: 0}, cases=range(0, 10, 2))
+    if "rare" in kind:  # all but five structures are in a half of the cases each
+        for number in range(12):
+            gone = [value for value in range(6, 31) if (value + number) % 2]
+            number_labels(data, dict.fromkeys(gone, 0), cases=[number], erase=True)
     fit(data, tmp_path / "bundle", fold=0, gpu_memory="1 GiB", device="cpu")
     assert [check for check in verify_bundle(tmp_path / "bundle") if check.problem] == []
     metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
-    assert metadata["eval_metrics"]["mean_dice"] > (0.3 if kind.get("classes", 1) < 30 else 0.01)
+    assert metadata["eval_metrics"]["mean_dice"] > least
+    task = read_plan(tmp_path / "bundle" / "docs" / "plan.json").task
+    assert task.partial_labels is ("missing" in kind)
+    assert task.in_plane is ("thick" in kind)
 
 
 @pytest.mark.usefixtures("quick")
@@ -124,7 +220,6 @@ def test_the_command_plans(tmp_path: Path) -> None:
 
 
 def test_a_training_that_diverges_goes_on_with_a_lower_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fit.json").write_text(json.dumps({"trained": [], "evaluated": []}))
     run = fitting._Fit(tmp_path, tmp_path, fitting.FitOptions(device="cpu"), Console(quiet=True))
     factors: list[float] = []
 
@@ -137,7 +232,7 @@ def test_a_training_that_diverges_goes_on_with_a_lower_rate(tmp_path: Path, monk
     limit = 3
     run._train_fold(0)
     assert factors == [1, 0.5, 0.25]
-    assert json.loads((tmp_path / "fit.json").read_text())["learning_rate_factors"] == {"fold_0": 0.25}
+    assert json.loads((tmp_path / "models" / "fold_0" / "learning_rate.json").read_text()) == {"factor": 0.25}
     limit = 100
     with pytest.raises(InputError, match="fold_1: still diverges after 3 restarts"):
         run._train_fold(1)
@@ -203,6 +298,23 @@ def test_clean_up_is_chosen_where_it_helps() -> None:
     assert choose_clean_up(before, after, ["a", "b", "c"]) == [1]
 
 
+@pytest.mark.parametrize(
+    ("gains", "fair", "better"),
+    [((0.02, 0.03, 0.01), True, True), ((0.2, -0.05, -0.04), True, False), ((0.02, 0.03, 0.01), False, False)],
+)
+def test_the_ensemble_must_be_better_by_more_than_chance(gains: tuple[float, ...], fair: bool, better: bool) -> None:
+    best = Judged("fold_2", [score(f"{number}", 0.8) for number in range(9)], 1.0)
+    ensemble = Judged("ensemble", [score(f"{number}", 0.8 + gains[number % 3]) for number in range(9)], 5.0)
+    found = Comparison(best, ensemble, ("a",), fair, "CPU s")
+    assert found.ensemble_is_better is better
+    text = found.as_markdown()
+    assert ("the ensemble is used" if better else "fold_2 is used") in text
+    assert ("cannot be compared" in text) is not fair
+    assert "| ensemble |" in text
+    assert "| 5.00 |" in text
+    assert found.table().row_count == 2
+
+
 def test_the_interval_holds_the_mean_and_shrinks_with_cases() -> None:
     values = np.random.default_rng(0).uniform(0.7, 1, 100)
     few, many = (summarize([score(str(i), v) for i, v in enumerate(values[:n])], ["a"])[0] for n in (10, 100))
@@ -215,10 +327,7 @@ def test_the_interval_holds_the_mean_and_shrinks_with_cases() -> None:
 @pytest.mark.slow
 def test_a_fit_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     data = make_set(tmp_path / "data", shape=(16, 16, 16), count=4)
-    script = (
-        "import sys; from monai_iunet.fitting import fit, plan; plan.CHANNELS = (8, 16); plan.LONG_STEPS = 60; "
-        "fit.fit(sys.argv[1], sys.argv[2], folds=2, fold=0, gpu_memory='1 GiB', device='cpu')"
-    )
+    script = SMALL_FIT.format(steps=60, folds=2, fold=0)
 
     def start(name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", script, str(data), str(tmp_path / name)])
@@ -227,7 +336,7 @@ def test_a_fit_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> N
     assert start("whole").wait() == 0
     duration = time.monotonic() - begun
     rng = np.random.default_rng()
-    for _ in range(5):
+    for _ in range(10):
         process = start("killed")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.2, 1) * duration)

@@ -139,6 +139,17 @@ def test_few_cases_have_few_folds() -> None:
         plan(fingerprint(count=1, shape=(20, 20, 20)))
 
 
+def test_some_cases_judge_the_networks_of_the_folds() -> None:
+    def judges(count: int, **options: Any) -> tuple[str, ...]:
+        cases = tuple(facts((32, 32, 32), name=f"data/case_{number:03}.nii.gz") for number in range(count))
+        return plan(Fingerprint(("MRI",), ("organ",), (1,), "MR", cases), **options).task.judges
+
+    assert judges(60) == tuple(f"case_{number:03}.nii.gz" for number in range(5, 60, 10))
+    assert judges(49) == ()
+    assert judges(60, fold=0) == ()
+    assert judges(60, has_validation=True, folds=5) == ()  # there are others
+
+
 def test_a_plan_is_written_and_read(tmp_path: Path) -> None:
     found = plan(fingerprint(shape=(20, 20, 16), spacing=(1, 1, 4)))
     (tmp_path / "plan.json").write_text(json.dumps(found.as_json()))

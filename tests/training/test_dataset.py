@@ -52,6 +52,10 @@ def test_validation_cases_of_its_own_are_used(tmp_path: Path) -> None:
     assert names(list_cases(folder, "training", without=["c01.nii.gz", "c05.nii.gz"])) == ["c00", "c02", "c03"]
     # Folds are made of the training cases alone.
     assert names(list_cases(folder, "validation", 1, 2)) == ["c01", "c03"]
+    judges = {"judges": ["c02.nii.gz"]}
+    assert names(list_cases(folder, "judges", 1, 2, **judges)) == ["c02"]
+    assert names(list_cases(folder, "validation", 1, 2, **judges)) == ["c01"]
+    assert names(list_cases(folder, "training", 1, 2, **judges)) == ["c00", "c03"]
 
 
 def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Several segmentation networks as one: the mean of their probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_iunet.networks.nets.seg_iunet import SegIUNet
+
+__all__ = ["SegEnsemble"]
+
+
+class SegEnsemble(nn.Module):
+    """Networks of one kind, trained on different cases, that are asked together.
+
+    It returns logits whose softmax is the mean of the members' probabilities, so it is used as any one of them. The
+    members are run one after another: memory grows by what the logits take.
+
+    Args:
+        members: number of networks.
+        options: arguments of `SegIUNet`, the same for all.
+
+    Raises:
+        ValueError: when there is no member.
+
+    Example:
+        >>> net = SegEnsemble(members=2, spatial_dims=3, in_channels=1, out_channels=3, channels=(8, 16)).eval()
+        >>> net(torch.rand(1, 1, 16, 16, 16)).shape
+        torch.Size([1, 3, 16, 16, 16])
+    """
+
+    def __init__(self, members: int, **options: Any) -> None:
+        super().__init__()
+        if members < 1:
+            raise ValueError(f"members must be positive, got {members}.")
+        self.members = nn.ModuleList(SegIUNet(**options) for _ in range(members))
+
+    @staticmethod
+    def state_of(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the state of an ensemble, from those of its members.
+
+        Example:
+            >>> sorted(SegEnsemble.state_of([{"bias": torch.zeros(1)}] * 2))
+            ['members.0.bias', 'members.1.bias']
+        """
+        return {
+            f"members.{number}.{name}": tensor for number, state in enumerate(members) for name, tensor in state.items()
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the ensemble, `(batch, classes, *spatial)`, float32."""
+        sums: list[Tensor] = []
+        for member in self.members:
+            logs = torch.log_softmax(member(x).float(), 1)
+            sums = [torch.logaddexp(sums[0], logs) if len(sums) > 0 else logs]
+        return sums[0] - math.log(len(self.members))

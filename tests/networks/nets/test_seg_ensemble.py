@@ -1,0 +1,32 @@
+"""Several networks as one."""
+
+from __future__ import annotations
+
+import torch
+
+from monai_iunet import SegEnsemble, SegIUNet
+
+OPTIONS = {"spatial_dims": 3, "in_channels": 2, "out_channels": 3, "channels": (8, 16), "couplings": 1}
+
+
+def test_the_probabilities_are_the_mean_of_those_of_the_members() -> None:
+    torch.manual_seed(0)
+    members = [SegIUNet(**OPTIONS).eval() for _ in range(3)]
+    ensemble = SegEnsemble(3, **OPTIONS).eval()
+    ensemble.load_state_dict(SegEnsemble.state_of([member.state_dict() for member in members]))
+    images = torch.rand(2, 2, 8, 9, 8)
+    with torch.no_grad():
+        expected = torch.stack([member(images).softmax(1) for member in members]).mean(0)
+        torch.testing.assert_close(ensemble(images).softmax(1), expected)
+        scripted = torch.jit.script(ensemble)
+        torch.testing.assert_close(scripted(images).softmax(1), expected)
+
+
+def test_a_probability_of_zero_is_no_hole() -> None:
+    ensemble = SegEnsemble(2, **OPTIONS).eval()
+    with torch.no_grad():
+        for member, sign in zip(ensemble.members, (1, -1)):
+            member.head.weight.zero_()
+            member.head.bias.copy_(torch.tensor([1e4, -1e4, 0.0]) * sign)  # float32 has no such small probability
+        found = ensemble(torch.rand(1, 2, 8, 8, 8)).softmax(1)
+    torch.testing.assert_close(found[0, :, 0, 0, 0], torch.tensor([0.5, 0.5, 0.0]))
