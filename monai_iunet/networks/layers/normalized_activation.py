@@ -31,6 +31,7 @@ def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:
         and not norm.track_running_stats
         and type(act) in (nn.LeakyReLU, nn.ReLU)
         and not any(has_hooks(module) or "forward" in module.__dict__ for module in (norm, act))
+        and x.numel() > x.shape[0] * x.shape[1]  # else the normalization has an error to raise
         and torch.is_grad_enabled()
         and not is_recorded_by_autograd_alone(x, norm.weight, norm.bias)
     )
@@ -59,38 +60,55 @@ def normalized_activation(x: Tensor, norm: Any, act: nn.Module) -> Tensor:
 class _NormalizedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        scales, shifts = weight.repeat(len(x)), bias.repeat(len(x))
+        y, means, factors = torch.native_batch_norm(_rows(x), scales, shifts, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, bias, means, factors)
         ctx.eps, ctx.slope = eps, slope
-        y = torch.empty_like(x)
-        for group in _groups(x):
-            y[:, group] = _compute(x[:, group], weight[group], bias[group], eps, slope)
-        return y
+        return functional.leaky_relu_(y, slope).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias, means, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for
-            y = _compute(x, weight, bias, ctx.eps, ctx.slope)
+            with torch.autocast(x.device.type, enabled=False):
+                y = functional.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
+                y = functional.leaky_relu(y, ctx.slope)
             wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        gradients = [torch.empty_like(tensor) for tensor in (x, weight, bias)]
-        for group in _groups(x):
-            parts = x[:, group], weight[group], bias[group]
-            leaves = [part.detach().requires_grad_() for part in parts]
-            with torch.enable_grad():
-                y = _compute(leaves[0], leaves[1], leaves[2], ctx.eps, ctx.slope)
-            of_x, of_weight, of_bias = torch.autograd.grad(y, leaves, gradient[:, group])
-            gradients[0][:, group], gradients[1][group], gradients[2][group] = of_x, of_weight, of_bias
-            del y, of_x
-        return *gradients, None, None
+        rows, of_y, of_x = _rows(x), _rows(gradient), torch.empty_like(x, memory_format=torch.contiguous_format)
+        scales, shifts = weight.repeat(len(x)), bias.repeat(len(x))
+        of_scales, of_shifts = torch.empty_like(scales), torch.empty_like(shifts)
+        positive = _Positive(scales * factors, shifts - means * scales * factors)
+        for group in slabs(rows.shape[1], rows.shape[2], x.device):
+            of_normalized = of_y[:, group] * ctx.slope
+            torch.where(positive(rows, group), of_y[:, group], of_normalized, out=of_normalized)
+            _rows(of_x)[:, group], of_scales[group], of_shifts[group] = torch.ops.aten.native_batch_norm_backward(
+                of_normalized, rows[:, group], scales[group], None, None, means[group], factors[group], True, ctx.eps,
+                [True] * 3,
+            )  # fmt: skip
+            del of_normalized
+        return of_x, *(of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts)), None, None
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        y = functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
-        return functional.leaky_relu(y, slope, inplace=slope > 0)
+class _Positive:
+    """Tells where slope * x + offset is above 0, by comparing x, which takes a byte each.
+
+    Args:
+        slopes: one per row.
+        offsets: one per row.
+    """
+
+    def __init__(self, slopes: Tensor, offsets: Tensor) -> None:
+        # A row with slope 0 is positive everywhere or nowhere.
+        flat = torch.where(offsets > 0, -torch.inf, torch.inf).to(slopes.dtype)
+        self.thresholds = torch.where(slopes == 0, flat, -offsets / slopes)[:, None]
+        self.falling = (slopes < 0)[:, None]
+
+    def __call__(self, rows: Tensor, group: slice) -> Tensor:
+        return (rows[:, group] > self.thresholds[group]).logical_xor_(self.falling[group])
 
 
-def _groups(x: Tensor) -> list[slice]:
-    return list(slabs(x.shape[1], x.numel() // x.shape[1], x.device, most=4))
+def _rows(x: Tensor) -> Tensor:
+    """Return `(1, batch * channels, voxels)`: what is normalized together in a row."""
+    return x.contiguous().view(1, x.shape[0] * x.shape[1], -1)

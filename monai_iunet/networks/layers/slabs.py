@@ -22,5 +22,5 @@ def slabs(size: int, others: int, device: torch.device, most: int = 16) -> Itera
         >>> list(slabs(5, others=2**14, device=torch.device("cpu"), most=3))
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    at_once = max(-(-size // most), (2**14 if device.type == "cpu" else 2**24) // max(1, others), 1)
+    at_once = max(-(-size // most), (2**17 if device.type == "cpu" else 2**24) // max(1, others), 1)
     return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
