@@ -1,10 +1,13 @@
-"""The type that autocast computes in."""
+"""The type that autocast computes in, and the copies of weights that it makes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["autocast_type"]
+__all__ = ["autocast_type", "without_cast_copies"]
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -19,3 +22,16 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+@contextmanager
+def without_cast_copies(device: torch.device) -> Iterator[None]:
+    """Let autocast keep no copies of the weights that it casts, which it would hold until it is left.
+
+    Where each weight is used once, they would only take memory.
+    """
+    if (dtype := autocast_type(device)) is None or not torch.is_autocast_cache_enabled():
+        yield
+    else:
+        with torch.autocast(device.type, dtype, cache_enabled=False):
+            yield

@@ -7,14 +7,14 @@ Source: Etmann, Ke, Schönlieb, iUNets: Learnable Invertible Up- and Downsamplin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import has_hooks, is_exporting
+from monai_iunet.engine.pytorch_private import has_hooks, is_exporting, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.branch import convolutional_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
@@ -22,7 +22,7 @@ from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, rou
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
-from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.networks.layers.autocast import autocast_type, without_cast_copies
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.architecture import Architecture, is_positive_int
 from monai_iunet.networks.nets.padding import crop, crop_like, pad
@@ -255,7 +255,7 @@ class IUNet(ChosenActivations):
         """
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "inverse", "Pass the output of forward(x, crop=False).")
-        with self._grid():
+        with self._walk(y.device):
             codes = self._decode_inverse(self._enter(y))
             codes.append(self._turn.inverse(*codes.pop()))
             x = self._leave(self._encode_inverse(codes), y)
@@ -267,22 +267,22 @@ class IUNet(ChosenActivations):
         Sizes that do not divide are padded.
         """
         self.design.check_images(x, "x", self.channels[0])
-        with self._grid():
-            *skips, state = self._encode([self._enter(self._pad(x))])
+        with self._walk(x.device):
+            *skips, state = self._encode([self._pad(x)])
             codes = *skips, *self._bottom(*state, keep=True)
         return tuple(self._leave(code, x) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image of codes as `encode` returns them, through the decoder."""
         self.design.check_codes(codes)
-        with self._grid():
+        with self._walk(codes[0].device):
             *skips, deepest = map(self._enter, codes)
             return self._leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image with these codes: the inverse of `encode`."""
         self.design.check_codes(codes)
-        with self._grid():
+        with self._walk(codes[0].device):
             *skips, deepest = map(self._enter, codes)
             return self._leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
 
@@ -290,7 +290,7 @@ class IUNet(ChosenActivations):
         """Return the codes that the decoder takes to this image: the inverse of `decode`."""
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
-        with self._grid():
+        with self._walk(y.device):
             *skips, state = self._decode_inverse(self._enter(y))
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
         return tuple(self._leave(code, y) for code in codes)
@@ -299,8 +299,8 @@ class IUNet(ChosenActivations):
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
         like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
-        with self._grid():
-            images.append(self._enter(self._pad(x)))
+        with self._walk(x.device):
+            images.append(self._pad(x))
             del x
             codes = self._encode(images)
             codes.append(self._turn(*codes.pop()))
@@ -334,7 +334,7 @@ class IUNet(ChosenActivations):
 
     def _encode(self, images: list[Tensor]) -> list[Any]:
         """Return the skipped channels per level, then the halves of the coarsest level."""
-        state = self._open(images.pop())
+        state = tuple(map(self._enter, self._open(images.pop())))
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
             for layer in layers:
@@ -381,12 +381,16 @@ class IUNet(ChosenActivations):
         return [*codes, state]
 
     def _enter(self, x: Tensor) -> Tensor:
-        """Convert images to float32 or float64, in which sums can be taken back, and to the grid if `exact`."""
+        """Convert a part of images to the type in which sums can be taken back, and to the grid if `exact`."""
         autocast = autocast_type(x.device)
         if self.exact and autocast in (torch.float16, torch.bfloat16) and self._may_use_integers(x):
             return enter(x, autocast)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return round_to_grid(x) if self.exact else x
+        if self.exact:
+            return round_to_grid(x)
+        if torch.is_grad_enabled() or is_recorded_by_autograd_alone(x) or not is_view(x):
+            return x
+        return x.clone()  # in inference a half must not keep the whole alive, of which it is a view
 
     def _leave(self, y: Tensor, x: Tensor, compact: bool = False) -> Tensor:
         """Return an output in the type of the input, but in float32 under autocast.
@@ -408,9 +412,17 @@ class IUNet(ChosenActivations):
             and not any(map(has_hooks, self._layers()))
         )
 
-    def _grid(self) -> AbstractContextManager[None]:
-        """Return a context that raises an error if values leave the range of the grid; not in an export."""
-        return check_range() if self.exact and not torch.compiler.is_compiling() else nullcontext()
+    @contextmanager
+    def _walk(self, device: torch.device) -> Iterator[None]:
+        """Surround a walk through the layers, except in an export.
+
+        What autocast casts is not kept, and values that leave the range of the grid raise an error.
+        """
+        if torch.compiler.is_compiling():
+            yield
+        else:
+            with without_cast_copies(device), check_range() if self.exact else nullcontext():
+                yield
 
     def __prepare_scriptable__(self) -> nn.Module:
         return Traced(self, self.channels[0], self.factors)
