@@ -64,6 +64,7 @@ from monai_iunet.engine.repetition import Conditions
 
 __all__ = [
     "Call",
+    "Caught",
     "Converted",
     "InvertibleLayer",
     "Saved",
@@ -217,9 +218,9 @@ class Call:
         return outputs
 
     @contextmanager
-    def repeat(self) -> Iterator[list[Tensor]]:
+    def repeat(self) -> Iterator[Caught]:
         """Record the second evaluation by autograd; the value of the context collects the tensors that it saves."""
-        saved = _Caught()
+        saved = Caught()
         with (
             self._conditions.repeated() if self._conditions else nullcontext(),
             torch.enable_grad(),
@@ -309,12 +310,19 @@ class Call:
                 state.give(tensor, all(tensor.untyped_storage() is not storage for storage in others), let_go)
 
 
-class _Caught(list[Tensor]):
-    """Collects the tensors that autograd is about to save."""
+class Caught(list[Saved]):
+    """Collects the tensors that autograd is about to save.
+
+    Attributes:
+        stands: a stand-in for one of them, which is collected in its place.
+    """
+
+    stands: Converted | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def catch(self, tensor: Tensor) -> None:
-        self.append(tensor.detach())
+        stands = self.stands
+        self.append(stands if stands is not None and stands.is_of(tensor) else tensor.detach())
 
 
 class Converted:
@@ -329,12 +337,13 @@ class Converted:
     def __init__(self, tensor: Tensor, source: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
         self.shape, self.dtype, self.device = _kind(tensor)
         self.source = source
-        self._place = id(tensor.untyped_storage()), _place(tensor)
+        self._place = weakref.ref(tensor.untyped_storage()), _place(tensor)
         self._convert = convert
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is the one that this stands for, which must be alive."""
-        return (id(tensor.untyped_storage()), _place(tensor)) == self._place
+        """Return whether a tensor is the one that this stands for."""
+        storage, place = self._place
+        return storage() is tensor.untyped_storage() and place == _place(tensor)
 
     def untyped_storage(self) -> UntypedStorage:
         """Return the memory from which the tensor follows."""

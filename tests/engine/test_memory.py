@@ -42,8 +42,9 @@ def peaks(couplings: int, input_gradient: bool = False, exact: bool = False) -> 
 def check(depths: list[int], input_gradient: bool = False) -> None:
     found = [peaks(couplings, input_gradient) for couplings in depths]
     training, inference = zip(*found)
-    assert max(training) < 6.65
-    assert max(training) < 1.01 * min(training)
+    assert max(training) < 6.5
+    # Of a shallow network the peak lies where the loss is, a little higher.
+    assert training[-1] < 1.01 * min(training)
     # Input, copy and state make 3, two tensors inside a branch 1; statistics and small matrices come on top.
     assert max(inference) < 4.001
 
@@ -73,6 +74,9 @@ def test_under_autocast_exactness_takes_less_memory_for_its_stream_has_16_bits()
     )
     assert exact[0] < 0.75 * plain[0]
     assert exact[1] < 0.75 * plain[1]
+    # In inference: two states around a mixing, or a state and what a branch works on; no copies of cast weights.
+    assert plain[1] < 200
+    assert exact[1] < 125
 
 
 def test_a_patch_takes_a_quarter_of_the_bytes_of_nnunet_s_network() -> None:

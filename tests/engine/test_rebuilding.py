@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.repetition import Conditions
-from monai_iunet.engine.reversible import InvertibleLayer
+from monai_iunet.engine.reversible import Converted, InvertibleLayer
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.planning.live_bytes import LiveBytes
 from tests.helpers import randomize, relative_errors
@@ -236,3 +236,16 @@ def test_random_numbers_are_remembered_only_where_they_are_drawn(dropout: float)
     with conditions.repeated():
         assert torch.equal(module(torch.ones(9)), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_stand_in_is_taken_for_no_tensor_that_gets_the_memory_of_the_one_it_stands_for() -> None:
+    source = torch.randn(1, 4, 64)
+    for _ in range(20):
+        tensor = source.bfloat16()
+        stand_in = Converted(tensor, source, Tensor.bfloat16)
+        assert stand_in.is_of(tensor)
+        assert stand_in.is_of(tensor.detach())
+        assert not stand_in.is_of(tensor[:, :2])
+        torch.testing.assert_close(stand_in.tensor(), tensor, rtol=0, atol=0)
+        del tensor
+        assert not stand_in.is_of(source.bfloat16())

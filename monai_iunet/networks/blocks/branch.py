@@ -66,20 +66,28 @@ class Branch(nn.Sequential):
         torch.Size([1, 2, 8, 8])
     """
 
-    _compiled: Callable[[Branch, Tensor], Tensor] | None = None
+    _compiled: Callable[[Branch, list[Tensor]], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the last layer."""
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        """Return the output of the last layer.
+
+        Args:
+            x: what goes into the first layer; or a list of this alone, which is emptied, so that its memory is free
+                behind the first layer.
+        """
+        inputs = x if isinstance(x, list) else [x]
+        del x
         if self._compiled is None:
-            return self._one_after_another(x)
-        return self._compiled(self, x.clone(memory_format=torch.contiguous_format))
+            return self._one_after_another(inputs)
+        return self._compiled(self, [inputs.pop().clone(memory_format=torch.contiguous_format)])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the layers, with the arguments of `torch.compile`; names in the state stay."""
         # Of the class, so that a replica of the branch runs its own layers.
         self._compiled = torch.compile(Branch._one_after_another, *args, **kwargs)
 
-    def _one_after_another(self, x: Tensor) -> Tensor:
+    def _one_after_another(self, inputs: list[Tensor]) -> Tensor:
+        x = inputs.pop()
         layers: list[nn.Module] = list(self)
         while layers:
             layer = layers.pop(0)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from monai_iunet.engine.pytorch_private import version
+from monai_iunet.engine.pytorch_private import has_hooks, version
 from monai_iunet.engine.reversible import (
     Call,
     Converted,
@@ -55,11 +56,13 @@ class AdditiveCoupling(InvertibleLayer):
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         changed, kept = inputs
-        return kept, self._sum(changed, self._shift(self._as_the_branch_takes_it(kept), changed), 1)
+        kept, taken = self._take(kept)
+        return kept, self._sum(changed, self._shift(taken, changed), 1)
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         kept, changed = outputs
-        return self._sum(changed, self._shift(self._as_the_branch_takes_it(kept), changed), -1), kept
+        kept, taken = self._take(kept)
+        return self._sum(changed, self._shift(taken, changed), -1), kept
 
     def _sum(self, changed: Tensor, shift: Tensor, sign: int) -> Tensor:
         if not self.exact:
@@ -69,36 +72,61 @@ class AdditiveCoupling(InvertibleLayer):
         shift = round_to_grid(shift)
         return changed + shift if sign == 1 else changed - shift
 
-    def _shift(self, kept: Tensor, changed: Tensor) -> Tensor:
-        before = version(kept)
-        shift = self.branch(kept)
-        if version(kept) != before:
-            raise RuntimeError(
-                f"A coupling branch must leave its input as it is; {type(self.branch).__name__} changes it in place. "
-                "Use inplace=False in what it begins with."
-            )
+    def _shift(self, inputs: list[Tensor], changed: Tensor) -> Tensor:
+        """Return F of the input in the list, which is emptied."""
+        shape = inputs[0].shape
+        if (
+            type(self.branch) is Branch
+            and self._begins_with_convolution
+            and not has_hooks(self.branch)
+            and not is_recorded_by_autograd_alone(*inputs)
+        ):
+            shift = self.branch(inputs)
+        else:
+            kept = inputs.pop()
+            before = version(kept)
+            shift = self.branch(kept)
+            if version(kept) != before:
+                raise RuntimeError(
+                    "A coupling branch must leave its input as it is; "
+                    f"{type(self.branch).__name__} changes it in place. Use inplace=False in what it begins with."
+                )
         if shift.shape != changed.shape:
             raise ValueError(
-                f"A coupling branch must map {tuple(kept.shape)} to {tuple(changed.shape)}, the shape of the half that "
+                f"A coupling branch must map {tuple(shape)} to {tuple(changed.shape)}, the shape of the half that "
                 f"it is added to; {type(self.branch).__name__} returned {tuple(shift.shape)}."
             )
         return shift
 
-    def _as_the_branch_takes_it(self, kept: Tensor) -> Tensor:
-        """The values of the half in the type that the branch computes in, as far as that is known."""
-        of_convolutions = isinstance(self.branch, Branch) and isinstance(self.branch[0], _ConvNd)
-        autocast = autocast_type(kept.device)
+    @property
+    def _begins_with_convolution(self) -> bool:
+        return isinstance(self.branch, Branch) and isinstance(self.branch[0], _ConvNd)
+
+    def _take(self, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the half that is kept, and in a list its values in the type that the branch computes in."""
+        dtype = self._branch_type(kept)
         if self.exact and is_integer(kept):
-            return values(kept, kept.dtype if of_convolutions else torch.float32)
+            return kept, [values(kept, dtype)]
+        if dtype == kept.dtype:
+            return kept, [kept]
+        if is_recorded_by_autograd_alone(kept):
+            return kept, [kept.to(dtype)]
+        kept, taken = _Cast.apply(kept, dtype)  # type: ignore[no-untyped-call]
+        return kept, [taken]
+
+    def _branch_type(self, kept: Tensor) -> torch.dtype:
+        """Return the type that the branch computes in, as far as that is known, else that of the half."""
+        if self.exact and is_integer(kept):
+            return kept.dtype if self._begins_with_convolution else torch.float32
         if kept.dtype == torch.float32:
-            if of_convolutions and autocast is not None:
-                return kept.to(autocast)  # as the convolution would
+            if self._begins_with_convolution and (autocast := autocast_type(kept.device)) is not None:
+                return autocast  # as the convolution would
             for parameter in self.branch.parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
-                    return kept.to(parameter.dtype)
+                    return parameter.dtype
                 if parameter.is_floating_point():  # the first one decides
                     break
-        return kept
+        return kept.dtype
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, Sequence[Saved]]:
         changed_at, kept_at = (0, 1) if call.inverse else (1, 0)
@@ -106,16 +134,13 @@ class AdditiveCoupling(InvertibleLayer):
         outputs.clear()
         # In `transform` the half that is kept is the second input, in `restore` the first.
         (leaf,) = call.leaves([kept], first=0 if call.inverse else 1)
-        with call.repeat() as caught:
-            taken = self._as_the_branch_takes_it(leaf)
+        with call.repeat() as saved:
+            taken = self._take(leaf)[1]
+            if taken[0] is not leaf:
+                # It follows from the half itself, if autograd asks for it.
+                convert = partial(values if self.exact and is_integer(leaf) else Tensor.to, dtype=taken[0].dtype)
+                saved.stands = Converted(taken[0], leaf.detach(), convert)
             shift = self._shift(taken, changed).detach()
-        saved: Sequence[Saved] = caught
-        if taken is not leaf:
-            # It follows from the half itself, if autograd asks for it.
-            convert = partial(values if self.exact and is_integer(leaf) else Tensor.to, dtype=taken.dtype)
-            converted = Converted(taken, leaf.detach(), convert)
-            saved = [converted if converted.is_of(tensor) else tensor for tensor in caught]
-        del taken, caught
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
@@ -126,6 +151,23 @@ class AdditiveCoupling(InvertibleLayer):
             else:
                 changed = torch.add(changed, shift, alpha=sign, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
+
+
+class _Cast(torch.autograd.Function):
+    """A tensor and its values in another type, whose gradients are added without a copy of one in the other's type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensors:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
+        return x.detach(), x.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        of_x, of_values = gradients
+        if of_x is not None and of_values is not None:
+            return of_x + of_values, None
+        return of_x if of_values is None else of_values.to(ctx.dtype), None
 
 
 class WholeCoupling(InvertibleLayer):

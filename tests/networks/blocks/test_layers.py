@@ -10,6 +10,7 @@ from torch import nn
 
 from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks import resampling
+from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition
@@ -165,3 +166,25 @@ def test_bad_resampling(init: object, stride: tuple[int, ...], message: str) -> 
 def test_a_branch_of_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"must map \(1, 3, 4\) to \(1, 2, 4\)"):
         AdditiveCoupling(nn.Identity())(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))
+
+
+def test_the_input_of_a_branch_in_another_type_has_the_gradients_of_a_cast() -> None:
+    branch = Branch(nn.Conv1d(3, 2, 3, padding=1, dtype=torch.bfloat16))
+    coupling = AdditiveCoupling(branch)
+    coupling.rebuilds = False
+    changed, kept = torch.randn(1, 2, 9, requires_grad=True), torch.randn(1, 3, 9, requires_grad=True)
+    first, second = coupling(changed, kept)
+    for output, expected in ((first, kept), (second, changed + branch(kept.to(torch.bfloat16)))):
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        weights = torch.randn_like(output)
+        of_ours, of_plain = (torch.autograd.grad(y, kept, weights, retain_graph=True)[0] for y in (output, expected))
+        torch.testing.assert_close(of_ours, of_plain, rtol=0, atol=0)
+    (of_both,) = torch.autograd.grad([first.sum(), second.sum()], kept)
+    (of_shift,) = torch.autograd.grad(branch(kept.to(torch.bfloat16)).sum(), kept)
+    torch.testing.assert_close(of_both, of_shift + 1, rtol=0, atol=0)
+
+
+def test_a_branch_that_begins_with_an_activation_in_place_is_refused() -> None:
+    coupling = AdditiveCoupling(Branch(nn.ReLU(inplace=True), nn.Conv1d(2, 2, 1)))
+    with pytest.raises(RuntimeError, match="leave its input as it is"):
+        coupling(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
