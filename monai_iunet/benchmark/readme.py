@@ -121,18 +121,32 @@ def _equal_cost(sections: Sections) -> str:
 
 
 def _budgets(sections: Sections) -> str:
-    headings = ["activations", "", "training, bytes per voxel", "training step, µs per voxel", "time over the line"]
+    headings = ["activations", "", "training, bytes per voxel", "training step, µs per voxel", "time over store"]
+    headings.append("time over the line")
     rows = [
         [
             row["activations"],
             row["dtype"],
             number(0)(row["training_bytes_per_voxel"]),
             spread(digits=1)(row["training_microseconds_per_voxel"]),
+            spread()(row["training_over_store"]),
             spread()(row["training_over_line"]),
         ]
         for row in sections.get("budgets", [])
     ]
     return _table(headings, rows)
+
+
+def _gradient_errors(sections: Sections) -> str:
+    errors = sections.get("gradient_errors", [])
+    couplings = _different(errors, "couplings")
+    rows = []
+    for dtype in DTYPES:
+        for activations in _different(errors, "activations"):
+            which = {"dtype": dtype, "activations": activations}
+            cells = [_cell(errors, "relative_error", "{:.1e}".format, couplings=count, **which) for count in couplings]
+            rows.append([dtype, activations, *cells])
+    return _table(["", "activations", *(f"{count} couplings" for count in couplings)], rows)
 
 
 def _losses(sections: Sections) -> str:
@@ -184,6 +198,7 @@ BLOCKS: dict[str, Callable[[Sections], str]] = {
     "depth": _depth,
     "equal cost": _equal_cost,
     "budgets": _budgets,
+    "gradient errors": _gradient_errors,
     "losses": _losses,
     "plans": _plans,
     "voxels": _voxels,

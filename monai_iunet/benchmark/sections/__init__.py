@@ -29,6 +29,7 @@ from monai_iunet.benchmark.sections import (
     depth,
     equal_cost,
     exactness,
+    gradient_errors,
     inference,
     largest_cubes,
     layouts,
@@ -46,6 +47,7 @@ SECTIONS: dict[str, Section] = {
     for section in (
         equal_cost.MEMORY,
         exactness.SECTION,
+        gradient_errors.SECTION,
         whole_volume.SECTION,
         equal_cost.TIME,
         largest_cubes.SECTION,

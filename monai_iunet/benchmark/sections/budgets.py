@@ -28,15 +28,18 @@ def _jobs(settings: Settings) -> Iterator[Job]:
 def _measure(settings: Settings, dtype: str) -> Iterator[Row]:
     """Measure at budgets that are parts of the way from the memory of the one end to that of the other.
 
-    The line is that between the two ends in memory and time; what lies below it does better than mixing the two.
+    The first budget is twice the memory of the frugal end, parameters and gradients aside. The line is that between the
+    two ends in memory and time; what lies below it does better than mixing the two.
     """
     device, size, kind = settings.device, settings.sizes.time_size, DTYPES[dtype]
     x = torch.rand(1, 1, *[size] * 3, device=device)
     ends = {activations: _with_activations(activations).to(device) for activations in ("invert", "store")}
-    peaks = [plan_training(net, x.shape[2:], dtype=kind, optimizer=None).training_peak for net in ends.values()]
+    plans = [plan_training(net, x.shape[2:], dtype=kind, optimizer=None) for net in ends.values()]
+    peaks = [plan.training_peak for plan in plans]
+    twice = 2 * peaks[0] - plans[0].parameters - plans[0].gradients
     nets = {"invert": ends["invert"]}
-    for part in PARTS:
-        chosen = best_activations(ends["invert"], int(peaks[0] + part * (peaks[1] - peaks[0])), x.shape, kind)
+    for budget in (twice, *(int(peaks[0] + part * (peaks[1] - peaks[0])) for part in PARTS)):
+        chosen = best_activations(ends["invert"], budget, x.shape, kind)
         nets.setdefault(_short(chosen), _with_activations(chosen).to(device))
     nets["store"] = ends["store"]
     actions = {name: partial(train, net, x, kind) for name, net in nets.items()}
