@@ -96,7 +96,8 @@ def _page(
         f"{row['surface_distance_mm']:.2f} |"
         for row in rows
     )
-    training, inference = (held / 2**20 for held in (plan.step.training_peak, plan.step.inference_peak))
+    others = (task.members - 1) * plan.step.parameters
+    training, inference = (held / 2**20 for held in (plan.step.training_peak, plan.step.inference_peak + others))
     of_members = "\n".join(f"| {name} | {dice:.3f} |" for name, dice in members.items())
     clean_up = (
         f"Of {', '.join(cleaned)} the largest component alone is kept: in the validation this made them better."

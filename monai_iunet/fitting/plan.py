@@ -160,7 +160,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32) -> f
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             value = loss(network(images), labels)
         value.backward()
-        float(value)  # waits for a GPU
+        float(value.detach())  # waits for a GPU
         seconds.append(now() - start)
     return images.numel() / float(min(seconds[1:]))
 
