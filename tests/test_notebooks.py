@@ -17,14 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "01_invertible_unet_first_steps": {"steps": 40, "batch_size": 8},
     "02_segment_mri": {"resolution": 2},
     "03_segment_ct": {"phantom_spacing": 5.0},
-    "04_train_your_own": {
-        "training_cases": 4,
-        "validation_cases": 2,
-        "max_epochs": 2,
-        "compare_epochs": 1,
-        "compare_networks": "DynUNet",
-        "channels": (4, 8),
-    },
+    "04_train_your_own": {"cases": 4, "shape": (20, 24), "folds": 2, "time": "4s"},
     "05_memory": {
         "depths": (2, 4),
         "gpu_memory": "6 GiB",
