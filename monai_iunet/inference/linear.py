@@ -68,7 +68,15 @@ class LinearAxis:
             return values
         low, high, weight = (part.to(values.device) for part in (self.low, self.high, self.weight))
         weight = weight.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1 - dim))
-        return torch.lerp(values.index_select(dim, low), values.index_select(dim, high), weight)
+        return _select(values, dim, low).lerp_(_select(values, dim, high), weight)
+
+
+def _select(values: Tensor, dim: int, places: Tensor) -> Tensor:
+    """Return a copy of what lies at some places along a dimension."""
+    if values.device.type != "cpu":
+        return values.index_select(dim, places)
+    # Several times as fast as PyTorch's index_select, most of all along the last dimension.
+    return torch.from_numpy(values.detach().numpy().take(places.numpy(), axis=dim))
 
 
 def parallel_axes(
