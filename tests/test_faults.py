@@ -162,6 +162,38 @@ def test_the_command_is_killed_again_and_again(images: Path, tmp_path: Path) -> 
         assert set(told) <= labels_in(folder).keys()
 
 
+def labels_are_written(folder: Path, process: subprocess.Popen[str]) -> bool:
+    """Wait for a moment in which the labels of an image have their temporary name."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(folder.glob(".*_seg.nii.gz.*.nii.gz")):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("way", ["the command", "inference.json"])
+def test_a_kill_while_labels_are_written(way: str, images: Path, tmp_path: Path) -> None:
+    """Beside a process that wants the same core, so that a file is open for longer."""
+    paths, folder = [str(path) for path in sorted(images.iterdir())], tmp_path / "out"
+    folder.mkdir()
+    load = start([sys.executable, "-c", "while True: pass"])
+    if way == "the command":
+        words = [*SEGMENT, *paths, "--output", str(folder), "--no-overlay", "--skip-done"]
+    else:
+        words = [sys.executable, *command(BUNDLE, "inference.json", dataset_dir=images, output_dir=folder)]
+    try:
+        for _ in range(KILLS // 2):
+            process = start(words)
+            written = labels_are_written(folder, process)
+            kill(process)
+            assert written
+            labels_in(folder)
+    finally:
+        kill(load)
+    subprocess.run(words, check=True, capture_output=True)
+    assert len(labels_in(folder)) == len(paths)
+
+
 def test_a_disk_that_fills_up_during_training_keeps_the_last_state(recipe: dict[str, Any], tmp_path: Path) -> None:
     run(BUNDLE, "train.json", **{**recipe, "max_epochs": 1}, ckpt_dir=tmp_path / "once")
     size = sum(path.stat().st_size for path in (tmp_path / "once").iterdir())
@@ -185,6 +217,35 @@ def test_a_full_disk_gets_no_part_of_a_result(images: Path, tmp_path: Path) -> N
         assert "No space left" in result.stderr
         assert "Traceback" not in result.stderr
         assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+def test_a_full_disk_gets_no_part_of_what_a_config_writes(images: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while file.write(b"\0" * 4096):
+                pass
+        words = [sys.executable, *command(BUNDLE, "inference.json", dataset_dir=images, output_dir=disk)]
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert result.returncode != 0
+        assert "No space left" in result.stdout + result.stderr
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+def test_a_full_disk_of_temporary_files_is_told_in_one_line(images: Path, tmp_path: Path) -> None:
+    program = "import monai_iunet.io.scratch as scratch; scratch.scratch_array.__defaults__ = (10,); "
+    words = [sys.executable, "-c", program + SEGMENT[2], "segment", str(min(images.iterdir()))]
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        result = subprocess.run(
+            [*words, "--output", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TMPDIR": str(disk)},
+        )
+    assert result.returncode == 1
+    assert "GiB do not fit. Make room there, or set TMPDIR" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_read_only_folder_is_noticed_before_the_work(images: Path, recipe: dict[str, Any], tmp_path: Path) -> None:

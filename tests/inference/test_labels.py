@@ -69,9 +69,9 @@ def assert_same_labels(labels: Any, probabilities: Tensor) -> None:
 
 
 @torch.no_grad()
-def from_file(transform: Compose, image: MetaTensor, network: nn.Module, **options: Any) -> Any:
+def from_file(transform: Compose, image: MetaTensor, network: Any, windows: Any = WINDOWS, **options: Any) -> Any:
     """Labels of an image that is preprocessed where windows are cut."""
-    inferer = LabelInferer(transform, **WINDOWS, shrink=False)
+    inferer = LabelInferer(transform, **windows, shrink=False)
     prepared, meta = prepare(transform, image, "cpu")
     return inferer.segment(prepared, meta, network, **options)
 
@@ -121,6 +121,29 @@ def test_every_preprocessing(name: str) -> None:
     assert_same_labels(labels, probabilities)
     torch.testing.assert_close(torch.as_tensor(np.ascontiguousarray(found)), probabilities, atol=1e-5, rtol=0)
     assert_same_labels(from_file(transform, image, network)[0], probabilities)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(17, 22, 13), (17, 22, 1)])
+def test_every_overlap(overlap: float, shape: tuple[int, ...]) -> None:
+    transform, image, network = preprocessing(crop=False), scan(shape=shape), Network()
+    windows = {**WINDOWS, "overlap": overlap}
+    probabilities = reference(transform, image, network, SlidingWindowInferer(**windows))
+    assert_same_labels(from_file(transform, image, network, windows)[0], probabilities)
+
+
+NETWORKS: dict[str, tuple[Any, str]] = {
+    "several outputs": (lambda x: (x, x), "returns a tuple, one tensor is needed"),
+    "another size": (lambda x: x[..., ::2].expand(-1, 3, -1, -1, -1), "batch and spatial size must stay"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_does_not_fit_is_refused_in_one_line(name: str) -> None:
+    network, message = NETWORKS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        from_file(preprocessing(), scan(), network)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("longest", [0, 1, 2])
