@@ -35,6 +35,7 @@ __all__ = ["RandSyntheticImaged"]
 KNOTS = (4, 8)  # of a displacement along each axis of the field of view
 BIAS_KNOTS = (2, 5)
 SHORTEST = 0.5  # of a field of view that is cut, as a share of the whole
+LEAST = 0.01  # of a field of view, to be left of it: normalization turns gradients of an empty image into infinite ones
 
 
 class RandSyntheticImaged(Randomizable, MapTransform):
@@ -130,7 +131,8 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         image = self._scanned(image.clamp(0, 1), random)
         if self.outside and self.R.rand() < self.prob_strip:
             inside = self._inside(_nearest(source[0], positions).long())
-            image, deformed = image * inside, deformed * inside
+            if inside.mean() > LEAST:
+                image, deformed = image * inside, deformed * inside
         affine = torch.diag(torch.tensor([self.pixdim] * 3 + [1.0]))
         return MetaTensor(image[None], affine=affine), MetaTensor(deformed[None].float(), affine=affine)
 

@@ -74,13 +74,16 @@ def test_a_deformation_moves_image_and_labels_alike() -> None:
 
 
 def test_what_is_taken_out_is_black_and_has_no_label() -> None:
-    make = maker(outside=[0, 2], fluid=[1], prob_strip=1.0, prob_typical=0.0).set_random_state(0)
-    emptied = []
+    make = maker(outside=[0, 2], fluid=[3], prob_strip=1.0, prob_typical=0.0, typical=[0.0, 0.8, 0.4, 0.6], max_shift=0)
+    make.set_random_state(0)
+    with_fluid = head()
+    with_fluid["image"][with_fluid["label"] == 2] = 3
+    sides = []
     for _ in range(8):
-        made = make(head())
+        made = make(with_fluid)
         assert (made["image"][made["label"] == 0] == 0).all()
-        emptied.append(not made["label"].any())
-    assert 0 < sum(emptied) < 8
+        sides.append(len(made["label"].unique()) - 1)
+    assert set(sides) == {1, 2}
 
 
 def test_fields_of_view_divide_and_lie_in_the_largest_one() -> None:
@@ -113,3 +116,8 @@ def test_an_empty_map_gives_an_image() -> None:
     made = maker().set_random_state(0)(empty)
     assert torch.isfinite(made["image"]).all()
     assert not made["label"].any()
+
+
+def test_what_is_taken_out_is_never_all_there_is() -> None:
+    make = maker(outside=[0, 1, 2], prob_strip=1.0).set_random_state(0)
+    assert all(make(head())["image"].std() > 0.01 for _ in range(4))
