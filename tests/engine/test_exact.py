@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from monai_iunet import IUNet, SegIUNet
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.blocks.grid import INTEGER_STEP, LIMIT, STEP, add_, enter, pack, round_to_grid, unpack, values
+from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 
 # At 2 x 2 x 2 voxels oneDNN gives NaN for the bfloat16 gradient of a convolution, whatever the network around it.
@@ -283,3 +284,15 @@ def test_codes_and_inverses_under_autocast() -> None:
         codes = net.encode(x)
         torch.testing.assert_close(net.decode(codes), y, rtol=0, atol=1e-6)
         torch.testing.assert_close(net.encode_inverse(codes), x, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_that_cannot_be_taken_back_is_an_error_of_its_own(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixing = ChannelMixing((2, 2), (2, 2))
+    mixing.exact = True
+    monkeypatch.setattr(mixing, "weights", lambda: (1.2 * torch.eye(4).requires_grad_(),))
+    halves = [enter(torch.rand(1, 2, 8), dtype) if dtype != torch.float32 else torch.rand(1, 2, 8) for _ in range(2)]
+    with pytest.raises(OverflowError, match="must be taken back within a few steps"):
+        mixing(*halves)

@@ -239,7 +239,7 @@ def pack(residue: Tensor, stream: Tensor) -> Tensor:
 
     That y is rounded changes Q^T y by 0.29 steps in the standard deviation, and float32, in which it is computed,
     by less than a step on the grid of a float32 stream. So for a stream of integers -2 to 2 is room enough, three to a
-    byte, since 2.5 steps are nine standard deviations; if ever a residue was larger, an error would tell.
+    byte, since 2.5 steps are nine standard deviations. A larger one is an error, which `check_range` raises.
 
     Example:
         >>> steps = torch.tensor([[[0.0], [-2.0], [1.0], [2.0]]])
@@ -248,9 +248,9 @@ def pack(residue: Tensor, stream: Tensor) -> Tensor:
         (torch.Size([1, 2, 1]), [0.0, -2.0, 1.0, 2.0])
     """
     if not is_integer(stream):
-        note_largest(residue, LIMIT / 127)
+        _note(_residues, residue, 1 / 127)
         return residue.to(torch.int8)
-    note_largest(residue, LIMIT / 2.5)
+    _note(_residues, residue, 1 / 2.5)
     count = -(-residue.shape[1] // 3)
     first, *others = (residue + 2).split(count, 1)
     for power, part in enumerate(others, 1):
@@ -266,7 +266,31 @@ def unpack(packed: Tensor, stream: Tensor, channels: int) -> Tensor:
     return torch.cat(parts, 1)[:, :channels].to(torch.float32).sub_(2)
 
 
-_sizes: ContextVar[list[Tensor] | None] = ContextVar("sizes", default=None)
+class _Noted:
+    """Keeps the largest of some numbers, as shares of what they may be, until they are checked.
+
+    Args:
+        message: of the error when a share is not below 1.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.shares: ContextVar[list[Tensor] | None] = ContextVar("shares", default=None)
+
+    def check(self, share: Tensor) -> None:
+        largest = float(share)
+        if not largest < 1:  # nor NaN
+            raise OverflowError(self.message.format(largest=largest * LIMIT))
+
+
+_values = _Noted(
+    f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {{largest:.0f}}. Scale the images, train "
+    "with a lower learning rate or weight decay, or use exact=False."
+)
+_residues = _Noted(
+    "With exact=True orthogonal products must be taken back within a few steps of the grid, which failed: "
+    "a matrix is not orthogonal, or products have fewer digits than float32. Compute in float32 or use exact=False."
+)
 
 
 @contextmanager
@@ -274,16 +298,18 @@ def check_range() -> Iterator[None]:
     """Raise an error, on leaving, if values within have left the range of the grid: one wait for a GPU, not one each.
 
     Raises:
-        OverflowError: when a value is not below `LIMIT` in size, or no number.
+        OverflowError: when a value is not below `LIMIT` in size, or no number, or a residue does not fit its place.
     """
-    token = _sizes.set([])
+    tokens = [(kind, kind.shares.set([])) for kind in (_values, _residues)]
     try:
         yield
-        noted = _sizes.get()
+        noted = [(kind, kind.shares.get()) for kind, _ in tokens]
     finally:
-        _sizes.reset(token)
-    if noted:
-        _check(torch.stack(noted).amax())
+        for kind, token in tokens:
+            kind.shares.reset(token)
+    for kind, shares in noted:
+        if shares:
+            kind.check(torch.stack(shares).amax())
 
 
 def note_largest(x: Tensor, scale: float = 1.0) -> None:
@@ -291,21 +317,16 @@ def note_largest(x: Tensor, scale: float = 1.0) -> None:
 
     In an export nothing is checked: what is exported has no place for errors.
     """
+    _note(_values, x, scale / LIMIT)
+
+
+def _note(kind: _Noted, x: Tensor, scale: float) -> None:
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(x):
         return
     low, high = x.detach().aminmax()
-    size = torch.maximum(-low, high) * scale
-    noted = _sizes.get()
+    share = torch.maximum(-low, high) * scale
+    noted = kind.shares.get()
     if noted is None:
-        _check(size)
+        kind.check(share)
     else:
-        noted.append(size)
-
-
-def _check(size: Tensor) -> None:
-    largest = float(size)
-    if not largest < LIMIT:  # nor NaN
-        raise OverflowError(
-            f"With exact=True activations must stay below {LIMIT:.0f}, but they reach {largest:.0f}. Scale the "
-            "images, train with a lower learning rate or weight decay, or use exact=False."
-        )
+        noted.append(share)
