@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_iunet.benchmark.readme import RESULTS, with_tables
+from monai_iunet.benchmark.guide import RESULTS, with_tables
 from monai_iunet.benchmark.report import read_json
 from monai_iunet.errors import InputError
 

@@ -1,6 +1,6 @@
 """The tables of the guide to memory and speed, from the stored results.
 
-In a clone, `python -m monai_iunet.benchmark.readme` measures anew.
+In a clone, `python -m monai_iunet.benchmark.guide` measures anew.
 
 Each stands between `<!-- benchmark: NAME -->` and `<!-- end -->`. A cell is empty where nothing was measured.
 """
