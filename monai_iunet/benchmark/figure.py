@@ -8,6 +8,7 @@ from typing import Any
 
 from monai_iunet.benchmark.report import read_json
 from monai_iunet.benchmark.section import Row
+from monai_iunet.benchmark.sections.inference import LONG
 from monai_iunet.io.files import write_atomically
 
 __all__ = ["draw"]
@@ -36,6 +37,8 @@ def draw(results: Path, path: Path) -> bool:
             ("budgets", _budgets),
             ("losses", _losses),
             ("resampling", _resampling),
+            ("inference", _classes),
+            ("inference", _length),
         )
         if sections.get(key)
     ]
@@ -127,6 +130,30 @@ def _budgets(rows: Sequence[Row], axes: Any) -> None:
             axes.annotate(label, (x, y), xytext=(0, -14), textcoords="offset points", fontsize=8, ha="center")
     axes.set(title="Levels that store (dotted: between the ends)", xlabel="bytes per voxel", ylabel="µs per voxel")
     axes.margins(x=0.15, y=0.2)
+
+
+def _classes(rows: Sequence[Row], axes: Any) -> None:
+    shortest = min(row["length"] for row in rows)
+    own = _segmentations([row for row in rows if row["length"] == shortest], "classes", axes)
+    axes.set(title=f"Segmentation of {own[0]['image']} voxels", xlabel="classes")
+
+
+def _length(rows: Sequence[Row], axes: Any) -> None:
+    own = _segmentations([row for row in rows if row["classes"] == LONG], "length", axes)
+    image = sorted({(row["length"], row["image_and_labels_mebibytes"]) for row in own})
+    axes.plot(*zip(*image), ":", color="gray", label="image and labels")
+    axes.set(title=f"Segmentation into {own[0]['classes']} classes", xlabel="length of the image, voxels")
+
+
+def _segmentations(rows: Sequence[Row], by: str, axes: Any) -> list[Row]:
+    """Draw the memory of each inferer, and return the rows in their order along the axis."""
+    rows = sorted(rows, key=lambda row: row[by])
+    for name in dict.fromkeys(row["inferer"] for row in rows):
+        axes.plot(*zip(*((row[by], row["mebibytes"]) for row in rows if row["inferer"] == name)), "o-", label=name)
+    axes.set(ylabel="resident memory, MiB", xscale="log", yscale="log")
+    axes.set_xticks(places := sorted({row[by] for row in rows}), [str(place) for place in places], minor=False)
+    axes.minorticks_off()
+    return rows
 
 
 def _losses(rows: Sequence[Row], axes: Any) -> None:

@@ -23,6 +23,7 @@ from monai_iunet.benchmark.measure import DTYPES
 from monai_iunet.benchmark.report import read_json
 from monai_iunet.benchmark.run import run_benchmark
 from monai_iunet.benchmark.section import Row, number, spread
+from monai_iunet.benchmark.sections.inference import BUFFERED, MONAI, OURS
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_text
 
@@ -168,6 +169,23 @@ def _losses(sections: Sections) -> str:
     return _table(headings, rows)
 
 
+def _inference(sections: Sections) -> str:
+    found = sections.get("inference", [])
+    if not found:
+        return "Segmentations have not been measured."
+    headings = ["classes", "image", "image and labels", "`SlidingWindowInferer`", "`buffer_steps=2`", "`LabelInferer`"]
+    headings += ["planned", "CPU time over MONAI's"]
+    rows = []
+    for classes, image in dict.fromkeys((row["classes"], row["image"]) for row in found):
+        which = {"classes": classes, "image": image}
+        ours = {**which, "inferer": OURS}
+        cells = [str(classes), image, _cell(found, "image_and_labels_mebibytes", number(0), **ours)]
+        cells += [_cell(found, "mebibytes", number(0), **which, inferer=name) for name in (MONAI, BUFFERED, OURS)]
+        cells += [_cell(found, "planned_mebibytes", number(0), **ours), _cell(found, "over_monai", spread(), **ours)]
+        rows.append(cells)
+    return _table(headings, rows)
+
+
 def _plans(sections: Sections) -> str:
     errors = [abs(row["planned_over_measured"] - 1) for row in sections.get("plans", [])]
     if not errors:
@@ -200,6 +218,7 @@ BLOCKS: dict[str, Callable[[Sections], str]] = {
     "budgets": _budgets,
     "gradient errors": _gradient_errors,
     "losses": _losses,
+    "inference": _inference,
     "plans": _plans,
     "voxels": _voxels,
 }

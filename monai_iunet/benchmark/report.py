@@ -27,6 +27,7 @@ __all__ = ["code_of", "for_json", "header", "read_json", "show", "write_json"]
 # What all results depend on, in the folder of the package.
 COMMON_FILES = ("benchmark/measure.py", "benchmark/networks.py", "benchmark/peers.py", "benchmark/section.py")
 COMMON_FOLDERS = ("engine", "losses", "networks", "planning")
+OWN_FOLDERS = {"inference": ("inference",)}  # what a section depends on beside that
 
 
 def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def code_of(section: Section) -> str:
     """Return a digest of the code whose results a section holds."""
     package = Path(__file__).parents[1]
     files = [Path(inspect.getfile(section.jobs)), *(package / name for name in COMMON_FILES)]
-    files += sorted(path for folder in COMMON_FOLDERS for path in (package / folder).rglob("*.py"))
+    folders = (*COMMON_FOLDERS, *OWN_FOLDERS.get(section.name, ()))
+    files += sorted(path for folder in folders for path in (package / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from monai_iunet import SegIUNet
 from monai_iunet.benchmark import run
+from monai_iunet.benchmark.figure import draw
 from monai_iunet.benchmark.measure import (
     Spread,
     allocated_on_cpu,
@@ -27,10 +28,11 @@ from monai_iunet.benchmark.measure import (
 )
 from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
+from monai_iunet.benchmark.report import write_json
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, Sizes, SkippedError
 from monai_iunet.benchmark.sections import SECTIONS, compiled
 from monai_iunet.benchmark.sections.depth import AUTO_UNITS
-from monai_iunet.benchmark.sections.inference import BUFFERED, MONAI, OURS, measure_here
+from monai_iunet.benchmark.sections.inference import BUFFERED, LONG, MONAI, OURS, measure_here
 from monai_iunet.benchmark.sections.largest_cubes import largest
 from monai_iunet.cli import app
 
@@ -278,13 +280,29 @@ def test_a_segmentation_is_measured(name: str) -> None:
     assert 0 <= found["bytes"] < found["interpreter_bytes"]
 
 
+def test_the_figure_of_segmentations(tmp_path: Path) -> None:
+    rows = [
+        {"job": name, "inferer": name, "classes": classes, "length": length, "mebibytes": classes * 9.0}
+        | {"image": f"8 x 8 x {length}", "image_and_labels_mebibytes": length / 9}
+        for name in (MONAI, OURS)
+        for classes, length in ((8, 16), (LONG, 16), (LONG, 32))
+    ]
+    place, said = tmp_path / "found.json", {"device": "", "versions": {"torch": torch.__version__}, "date": ""}
+    write_json({"sections": {"inference": rows}, "sizes": dataclasses.asdict(TINY), **said}, place)
+    assert draw(place, tmp_path / "found.png")
+    assert imread(tmp_path / "found.png").std() > 0.05
+
+
 @pytest.mark.slow
 def test_segmentations_beside_each_other() -> None:
-    settings = Settings(CPU, dataclasses.replace(TINY, memory_size=96, whole_volume=(64, 64, 64)))
+    settings = Settings(CPU, dataclasses.replace(TINY, memory_size=96))
     rows = [row for job in SECTIONS["inference"].jobs(settings) for row in job.measure()]
     memory = {(row["inferer"], row["classes"], row["image"]): row["mebibytes"] for row in rows}
     assert memory[OURS, 118, "96 x 96 x 192"] < 0.3 * memory[MONAI, 118, "96 x 96 x 192"]
-    assert len(rows) == 8
+    assert len(rows) == 15
+    held = [row["mebibytes"] - row["image_and_labels_mebibytes"] for row in rows if row["classes"] == LONG]
+    assert held[-1] < 1.3 * held[2]  # ours, four times as long
+    assert held[-3] > 2.5 * held[0]  # MONAI's
 
 
 @pytest.mark.gpu

@@ -1,13 +1,14 @@
 """Segmentation by sliding windows: resident memory and time of MONAI's inferer, with buffers and without, and of ours.
 
 From an image as it was read, int16, to labels on its grid. Each measurement is a process of its own, because a process
-does not tell when it held how much; what it held after its imports is subtracted. MONAI's way is that of its bundles:
+does not tell when it held how much; what it held after a tiny image is subtracted. MONAI's way is that of its bundles:
 all logits on the grid of the network, softmax, `Invertd`, argmax.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -25,37 +26,36 @@ from torch import nn
 from monai_iunet.benchmark.measure import Spread, ratio
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, SkippedError, number, spread
 from monai_iunet.inference.labels import LabelInferer
+from monai_iunet.inference.plan import plan_inference
 from monai_iunet.inference.prepare import prepare
+from monai_iunet.inference.streaming import StreamingInferer
 
 __all__ = ["SECTION", "measure_here"]
 
 SPACING = 1.5  # mm, of the network; images have 1 mm
+OVERLAP = 0.5  # of windows
+LONG = 32  # classes of the images that become longer
 MONAI, BUFFERED, OURS = "MONAI", "MONAI, buffer_steps=2", "ours"
 
 
 def _jobs(settings: Settings) -> Iterator[Job]:
-    """Side by side where all fit; then ours on a large image and on one that is twice as long."""
+    """All side by side, by the number of classes, then by the length of the image."""
     side = settings.sizes.memory_size
-    for classes in (8, 118):
-        beside = partial(_measure, settings, classes, (side, side, 2 * side), (MONAI, BUFFERED, OURS))
-        yield Job(f"{classes} classes", beside)
-    for length in (1, 2):
-        width, depth, height = settings.sizes.whole_volume
-        size = (width, depth, length * height)
-        yield Job(f"118 classes, {_times(size)}", partial(_measure, settings, 118, size, (OURS,)))
+    for classes, length in ((8, 2), (118, 2), (LONG, 2), (LONG, 4), (LONG, 8)):
+        size = (side, side, length * side)
+        yield Job(f"{classes} classes, {_times(size)}", partial(_measure, settings, classes, size))
 
 
-def _measure(settings: Settings, classes: int, size: Sequence[int], names: Sequence[str]) -> Iterator[Row]:
-    small = len(names) > 1
+def _measure(settings: Settings, classes: int, size: tuple[int, ...]) -> Iterator[Row]:
     window = 48 if size[0] >= 96 else 16
     found = {}
-    for name in names:
+    for name in (MONAI, BUFFERED, OURS):
         found[name] = _in_a_process(
             name=name,
             classes=classes,
             size=list(size),
             window=window,
-            rounds=settings.sizes.rounds if small else 1,
+            rounds=settings.sizes.rounds if size[-1] == 2 * size[0] else 1,  # the long ones are for memory
             device=str(settings.device),
         )
     for name, values in found.items():
@@ -63,16 +63,25 @@ def _measure(settings: Settings, classes: int, size: Sequence[int], names: Seque
             "inferer": name,
             "classes": classes,
             "image": _times(size),
+            "length": max(size),
             "mebibytes": values["bytes"] / 2**20,
-            "image_and_labels_mebibytes": 3 * np.prod(size).item() / 2**20,
+            "image_and_labels_mebibytes": 3 * math.prod(size) / 2**20,
             "cpu_seconds": Spread.of(values["cpu_seconds"]),
             "seconds": Spread.of(values["seconds"]),
         }
         if settings.device.type == "cuda":
             row["gpu_mebibytes"] = values["gpu_bytes"] / 2**20
-        if MONAI in found:
-            row["over_monai"] = ratio(values["cpu_seconds"], found[MONAI]["cpu_seconds"])
+        elif name == OURS:
+            row["planned_mebibytes"] = _planned(classes, size, window) / 2**20
+        row["over_monai"] = ratio(values["cpu_seconds"], found[MONAI]["cpu_seconds"])
         yield row
+
+
+def _planned(classes: int, size: tuple[int, ...], window: int) -> int:
+    """Return the bytes that are planned for what `measure_here` measures with its defaults."""
+    inferer = StreamingInferer(**_windows(window, OVERLAP))
+    plan = plan_inference(_preprocessing(SPACING), inferer, classes, size, (1.0, 1.0, 1.0), network=_network(classes))
+    return plan.peak
 
 
 def _in_a_process(**options: Any) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def measure_here(
     rounds: int = 1,
     device: str = "cpu",
     spacing: float = SPACING,
-    overlap: float = 0.5,
+    overlap: float = OVERLAP,
 ) -> dict[str, Any]:
     """Segment noise in this process, and return bytes and seconds; the process should do nothing else.
 
@@ -115,40 +124,18 @@ def measure_here(
     except ImportError as error:
         raise SkippedError("the system does not tell the memory of a process") from error
     unit = 1 if sys.platform == "darwin" else 1024
-    network = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, classes, 1)).to(device).eval()
-    transforms = [
-        Orientationd("image", "RAS", labels=None),
-        Spacingd("image", [spacing] * 3, mode="bilinear"),
-        ScaleIntensityRanged("image", -1000, 1000, -1, 1, clip=True),
-    ]
-    preprocessing = Compose(transforms)
-    windows: dict[str, Any] = {"roi_size": [window] * 3, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
+    network = _network(classes).to(device).eval()
+    preprocessing, windows = _preprocessing(spacing), _windows(window, overlap)
+    segment = partial(_segment, name, preprocessing=preprocessing, network=network, device=device)
+    segment(_noise([8] * 3), windows=_windows(8, overlap))  # what is loaded on first use
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rng = np.random.default_rng(0)
-    data = np.empty((1, *size), np.int16)
-    for plane in data[0]:
-        plane[:] = rng.integers(-1000, 1000, plane.shape)
-    image = MetaTensor(torch.from_numpy(data), affine=torch.eye(4), meta={"original_affine": np.eye(4)})
+    image = _noise(size)
     cpu_seconds, seconds = [], []
-    with torch.no_grad():
-        for _ in range(rounds):
-            cpu_start, start = time.process_time(), time.perf_counter()
-            if name == OURS:
-                prepared, meta = prepare(preprocessing, image, device)
-                labels, _ = LabelInferer(preprocessing, **windows).segment(prepared, meta, network)
-            else:
-                buffers: dict[str, Any] = (
-                    {"buffer_steps": 2, "buffer_dim": int(np.argmax(size))} if name == BUFFERED else {}
-                )
-                inferer = SlidingWindowInferer(**windows, **buffers, device="cpu", sw_device=device)
-                item: Any = preprocessing({"image": image.float()})
-                item["pred"] = torch.softmax(inferer(item["image"][None], network)[0], 0)
-                invert = Invertd("pred", preprocessing, "image", nearest_interp=False, to_tensor=True)
-                labels = invert(item)["pred"].argmax(0).to(torch.uint8)
-                del item
-            del labels
-            cpu_seconds.append(time.process_time() - cpu_start)
-            seconds.append(time.perf_counter() - start)
+    for _ in range(rounds):
+        cpu_start, start = time.process_time(), time.perf_counter()
+        segment(image, windows=windows)
+        cpu_seconds.append(time.process_time() - cpu_start)
+        seconds.append(time.perf_counter() - start)
     return {
         "bytes": unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
         "interpreter_bytes": unit * before,
@@ -156,6 +143,50 @@ def measure_here(
         "seconds": seconds,
         "gpu_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
     }
+
+
+def _noise(size: Sequence[int]) -> MetaTensor:
+    rng = np.random.default_rng(0)
+    data = np.empty((1, *size), np.int16)
+    for plane in data[0]:
+        plane[:] = rng.integers(-1000, 1000, plane.shape)
+    return MetaTensor(torch.from_numpy(data), affine=torch.eye(4), meta={"original_affine": np.eye(4)})
+
+
+@torch.no_grad()
+def _segment(
+    name: str, image: MetaTensor, preprocessing: Compose, network: nn.Module, device: str, windows: dict[str, Any]
+) -> Any:
+    """Return the labels of an image on its grid, by the inferer of a name."""
+    if name == OURS:
+        prepared, meta = prepare(preprocessing, image, device)
+        return LabelInferer(preprocessing, **windows).segment(prepared, meta, network)[0]
+    buffers: dict[str, Any] = {}
+    if name == BUFFERED:
+        buffers = {"buffer_steps": 2, "buffer_dim": int(np.argmax(image.shape[1:]))}
+    inferer = SlidingWindowInferer(**windows, **buffers, device="cpu", sw_device=device)
+    item: Any = preprocessing({"image": image.float()})
+    item["pred"] = torch.softmax(inferer(item["image"][None], network)[0], 0)
+    invert = Invertd("pred", preprocessing, "image", nearest_interp=False, to_tensor=True)
+    return invert(item)["pred"].argmax(0).to(torch.uint8)
+
+
+def _network(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, classes, 1))
+
+
+def _preprocessing(spacing: float) -> Compose:
+    return Compose(
+        [
+            Orientationd("image", "RAS", labels=None),
+            Spacingd("image", [spacing] * 3, mode="bilinear"),
+            ScaleIntensityRanged("image", -1000, 1000, -1, 1, clip=True),
+        ]
+    )
+
+
+def _windows(window: int, overlap: float) -> dict[str, Any]:
+    return {"roi_size": [window] * 3, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
 
 
 def _times(size: Sequence[int]) -> str:
@@ -171,6 +202,7 @@ SECTION = Section(
         ("image of 1 mm", "image", str),
         ("MiB", "mebibytes", number(0)),
         ("of these image and labels", "image_and_labels_mebibytes", number(0)),
+        ("planned", "planned_mebibytes", number(0)),
         ("on the GPU, MiB", "gpu_mebibytes", number(0)),
         ("CPU seconds", "cpu_seconds", spread(digits=1)),
         ("over MONAI", "over_monai", spread()),
