@@ -12,6 +12,25 @@ import numpy as np
 
 from monai_iunet.fitting.fingerprint import CaseFacts, Fingerprint
 
+IN_A_ROW = 5
+GRID = np.array([2, 5, 3])
+
+
+def _row(value: int, classes: int, shape: Sequence[int], rng: np.random.Generator) -> tuple[slice, ...]:
+    width = max(2, shape[1] // (classes + 2))
+    low = (value - 1) * width + 1 + int(rng.integers(0, 2))
+    return (
+        slice(shape[0] * 5 // 8, shape[0] * 7 // 8),
+        slice(low, low + width),
+        slice(shape[2] // 4, shape[2] * 3 // 4),
+    )
+
+
+def _grid(value: int, shape: Sequence[int], rng: np.random.Generator) -> tuple[slice, ...]:
+    cell = np.array(shape) // GRID
+    low = np.array(np.unravel_index(value - 1, GRID)) * cell + 1 + rng.integers(0, 2, 3)
+    return tuple(slice(start, start + length) for start, length in zip(low, cell - 3))
+
 
 def make_set(
     folder: Path,
@@ -26,6 +45,8 @@ def make_set(
 ) -> Path:
     """A Decathlon folder: bright boxes in noise, the first to the right and the others in a row behind it.
 
+    More than five fill a grid of two by five by three instead.
+
     Several channels are a file each, or `in_one_file` of four axes, as the Decathlon has them.
     """
     rng = np.random.default_rng(seed)
@@ -35,10 +56,8 @@ def make_set(
         (folder / part).mkdir(parents=True, exist_ok=True)
     for number in range(count):
         labels = np.zeros(shape, np.uint8)
-        width = max(2, shape[1] // (classes + 2))
         for value in range(1, classes + 1):
-            low = (value - 1) * width + 1 + int(rng.integers(0, 2))
-            labels[shape[0] * 5 // 8 : shape[0] * 7 // 8, low : low + width, shape[2] // 4 : shape[2] * 3 // 4] = value
+            labels[_row(value, classes, shape, rng) if classes <= IN_A_ROW else _grid(value, shape, rng)] = value
         name = f"case_{number:02}"
         images = []
         for channel in range(channels):
