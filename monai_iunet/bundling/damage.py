@@ -74,13 +74,14 @@ def crop_case(
     Args:
         image: 3D volume.
         labels: true labels of the same shape.
-        extent: of the crop along left-right, back-front, bottom-top, in mm. Axes that are not much longer stay.
+        extent: of the crop along left-right, back-front, bottom-top, in mm. Axes that are not much longer stay, and all
+            where it is not positive.
         random: source of the place.
     """
     order = nibabel.io_orientation(image.affine)[:, 0].astype(int)
     voxels = np.ceil(np.asarray(extent)[order] / voxel_sizes(image.affine)).astype(int)
     shape = np.array(image.shape)
-    voxels = np.where(shape > LARGE * voxels, voxels, shape)
+    voxels = np.where((voxels > 0) & (shape > LARGE * voxels), voxels, shape)
     if (voxels == shape).all():
         return image, labels
     places = np.argwhere(labels > 0)

@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from monai_iunet.bundling.damage import DAMAGES, INTENSITY, damage_case
+from monai_iunet.bundling.damage import DAMAGES, INTENSITY, crop_case, damage_case
 from tests.bundles.made_data import ball
 
 SHAPE = np.array([32, 36, 28])
@@ -41,3 +41,10 @@ def test_blurred_images_stay_in_place(kind: str) -> None:
         bright = np.clip(image.get_fdata() - 200, 0, None)
         center = [(bright * index).sum() / bright.sum() for index in np.indices(image.shape)]
         np.testing.assert_allclose(center, np.argwhere(LABELS).mean(0), atol=0.3)
+
+
+def test_a_window_of_the_whole_image_crops_nothing() -> None:
+    image = nibabel.Nifti1Image(np.zeros((20, 30, 40), np.float32), np.diag([2.0, 1.0, 1.0, 1.0]))
+    labels = np.ones((20, 30, 40), np.uint8)
+    cropped, left = crop_case(image, labels, np.array([-2.0, 10.0, -1.0]), np.random.RandomState(0))
+    assert cropped.shape == left.shape == (20, 10, 40)
