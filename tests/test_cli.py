@@ -147,7 +147,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no orientation": (without_orientation, "no orientation"),
     "whole head": (
         lambda path: save(path, np.eye(90, 1600, dtype=np.float32).reshape(90, 40, 40)),
-        "registration failed",
+        "no head found",
     ),
     "constant": (lambda path: save(path, np.ones((35, 50, 36), np.float32)), "all voxels have the same value"),
     "singular affine": (with_singular_affine, "affine that cannot be inverted"),

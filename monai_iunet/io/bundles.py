@@ -23,7 +23,7 @@ def installed_bundles() -> dict[str, Path]:
 
     Example:
         >>> sorted(installed_bundles())
-        ['iunet_headneck_ct_segmentation', 'iunet_hippocampus_mri_segmentation']
+        ['iunet_brain_mri_segmentation', 'iunet_headneck_ct_segmentation', 'iunet_hippocampus_mri_segmentation']
     """
     package = Path(__file__).parents[1]
     for parent in (package, package.parent):

@@ -121,6 +121,8 @@ def locate_head(centers: Mapping[str, np.ndarray]) -> np.ndarray:
         names = [name for name, out in zip(names, far) if not out]
         source, target, weights = source[~far], target[~far], weights[~far]
         _check_count(names)
+    else:
+        raise InputError(f"no head found: a structure lies {apart.max():.0f} mm from where it is in a human head.")
     mean = float(np.sqrt((apart**2).mean()))
     if mean > MOST_APART:
         raise InputError(f"no head found: its structures lie {mean:.0f} mm from where they are in a human head.")

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.bundles import bundle_folder, installed_bundles
+from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.whole_head import load_template
@@ -91,11 +91,7 @@ REAL: dict[str, Make] = {
 
 @pytest.fixture(scope="module")
 def segmenter() -> BundleSegmenter:
-    if "iunet_brain_mri_segmentation" not in installed_bundles():
-        pytest.skip("the brain bundle has no weights yet")
-    segmenter = BundleSegmenter(bundle_folder(), "cpu")
-    segmenter.metadata["region_finder"] = "segmented_head"
-    return segmenter
+    return BundleSegmenter(bundle_folder(), "cpu")
 
 
 @pytest.mark.slow

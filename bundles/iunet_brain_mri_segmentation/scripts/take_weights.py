@@ -26,6 +26,7 @@ def take(path: Path, target: Path) -> int:
         epoch, record = int(state["epoch"]), state.get("record")
     except Exception as error:  # whatever a damaged file brings about
         raise InputError(f"{path}: not the last.pt of a training. Name the file in its ckpt_dir.") from error
+    target.parent.mkdir(exist_ok=True)
     write_atomically(target, lambda temporary: torch.save(weights, temporary))
     if record:
         write_record(record, target)
