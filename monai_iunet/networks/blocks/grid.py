@@ -278,8 +278,9 @@ class _Noted:
         self.shares: ContextVar[list[Tensor] | None] = ContextVar("shares", default=None)
 
     def check(self, share: Tensor) -> None:
-        if not share < 1:  # nor NaN
-            raise OverflowError(self.message.format(largest=float(share) * LIMIT))
+        largest = float(share)
+        if not largest < 1:  # nor NaN
+            raise OverflowError(self.message.format(largest=largest * LIMIT))
 
 
 _values = _Noted(
@@ -307,7 +308,8 @@ def check_range() -> Iterator[None]:
         for kind, token in tokens:
             kind.shares.reset(token)
     found = [(kind, torch.stack(shares).amax()) for kind, shares in noted if shares]
-    if found and not torch.stack([share for _, share in found]).amax() < 1:
+    # As numbers: to compare tensors that only pretend to have values would say no.
+    if found and not float(torch.stack([share for _, share in found]).amax()) < 1:
         for kind, share in found:
             kind.check(share)
 
