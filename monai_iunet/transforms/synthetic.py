@@ -54,7 +54,7 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         divisor: fields of view have multiples of so many voxels.
         prob_crop: probability of a smaller field of view.
         prob_typical: probability of intensities along a random curve over `typical`.
-        prob_strip: probability that `outside` is taken out.
+        prob_strip: probability that `outside` is taken out, unless hardly anything would be left.
         max_rotation: about each axis, in radians.
         max_scale: of each axis, beside 1.
         max_shear: between each two axes.
