@@ -78,7 +78,7 @@ def _bars(rows: Sequence[Row], name: str, height: str, axes: Any, digits: int) -
         bars = axes.barh(places, list(values.values()), 0.38, label=dtype, color=f"C{number}")
         axes.bar_label(bars, [f" {value:.{digits}f}" for value in values.values()], fontsize=8)
     axes.set_yticks(range(len(names)), names)
-    axes.margins(x=0.15)
+    axes.margins(x=0.35)  # the legend finds room beside the bars
 
 
 def _memory(rows: Sequence[Row], axes: Any) -> None:

@@ -42,6 +42,9 @@ class LiveBytes(TorchDispatchMode):
 
     def now(self) -> int:
         """Bytes that are alive now."""
+        for reference in list(self._alive):
+            if (storage := reference()) is not None:
+                self._note(storage)
         return self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,14 +52,17 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._ignored:
                 self._note(leaf.untyped_storage())
-        self.peak = max(self.peak, self._total)
+        # `storage.resize_(0)` empties a storage without an operator: what seems to be a new peak is counted anew.
+        if self._total > self.peak:
+            self.peak = max(self.peak, self.now())
         return result
 
     def _note(self, storage: UntypedStorage) -> None:
         reference = weakref.ref(storage, self._forget)
-        self._total += storage.nbytes() - self._alive.get(reference, 0)
+        size = storage.nbytes()
+        self._total += size - self._alive.get(reference, 0)
         self._alive.setdefault(reference, 0)
-        self._alive[reference] = storage.nbytes()
+        self._alive[reference] = size
 
     def _forget(self, reference: weakref.ref[UntypedStorage]) -> None:
         self._total -= self._alive.pop(reference, 0)
