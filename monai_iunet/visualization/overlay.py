@@ -106,11 +106,12 @@ def draw_overlay(
     image = image.slicer[box]
     labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
     intensities = intensity_range(np.asarray(image.dataobj), window)
-    places = _places(figure, voxel_sizes(image.affine) * image.shape, bottom + 0.1 * height, 0.8 * height)
+    top = bottom + 0.9 * height  # the title is above
+    low = max(_draw_legend(figure, names, reference is not None, bottom), bottom + 0.1 * height)
+    places = _places(figure, voxel_sizes(image.affine) * image.shape, low, top - low)
     for plane, place in places.items():
         index = center[PLANES[plane]]
         draw_plane(figure.add_axes(place), image, labels, names, plane, index, intensities, reference)
-    _draw_legend(figure, names, reference is not None, bottom)
     if title:
         # A name may have dollar signs in it, which are no formula.
         options = {"color": "white", "size": "large", "ha": "center", "va": "top", "parse_math": False}
@@ -162,7 +163,8 @@ def _places(
     return places
 
 
-def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float) -> None:
+def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float) -> float:
+    """Draw the color of each label in as few lines as fit the figure's width, and return its upper edge."""
     from matplotlib.lines import Line2D
 
     colors = label_colors(names)
@@ -170,15 +172,21 @@ def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool,
     if with_reference:
         handles.append(Line2D([], [], color="white", linestyle="solid", label="found"))
         handles.append(Line2D([], [], color="white", linestyle="dashed", label="true"))
-    legend = figure.legend(
-        handles=handles,
-        loc="lower center",
-        bbox_to_anchor=(0.5, bottom),
-        ncols=min(len(handles), 8),
-        fontsize="small" if len(handles) > 5 else "medium",
-        labelcolor="white",
-        facecolor="black",
-        frameon=False,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    for columns in range(min(len(handles), 8), 0, -1):
+        legend = figure.legend(
+            handles=handles,
+            loc="lower center",
+            bbox_to_anchor=(0.5, bottom),
+            ncols=columns,
+            fontsize="medium" if len(handles) <= 5 else "small" if len(handles) <= 16 else "x-small",
+            labelcolor="white",
+            facecolor="black",
+            frameon=False,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        extent = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        if extent.width <= 1 or columns == 1:
+            break
+        legend.remove()
+    return float(extent.y1)

@@ -64,6 +64,23 @@ def test_the_planes_of_an_overlay_have_one_scale_and_stay_in_the_figure() -> Non
     np.testing.assert_allclose(scales, scales[0], rtol=0.02)
 
 
+@pytest.mark.parametrize("width", [9.6, 12.0])
+@pytest.mark.parametrize("count", [1, 8, 30])
+def test_the_legend_lies_in_the_figure_below_the_planes(count: int, width: float) -> None:
+    image, labels = case()
+    names = {number: f"left structure of number {number}" for number in range(1, count + 1)}
+    figure = Figure(figsize=(width, 4.6))
+    draw_overlay(figure, image, labels, names, reference=labels)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == count + 2
+    assert box.x0 >= 0
+    assert box.x1 <= 100 * width
+    assert box.y0 >= 0
+    assert all(axes.get_window_extent().y0 >= box.y1 - 1 for axes in figure.axes)
+
+
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS"])
 def test_an_overlay_goes_through_the_largest_structure(axcodes: str) -> None:
     image, labels = case(axcodes)
