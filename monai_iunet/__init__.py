@@ -24,7 +24,7 @@ importing the package is light.
   `LabelInferer`.
 - Transform images and labels: `RandMirrord`, `NoteContouredd`, `OneHotContouredd`, `LabelsOnImageGridd`,
   `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
-- Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `SliceSlider`, `draw_surfaces`.
+- Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `draw_surfaces`, `VolumeViewer`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
 
 What a user's file or argument can cause is an `InputError`, one line that names it and the remedy.
@@ -141,8 +141,9 @@ if TYPE_CHECKING:
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
     from monai_iunet.transforms.synthetic import RandSyntheticImaged
     from monai_iunet.visualization.overlay import draw_overlay, save_overlay
-    from monai_iunet.visualization.slices import SliceSlider, draw_slice
+    from monai_iunet.visualization.slices import draw_slice
     from monai_iunet.visualization.surfaces import draw_surfaces
+    from monai_iunet.visualization.viewer import VolumeViewer
 
 __all__ = [
     "AdditiveCoupling",
@@ -176,12 +177,12 @@ __all__ = [
     "SegIUNet",
     "Segmentation",
     "SimpleITKReader",
-    "SliceSlider",
     "StartFrom",
     "StreamingInferer",
     "Task",
     "TimedDecay",
     "TrainingPlan",
+    "VolumeViewer",
     "WeightAverage",
     "add_configurations",
     "best_activations",
@@ -276,8 +277,9 @@ _NAMES = {
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
     "transforms.synthetic": ("RandSyntheticImaged",),
     "visualization.overlay": ("draw_overlay", "save_overlay"),
-    "visualization.slices": ("SliceSlider", "draw_slice"),
+    "visualization.slices": ("draw_slice",),
     "visualization.surfaces": ("draw_surfaces",),
+    "visualization.viewer": ("VolumeViewer",),
 }
 _MODULES = {name: f"monai_iunet.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -1,10 +1,9 @@
-"""Scrolling through the slices of a volume in a notebook, and the picture that stands for it elsewhere."""
+"""A picture of one slice of a volume, with the contours of its labels."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
@@ -14,7 +13,7 @@ from monai_iunet.visualization.plane import PLANES, canonical, draw_plane, inten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SliceSlider", "draw_slice"]
+__all__ = ["draw_slice"]
 
 
 def draw_slice(
@@ -63,65 +62,6 @@ def draw_slice(
     axes.set_xlim(*horizontal)
     axes.set_ylim(*vertical)
     axes.set_title(title or f"{plane} slice {index}", fontsize="medium", parse_math=False)
-
-
-class SliceSlider:
-    """Shows a slider through the slices of a plane in a live notebook, and a picture of the fullest slice elsewhere.
-
-    The slider needs ipywidgets. A cell offers both, and a page on the web or an export shows the picture.
-
-    Args:
-        image: the image.
-        labels: label volume of the same shape.
-        names: name of each label.
-        plane: "axial", "coronal" or "sagittal".
-        window: see `draw_slice`.
-        size: of the picture, in inches.
-
-    Example:
-        >>> image = nibabel.Nifti1Image(np.random.rand(4, 5, 6), np.eye(4))
-        >>> SliceSlider(image, np.zeros((4, 5, 6)), {1: "liver"}).png()[1:4]
-        b'PNG'
-    """
-
-    def __init__(
-        self,
-        image: nibabel.Nifti1Image,
-        labels: np.ndarray,
-        names: Mapping[int, str],
-        plane: str = "axial",
-        window: tuple[float, float] | None = None,
-        size: tuple[float, float] = (5.0, 5.0),
-    ) -> None:
-        self.image, (self.labels,) = canonical(image, labels)
-        self.names, self.plane, self.window, self.size = names, plane, window, size
-
-    def png(self, index: int | None = None) -> bytes:
-        """Return the picture of a slice, as PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=self.size, dpi=80)
-        draw_slice(figure, self.image, self.labels, self.names, self.plane, index, self.window)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", facecolor="white")
-        return buffer.getvalue()
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        import base64
-
-        bundle: dict[str, Any] = {
-            "text/plain": f"{self.plane} slices with {', '.join(self.names.values())}",
-            "image/png": base64.b64encode(self.png()).decode(),
-        }
-        try:
-            import ipywidgets
-        except ImportError:
-            return bundle
-        axis = PLANES[self.plane]
-        slider = ipywidgets.IntSlider(_fullest(self.labels, axis), 0, self.image.shape[axis] - 1, description="slice")
-        picture = ipywidgets.Image(value=self.png(), format="png")
-        slider.observe(lambda change: setattr(picture, "value", self.png(change["new"])), names="value")
-        return ipywidgets.VBox([slider, picture])._repr_mimebundle_() | bundle
 
 
 def _extent(mask: np.ndarray, axis: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nibabel
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from monai_iunet import SliceSlider, draw_overlay, draw_slice, draw_surfaces, save_overlay
+from monai_iunet import VolumeViewer, draw_overlay, draw_slice, draw_surfaces, save_overlay
 from monai_iunet.visualization.palette import label_colors
 
 NAMES = {1: "liver", 2: "tumor"}
@@ -100,7 +101,7 @@ def test_thin_volumes_are_drawn(shape: tuple[int, int, int], tmp_path: Path) -> 
     save_overlay(image, labels, NAMES, tmp_path / "picture.png", title="thin")
     assert (tmp_path / "picture.png").stat().st_size > 1000
     for plane in ("axial", "coronal", "sagittal"):
-        assert SliceSlider(image, labels, NAMES, plane).png()[1:4] == b"PNG"
+        draw_slice(Figure(), image, labels, NAMES, plane)
 
 
 def test_dollar_signs_are_no_formula(tmp_path: Path) -> None:
@@ -140,3 +141,21 @@ def test_an_unknown_plane_is_refused() -> None:
     image, labels = case()
     with pytest.raises(ValueError, match="plane must be one of sagittal, coronal, axial, got 'oblique'"):
         draw_slice(Figure(), image, labels, NAMES, "oblique")
+
+
+def test_a_viewer_opens_at_the_largest_structure_and_has_a_picture_beside_it() -> None:
+    pytest.importorskip("ipyniivue")
+    image, labels = case("LPS")
+    labels = np.where(labels == 1, 0, labels)  # what is left lies on the right of the patient, and high
+    viewer = VolumeViewer(image, labels, NAMES)
+    widget = viewer.widget()
+    np.testing.assert_allclose(widget.scene.crosshair_pos, [23 / 30, 12 / 24, 14.5 / 20], atol=1e-6)
+    assert [volume.name for volume in widget.volumes] == ["image.nii.gz", "labels.nii.gz"]
+    assert widget.volumes[1].colormap_label.labels[2] == "tumor"
+    offered = viewer._repr_mimebundle_()
+    assert {"application/vnd.jupyter.widget-view+json", "image/png"} <= offered.keys()
+
+
+def test_a_viewer_without_ipyniivue_is_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)
+    assert VolumeViewer(*case(), NAMES)._repr_mimebundle_().keys() == {"text/plain", "image/png"}
