@@ -79,34 +79,19 @@ class _NormalizedActivation(torch.autograd.Function):
         rows, of_y, of_x = _rows(x), _rows(gradient), torch.empty_like(x, memory_format=torch.contiguous_format)
         scales, shifts = weight.repeat(len(x)), bias.repeat(len(x))
         of_scales, of_shifts = torch.empty_like(scales), torch.empty_like(shifts)
-        positive = _Positive(scales * factors, shifts - means * scales * factors)
+        variances = factors**-2  # with eps in them
         for group in slabs(rows.shape[1], rows.shape[2], x.device):
-            of_normalized = of_y[:, group] * ctx.slope
-            torch.where(positive(rows, group), of_y[:, group], of_normalized, out=of_normalized)
+            normalized, _, _ = torch.native_batch_norm(
+                rows[:, group], scales[group], shifts[group], means[group], variances[group], False, 0.0, 0.0
+            )
+            of_normalized = torch.ops.aten.leaky_relu_backward(of_y[:, group], normalized, ctx.slope, False)
+            del normalized
             _rows(of_x)[:, group], of_scales[group], of_shifts[group] = torch.ops.aten.native_batch_norm_backward(
                 of_normalized, rows[:, group], scales[group], None, None, means[group], factors[group], True, ctx.eps,
                 [True] * 3,
             )  # fmt: skip
             del of_normalized
         return of_x, *(of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts)), None, None
-
-
-class _Positive:
-    """Tells where slope * x + offset is above 0, by comparing x, which takes a byte each.
-
-    Args:
-        slopes: one per row.
-        offsets: one per row.
-    """
-
-    def __init__(self, slopes: Tensor, offsets: Tensor) -> None:
-        # A row with slope 0 is positive everywhere or nowhere.
-        flat = torch.where(offsets > 0, -torch.inf, torch.inf).to(slopes.dtype)
-        self.thresholds = torch.where(slopes == 0, flat, -offsets / slopes)[:, None]
-        self.falling = (slopes < 0)[:, None]
-
-    def __call__(self, rows: Tensor, group: slice) -> Tensor:
-        return (rows[:, group] > self.thresholds[group]).logical_xor_(self.falling[group])
 
 
 def _rows(x: Tensor) -> Tensor:
