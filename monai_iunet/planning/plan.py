@@ -25,6 +25,7 @@ from monai_iunet.engine.pytorch_private import (
     tree_leaves,
     without_modes,
 )
+from monai_iunet.engine.slabs import two_slices
 from monai_iunet.planning.live_bytes import LiveBytes
 
 __all__ = [
@@ -164,7 +165,7 @@ def rehearse(
         # Made before, because with "auto" making the choice is a rehearsal too.
         fake.activations = activations or network.activations_for(shape, dtype)
     try:
-        with mode, _WithValues():  # type: ignore[no-untyped-call]
+        with mode, _WithValues(), two_slices():  # type: ignore[no-untyped-call]
             yield fake
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         came = " x ".join(map(str, shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 from monai_iunet import SegIUNet
 from monai_iunet.benchmark.measure import peak_with_optimizer
+from monai_iunet.engine.slabs import slabs
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
+from monai_iunet.planning import plan as plan_module
 from monai_iunet.planning.live_bytes import LiveBytes
 from monai_iunet.planning.plan import plan_training
 
@@ -60,6 +63,21 @@ def test_the_planned_peak_is_the_measured_one(case: str) -> None:
     with LiveBytes(ignore=fixed) as live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         network.eval()(torch.randn(batch, 1, *size))
     assert plan.inference_peak == pytest.approx(plan.parameters + live.peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_two_slabs_stand_for_all(exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = SegIUNet(3, 1, 2, channels=(8, 16), couplings=1, exact=exact)
+    options = {"dtype": dtype, "optimizer": None}
+    size = (64, 48, 48)
+    assert len(list(slabs(64, 8 * 48 * 48, torch.device("cpu")))) > 4
+    short = plan_training(network, size, **options)
+    monkeypatch.setattr(plan_module, "two_slices", nullcontext)
+    whole = plan_training(network, size, **options)
+    # All that the others add is the largest value of each, where that is noted.
+    assert short.training_peak == pytest.approx(whole.training_peak, rel=1e-4)
+    assert short.inference_peak == pytest.approx(whole.inference_peak, rel=1e-4)
 
 
 def test_a_network_is_left_as_it_was() -> None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.reversible import is_transformed
-from monai_iunet.networks.layers.slabs import slabs
+from monai_iunet.engine.slabs import slabs
 
 __all__ = [
     "INTEGER_STEP",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.grid import (
     is_integer,
     pack,
@@ -31,7 +32,6 @@ from monai_iunet.networks.blocks.grid import (
     write_steps,
 )
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.networks.layers.slabs import slabs
 
 __all__ = ["OrthogonalLayer"]
 
@@ -75,12 +75,16 @@ class OrthogonalLayer(InvertibleLayer):
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
         if not self.exact:
             return ()
-        packed = []
+        packed: Tensor | None = None
         for before, after in self._slabs(inputs, outputs, inverse):
             steps = torch.cat([read_steps(piece) for piece in _cut(inputs, before)], 1)
             steps.sub_(self._steps_back(_cut(outputs, after), weights[0], inverse))
-            packed.append(pack(steps, inputs[0]))
-        return (torch.cat(packed, 2),)
+            part = pack(steps, inputs[0])
+            if packed is None:
+                packed = part.new_empty((*part.shape[:2], *inputs[0].shape[2:]))
+            packed[:, :, before] = part
+        assert packed is not None
+        return (packed,)
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
         if not self.exact:

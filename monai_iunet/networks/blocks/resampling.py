@@ -14,7 +14,7 @@ Source: Etmann, Ke, Schönlieb 2020 (arXiv 2005.05220), section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.slabs import slices
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.layers.full_precision import full_precision
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
@@ -127,10 +128,11 @@ class OrthogonalDownsampling(OrthogonalLayer):
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
+        whole = _as_one_expression(*states, *grad_inputs, *grad_outputs)
         if inverse:
             # y grad_x^T, and grad_x = K^T grad_y, so (y grad_y^T) K, at the low resolution.
-            return self._outer(states, lambda group: self._blocks(grad_inputs, group)).to(matrix.dtype) @ matrix
-        return self._outer(grad_outputs, lambda group: self._unshuffle(states[0][:, group])).to(matrix.dtype)
+            return self._outer(states, lambda group: self._blocks(grad_inputs, group), whole).to(matrix.dtype) @ matrix
+        return self._outer(grad_outputs, lambda group: self._unshuffle(states[0][:, group]), whole).to(matrix.dtype)
 
     def _down(self, high: Tensors, matrix: Tensor) -> Tensors:
         (whole,) = high
@@ -158,21 +160,27 @@ class OrthogonalDownsampling(OrthogonalLayer):
                 high[:, group] = self._shuffle(matrix[group] @ self._blocks(low, group), size)
         return (high,)
 
-    def _outer(self, left: Tensors, right: Callable[[slice], Tensor]) -> Tensor:
+    def _outer(self, left: Tensors, right: Callable[[slice], Tensor], whole: bool) -> Tensor:
         """Outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`.
 
         Args:
             left: at the low resolution.
             right: gives a group of channels, `(batch, channels, n, blocks)`.
+            whole: whether to take all channels at once.
         """
         batch, *size = left[0].shape[0], *left[0].shape[2:]
-        channels = len(self.matrix.weight)
+        channels, count = len(self.matrix.weight), math.prod(self.stride)
+
+        def product(group: slice) -> Tensor:
+            return (self._blocks(left, group) @ right(group).mT).sum(0)
+
         with full_precision(left[0].device.type):
-            products = [
-                (self._blocks(left, group) @ right(group).mT).sum(0)
-                for group in _groups((batch, channels, math.prod(self.stride), *size), left[0].device)
-            ]
-        return torch.cat(products)
+            if whole:
+                return product(slice(0, channels))
+            products = left[0].new_empty((channels, count, count))
+            for group in _groups((batch, channels, count, *size), left[0].device):
+                products[group] = product(group)
+        return products
 
     def _blocks(self, low: Tensors, group: slice) -> Tensor:
         """Return a group of channels at the low resolution, `(batch, channels, n, blocks)`."""
@@ -205,14 +213,14 @@ def _as_one_expression(*tensors: Tensor) -> bool:
     return recorded or is_recorded_by_autograd_alone(*tensors)
 
 
-def _groups(shape: Sequence[int], device: torch.device) -> list[slice]:
-    """Groups of the channels of `(batch, channels, ...)` to work on one after another.
+def _groups(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Yield groups of the channels of `(batch, channels, ...)` to work on one after another.
 
     What lies between the reordering and the product then fits into the cache of a CPU, or takes little of the memory
     of a GPU, where the groups are large enough to keep it busy.
     """
     at_once = max(1, (2**18 if device.type == "cpu" else 2**26) * shape[1] // max(1, math.prod(shape)))
-    return [slice(start, min(start + at_once, shape[1])) for start in range(0, shape[1], at_once)]
+    return slices(shape[1], at_once)
 
 
 def _narrow(pieces: Tensors, start: int, stop: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
-from monai_iunet.networks.layers.slabs import slabs
+from monai_iunet.engine.slabs import slabs
 
 __all__ = ["can_be_joined", "normalized_activation"]
 
