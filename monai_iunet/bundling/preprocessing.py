@@ -83,7 +83,7 @@ def _intensities(task: Task) -> Transforms:
     scale = {"lower": low, "upper": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
     return [
         {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", **scale, **channel_wise},
-        {"_target_": "NormalizeIntensityd", "keys": "image", **channel_wise},
+        _normalized(task),
     ]
 
 
@@ -156,8 +156,6 @@ def random_transforms(task: Task) -> Transforms:
                 "swap": [list(pair) for pair in task.mirrored],
             }
         )
-    if task.any_contrast:
-        transforms.append({"_target_": "monai_iunet.RandIntensityCurved", "keys": "image", "prob": 0.7})
     if task.modality == "MR":
         transforms.append({"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.15})
         transforms.append({"_target_": "RandBiasFieldd", "keys": "image", "prob": 0.15, "coeff_range": [0.0, 0.2]})
@@ -170,7 +168,29 @@ def random_transforms(task: Task) -> Transforms:
     ]
     if task.partial_labels:
         transforms.append({"_target_": "monai_iunet.OneHotContouredd", "keys": "label"})
-    return transforms
+    return _other_contrasts(task) + transforms
+
+
+def _other_contrasts(task: Task) -> Transforms:
+    """Return what makes an image one of another contrast and resolution, on the scale of intensities that all have.
+
+    It comes before images are padded, so that a network sees other contrasts as it will see them.
+    """
+    if not task.any_contrast:
+        return []
+    return [
+        {"_target_": "monai_iunet.RandIntensityCurved", "keys": "image", "prob": 0.5},
+        {"_target_": "RandSimulateLowResolutiond", "keys": "image", "prob": 0.2, "zoom_range": [0.4, 1.0]},
+        _normalized(task),
+    ]
+
+
+def _normalized(task: Task) -> Config:
+    return {
+        "_target_": "NormalizeIntensityd",
+        "keys": "image",
+        **({"channel_wise": True} if task.in_channels > 1 else {}),
+    }
 
 
 def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:

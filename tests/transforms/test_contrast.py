@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from monai_iunet import RandIntensityCurved, Task
@@ -67,3 +68,17 @@ def test_a_task_asks_for_it() -> None:
                     couplings=(1, 1))  # fmt: skip
         named = [transform["_target_"] for transform in random_transforms(task)]
         assert ("monai_iunet.RandIntensityCurved" in named) == asked
+
+
+def test_other_contrasts_have_the_scale_that_images_are_brought_to() -> None:
+    task = Task("name", "MR", ("a",), "data", (1.0, 1.0, 1.0), (16, 16, 16), any_contrast=True, channels=(4, 8),
+                couplings=(1, 1))  # fmt: skip
+    contrasts = random_transforms(task)[:3]
+    parser = ConfigParser({"change": {"_target_": "Compose", "transforms": contrasts}})
+    change = parser.get_parsed_content("change").set_random_state(0)
+    image = torch.rand(1, 12, 13, 14) * 3 + 5
+    for _ in range(8):
+        changed = change({"image": image})["image"]
+        assert changed.shape == image.shape
+        torch.testing.assert_close(float(changed.mean()), 0.0, atol=1e-4, rtol=0)
+        torch.testing.assert_close(float(changed.std(correction=0)), 1.0, atol=1e-3, rtol=0)
