@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from monai_iunet.networks.blocks.branch import convolutional_branch
+from monai_iunet.networks.blocks.branch import named_branch
 from monai_iunet.networks.nets.iunet import IUNet
 
 __all__ = ["CONTESTANTS", "INSTALL", "PEERS", "available_peers"]
@@ -47,7 +47,7 @@ def _import(name: str) -> ModuleType | None:
 def _branch(in_channels: int, out_channels: int) -> nn.Module:
     """Return the default branch of `IUNet`."""
     instance_norm = ("INSTANCE", {"affine": True})
-    return convolutional_branch(3, in_channels, out_channels, 1, (3, 3, 3), "LEAKYRELU", instance_norm, None)
+    return named_branch("conv", 3, in_channels, out_channels, 1, (3, 3, 3), "LEAKYRELU", instance_norm, None)
 
 
 class _Checkpointed(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from monai_iunet.benchmark.measure import DTYPES, Spread, autocast, ratio, time_alternately
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, spread
-from monai_iunet.networks.blocks.branch import convolutional_branch
+from monai_iunet.networks.blocks.branch import named_branch
 
 __all__ = ["SECTION"]
 
@@ -31,7 +31,7 @@ def _jobs(settings: Settings) -> Iterator[Job]:
 def _measure(settings: Settings, level: int, dtype: str) -> Iterator[Row]:
     half, size, device = CHANNELS[level] // 2, settings.sizes.time_size >> level, settings.device
     branches = [
-        convolutional_branch(3, half, half, 1, (3, 3, 3), "LEAKYRELU", ("INSTANCE", {"affine": True}), None).to(device)
+        named_branch("conv", 3, half, half, 1, (3, 3, 3), "LEAKYRELU", ("INSTANCE", {"affine": True}), None).to(device)
         for _ in range(2)
     ]
     x = torch.randn(1, half, *[size] * 3, device=device)

@@ -7,50 +7,111 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from monai.networks.blocks.dynunet_block import UnetResBlock
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch import Tensor, nn
 
 from monai_iunet.networks.layers.normalized_activation import can_be_joined, normalized_activation
 
-__all__ = ["Branch", "convolutional_branch"]
+__all__ = ["Branch", "named_branch"]
+
+Layer = str | tuple[str, dict[str, Any]] | None
 
 
-def convolutional_branch(
+def named_branch(
+    name: str,
     spatial_dims: int,
     in_channels: int,
     out_channels: int,
     convs: int,
     kernel_size: Sequence[int],
-    act: str | tuple[str, dict[str, Any]] | None,
-    norm: str | tuple[str, dict[str, Any]] | None,
-    dropout: float | str | tuple[str, dict[str, Any]] | None,
-) -> nn.Sequential:
-    """Convolutions that keep the size, each followed by normalization, dropout and activation, as MONAI orders them.
+    act: Layer,
+    norm: Layer,
+    dropout: float | Layer,
+    **options: Any,
+) -> Branch:
+    """Return a branch of a kind that has a name.
 
     Args:
+        name: "conv", convolutions that keep the size, each followed by normalization, dropout and activation, as MONAI
+            orders them; "residual", MONAI's `UnetResBlock`, of two such convolutions and a skip connection, as in the
+            encoder of nnU-Net's residual networks; "mednext", a depthwise convolution, a normalization, a 1x1
+            convolution to `expansion` times the channels, GELU, and a 1x1 convolution back (Roy et al., MedNeXt, 2023,
+            arXiv 2303.09975).
         spatial_dims: 1, 2 or 3.
         in_channels: channels of the half that the branch reads.
         out_channels: channels of the half that it changes.
-        convs: number of convolutions; those between have the larger of the two numbers of channels.
+        convs: number of blocks of that kind; those between have the larger of the two numbers of channels.
         kernel_size: odd, one per axis.
-        act: see `monai.networks.layers.utils.get_act_layer`; None for none.
+        act: see `monai.networks.layers.utils.get_act_layer`; None for none. Of "mednext" it is GELU.
         norm: see `get_norm_layer`; None for none.
         dropout: see `get_dropout_layer`; None or 0 for none.
+        options: of "mednext": `expansion`, 4 by default.
+
+    Raises:
+        ValueError: when there is no branch of the name, or not with such options.
     """
+    if name not in BRANCHES:
+        raise ValueError(f"branch {name!r}: must be one of {', '.join(BRANCHES)}.")
+    if options.keys() - {"expansion"} or (options and name != "mednext"):
+        raise ValueError(f'branch {name!r} with {options}: only "mednext" has an option, its expansion.')
+    if not isinstance(options.get("expansion", 1), int) or options.get("expansion", 1) < 1:
+        raise ValueError(f"branch {name!r}: expansion must be a positive int, got {options['expansion']!r}.")
     widths = [in_channels, *[max(in_channels, out_channels)] * (convs - 1), out_channels]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
-        # A bias in front of a normalization would be taken away again.
-        layers.append(Conv[Conv.CONV, spatial_dims](before, after, kernel_size, padding="same", bias=norm is None))
-        if norm is not None:
-            layers.append(get_norm_layer(norm, spatial_dims, after))
-        if dropout:
-            layers.append(get_dropout_layer(dropout))
-        if act is not None:
-            layers.append(get_act_layer(act))
+        layers += BRANCHES[name](spatial_dims, before, after, kernel_size, act, norm, dropout, **options)
     # Flat, because a nested Sequential keeps the input of an inner one alive while that runs.
     return Branch(*layers)
+
+
+def _convolution(
+    dims: int, before: int, after: int, kernel: Sequence[int], act: Layer, norm: Layer, dropout: float | Layer
+) -> list[nn.Module]:
+    # A bias in front of a normalization would be taken away again.
+    layers: list[nn.Module] = [Conv[Conv.CONV, dims](before, after, kernel, padding="same", bias=norm is None)]
+    if norm is not None:
+        layers.append(get_norm_layer(norm, dims, after))
+    if dropout:
+        layers.append(get_dropout_layer(dropout))
+    if act is not None:
+        layers.append(get_act_layer(act))
+    return layers
+
+
+def _residual(
+    dims: int, before: int, after: int, kernel: Sequence[int], act: Layer, norm: Layer, dropout: float | Layer
+) -> list[nn.Module]:
+    return [UnetResBlock(dims, before, after, kernel, 1, norm or "", act or "", dropout or None)]
+
+
+def _mednext(
+    dims: int,
+    before: int,
+    after: int,
+    kernel: Sequence[int],
+    act: Layer,
+    norm: Layer,
+    dropout: float | Layer,
+    expansion: int = 4,
+) -> list[nn.Module]:
+    convolution = Conv[Conv.CONV, dims]
+    return [
+        convolution(before, before, kernel, padding="same", groups=before, bias=norm is None),
+        *([] if norm is None else [get_norm_layer(norm, dims, before)]),
+        convolution(before, expansion * before, 1),
+        nn.GELU(),
+        convolution(expansion * before, after, 1),
+        *([get_dropout_layer(dropout)] if dropout else []),
+    ]
+
+
+BRANCHES: dict[str, Callable[..., list[nn.Module]]] = {
+    "conv": _convolution,
+    "residual": _residual,
+    "mednext": _mednext,
+}
 
 
 class Branch(nn.Sequential):

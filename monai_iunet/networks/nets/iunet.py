@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_hooks, is_exporting, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
-from monai_iunet.networks.blocks.branch import convolutional_branch
+from monai_iunet.networks.blocks.branch import named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
@@ -54,7 +54,7 @@ class IUNet(ChosenActivations):
         strides: downsampling factor: an int, or one entry per downsampling (`len(channels) - 1`), each an int or one
             int per axis.
         couplings: couplings per level, in the encoder and again in the decoder; an int or one per level.
-        convs_per_coupling: convolutions in each coupling branch.
+        convs_per_coupling: convolutions in each coupling branch; blocks, where `branch` names another kind.
         kernel_size: of the branches' convolutions; odd, an int or one per axis.
         act: activation of the branches, as in MONAI's `get_act_layer`; None for none.
         norm: normalization of the branches, as in MONAI's `get_norm_layer`; None for none.
@@ -73,6 +73,9 @@ class IUNet(ChosenActivations):
             `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too. Under autocast to
             16 bits it takes less memory, because activations are then kept in 16 bits, but where hooks on couplings,
             channel mixing or resampling look at them.
+        branch: kind of the branches: "conv", convolutions; "residual", MONAI's `UnetResBlock`; "mednext", a depthwise
+            convolution of `kernel_size` and two of size 1 with GELU between, over 4 times the channels; for another
+            number `("mednext", {"expansion": 2})`.
         make_branch: `make_branch(spatial_dims, in_channels, out_channels, stage, level, index)`, with stage "encoder"
             or "decoder", returns the branch of a coupling, a network from `in_channels` to `out_channels`. If what it
             returns has a method `inverse`, it stands in for the whole coupling, a bijection of
@@ -110,6 +113,7 @@ class IUNet(ChosenActivations):
         activations: str | Sequence[str] = "invert",
         memory_budget: int | str | None = None,
         exact: bool = False,
+        branch: str | tuple[str, dict[str, Any]] = "conv",
         make_branch: MakeBranch | None = None,
     ) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class IUNet(ChosenActivations):
         self.design = Architecture.of(spatial_dims, channels, strides, couplings, padding_mode)
         self.spatial_dims, self.channels, self.strides = spatial_dims, self.design.channels, self.design.strides
         self.couplings, self.factors, self.padding_mode = self.design.couplings, self.design.factors, padding_mode
-        own_branch = _branches(spatial_dims, convs_per_coupling, kernel_size, act, norm, dropout)
+        own_branch = _branches(branch, spatial_dims, convs_per_coupling, kernel_size, act, norm, dropout)
         mix = partial(ChannelMixing, orthogonal_map=orthogonal_map)
         # Any, because iterating over an nn.ModuleList gives plain modules; these hold InvertibleLayers.
         self.encoder: Any = nn.ModuleList()
@@ -446,9 +450,16 @@ class IUNet(ChosenActivations):
 
 
 def _branches(
-    spatial_dims: int, convs_per_coupling: int, kernel_size: int | Sequence[int], act: Any, norm: Any, dropout: Any
+    branch: Any,
+    spatial_dims: int,
+    convs_per_coupling: int,
+    kernel_size: int | Sequence[int],
+    act: Any,
+    norm: Any,
+    dropout: Any,
 ) -> MakeBranch:
-    """Return what makes the convolutional branches that the arguments describe."""
+    """Return what makes the branches that the arguments describe."""
+    name, options = (branch, {}) if isinstance(branch, str) else branch
     if not is_positive_int(convs_per_coupling):
         raise ValueError(f"convs_per_coupling must be a positive int, got {convs_per_coupling!r}.")
     kernel = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
@@ -456,6 +467,7 @@ def _branches(
         raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")
 
     def make_branch(dims: int, in_channels: int, out_channels: int, stage: str, level: int, index: int) -> nn.Module:
-        return convolutional_branch(dims, in_channels, out_channels, convs_per_coupling, kernel, act, norm, dropout)
+        layers = (kernel, act, norm, dropout)
+        return named_branch(name, dims, in_channels, out_channels, convs_per_coupling, *layers, **options)
 
     return make_branch

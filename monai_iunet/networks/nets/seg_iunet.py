@@ -39,6 +39,7 @@ class SegIUNet(ChosenActivations):
         activations: "invert" or "store", one of the two per level, or "auto".
         memory_budget: for "auto".
         exact: whether activations are rebuilt to the last bit.
+        branch: kind of the coupling branches, "conv", "residual" or "mednext".
         make_branch: coupling branches of one's own.
         deep_supervision: in training, return logits for each level of the decoder too, as a list, finest first, of
             `len(strides)` entries (see `IUNet.forward_levels`); in evaluation the finest alone.
@@ -74,6 +75,7 @@ class SegIUNet(ChosenActivations):
         activations: str | Sequence[str] = "invert",
         memory_budget: int | str | None = None,
         exact: bool = False,
+        branch: str | tuple[str, dict[str, Any]] = "conv",
         make_branch: MakeBranch | None = None,
         deep_supervision: bool = False,
     ) -> None:
@@ -96,6 +98,7 @@ class SegIUNet(ChosenActivations):
             learnable_resampling=learnable_resampling,
             padding_mode=padding_mode,
             exact=exact,
+            branch=branch,
             make_branch=make_branch,
         )
         convolution = Conv[Conv.CONV, spatial_dims]

@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,11 @@ CONFIGURATIONS = {
     "no norm, no act": {"norm": None, "act": None},
     "group norm": {"norm": ("GROUP", {"num_groups": 2}), "channels": (8, 16, 32)},
     "PReLU": {"act": ("PRELU", {"init": 0.2})},
+    "residual": {"branch": "residual"},
+    "residual, odd channels, two blocks": {"branch": "residual", "channels": (5, 8, 20), "convs_per_coupling": 2},
+    "mednext": {"branch": "mednext", "kernel_size": 5},
+    "mednext, odd channels": {"branch": ["mednext", {"expansion": 2}], "channels": (5, 8, 20), "kernel_size": (1, 3)},
+    "mednext, no norm, two blocks": {"branch": "mednext", "norm": None, "convs_per_coupling": 2},
 }
 
 
@@ -394,3 +400,36 @@ def test_a_meta_tensor_is_taken_as_a_tensor_is() -> None:
     net = SegIUNet(2, 1, 2, (4, 8), couplings=1)
     image = torch.rand(1, 1, 9, 8)
     torch.testing.assert_close(net(MetaTensor(image)).as_tensor(), net(image))
+
+
+def test_branches_are_what_their_names_say() -> None:
+    net = IUNet(3, (8, 16), couplings=1, kernel_size=5, branch=("mednext", {"expansion": 3}))
+    depthwise, norm, expand, act, contract = net.encoder[0][0].branch
+    assert (depthwise.groups, depthwise.kernel_size, depthwise.bias) == (4, (5, 5, 5), None)
+    assert (expand.weight.shape[0], contract.weight.shape[0]) == (12, 4)
+    assert (type(norm).__name__, type(act).__name__) == ("InstanceNorm3d", "GELU")
+    (block,) = IUNet(3, (8, 16), couplings=1, branch="residual").encoder[0][0].branch
+    assert type(block).__name__ == "UnetResBlock"
+    plain = IUNet(2, (4, 8), couplings=1, branch="residual", norm=None, act=None)
+    assert plain(torch.rand(1, 4, 8, 8)).shape == (1, 4, 8, 8)
+    # Rebuilt to the last bit where that is asked for.
+    for branch in ("residual", "mednext"):
+        exact = randomize(IUNet(2, (4, 8), branch=branch, exact=True))
+        x = torch.rand(1, 4, 8, 8, requires_grad=True)
+        rebuilt = gradients(exact, x)
+        exact.activations = "store"
+        assert all(torch.equal(first, second) for first, second in zip(rebuilt, gradients(exact, x)))
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        ("transformer", "must be one of conv, residual, mednext"),
+        (("conv", {"expansion": 2}), 'only "mednext" has an option'),
+        (("mednext", {"ratio": 2}), 'only "mednext" has an option'),
+        (("mednext", {"expansion": 0}), "positive int"),
+    ],
+)
+def test_what_names_no_branch_is_refused(branch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IUNet(2, (4, 8), branch=branch)
