@@ -18,12 +18,13 @@ importing the package is light.
 - Make a bundle from images and labels: `fit`.
 - Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
 - Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`,
-  `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
+  `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`,
+  `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
   `LabelInferer`.
-- Transform images and labels: `RandMirrord`, `NoteContouredd`, `OneHotContouredd`, `LabelsOnImageGridd`,
-  `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
+- Transform images and labels: `TrainingPatchd`, `CollatePadded`, `RandMirrord`, `NoteContouredd`, `OneHotContouredd`,
+  `LabelsOnImageGridd`, `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `draw_surfaces`, `VolumeViewer`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
 
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
     from monai_iunet.training.dataset import list_cases
     from monai_iunet.training.early_stop import EarlyStop
     from monai_iunet.training.evaluation import CaseReport
+    from monai_iunet.training.growing import GrowingPatches
     from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.training.record import check_training, trained_value, training_record
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     from monai_iunet.transforms.foreground import is_scanned
     from monai_iunet.transforms.mirror import RandMirrord
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
+    from monai_iunet.transforms.patches import CollatePadded, TrainingPatchd
     from monai_iunet.transforms.synthetic import RandSyntheticImaged
     from monai_iunet.visualization.overlay import draw_overlay, save_overlay
     from monai_iunet.visualization.slices import draw_slice
@@ -153,7 +156,9 @@ __all__ = [
     "CaseReport",
     "Checkpoints",
     "ChunkedDiceCELoss",
+    "CollatePadded",
     "EarlyStop",
+    "GrowingPatches",
     "HandlerGroup",
     "IUNet",
     "InputError",
@@ -181,6 +186,7 @@ __all__ = [
     "StreamingInferer",
     "Task",
     "TimedDecay",
+    "TrainingPatchd",
     "TrainingPlan",
     "VolumeViewer",
     "WeightAverage",
@@ -266,6 +272,7 @@ _NAMES = {
     "training.dataset": ("list_cases",),
     "training.early_stop": ("EarlyStop",),
     "training.evaluation": ("CaseReport",),
+    "training.growing": ("GrowingPatches",),
     "training.handler_group": ("HandlerGroup",),
     "training.pictures": ("PictureHandler",),
     "training.record": ("check_training", "trained_value", "training_record"),
@@ -275,6 +282,7 @@ _NAMES = {
     "transforms.foreground": ("is_scanned",),
     "transforms.mirror": ("RandMirrord",),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
+    "transforms.patches": ("CollatePadded", "TrainingPatchd"),
     "transforms.synthetic": ("RandSyntheticImaged",),
     "visualization.overlay": ("draw_overlay", "save_overlay"),
     "visualization.slices": ("draw_slice",),

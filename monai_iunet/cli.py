@@ -526,22 +526,40 @@ def plan(
 def compare(
     bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
-    max_epochs: Annotated[int, typer.Option(min=1, help="Epochs that each network is trained.")],
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs that each network is trained.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Instead, compare patches and whole images (--arms), each trained for so long."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
     networks: Annotated[str, typer.Option(help="Which networks to compare with.")] = "DynUNet,SegResNet",
+    arms: Annotated[
+        str, typer.Option(help="With --minutes, what is trained; the bundle is a plan that fit has made.")
+    ] = "patch,whole,growing,DynUNet,SegResNet",
+    tests: Annotated[int, typer.Option(min=1, help="With --minutes, cases that are kept to test.")] = 16,
+    seed: Annotated[int, typer.Option(help="With --minutes, of the trainings; the test cases stay the same.")] = 0,
 ) -> None:
-    """Train other networks as a bundle trains its own; print what each reaches and costs."""
+    """Train other networks as a bundle trains its own, or whole images beside patches; print what each reaches."""
     with _input_errors("train"):
+        from monai_iunet.benchmark.arms import ARMS, arms_as_markdown, compare_arms
         from monai_iunet.benchmark.comparison import NETWORKS, as_markdown, compare_networks
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
 
+        if (max_epochs is None) == (minutes is None):
+            raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of whole images.")
+        if minutes is not None:
+            chosen = [name.strip() for name in arms.split(",")]
+            if not set(chosen) <= set(ARMS):
+                raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
+            found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, tests, seed)
+            typer.echo(arms_as_markdown(found))
+            return
         names = [name.strip() for name in networks.split(",")]
         if not set(names) <= set(NETWORKS):
             raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
-        typer.echo(
-            as_markdown(compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names))
-        )
+        epochs = max_epochs or 0  # which it is not
+        typer.echo(as_markdown(compare_networks(bundle_folder(bundle), dataset_dir, output, epochs, networks=names)))
 
 
 @app.command(epilog="Example: monai-iunet report --bundle iunet_liver_ct_segmentation --dataset-dir DATA")
@@ -575,6 +593,14 @@ def fit(
     modality: Annotated[
         str | None, typer.Option(help="MR or CT. Default: what the data set says, or looks like.")
     ] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="Voxels that the network sees, in mm, such as 1,1,1.5. Default: the plan's.")
+    ] = None,
+    roi_size: Annotated[
+        str | None,
+        typer.Option(help='Patch, in voxels, such as 96,96,64; or "whole" to see images whole. Default: the plan\'s.'),
+    ] = None,
+    growing: Annotated[bool, typer.Option("--growing", help="Begin the training with smaller patches.")] = False,
     device: Device = "auto",
     skip_bad_cases: Annotated[
         bool,
@@ -596,6 +622,9 @@ def fit(
             folds=folds,
             fold=fold,
             modality=modality,
+            spacing=None if spacing is None else _numbers(spacing, float, "--spacing"),
+            roi_size=roi_size if roi_size in (None, "whole") else _numbers(roi_size, int, "--roi-size"),
+            growing=growing,
             device=None if device == "auto" else str(_device(device)),
             skip_bad_cases=skip_bad_cases,
             plan_only=plan_only,
@@ -653,7 +682,9 @@ def new_bundle(
     modality: Annotated[str, typer.Option(help="MR or CT.")],
     classes: Annotated[str, typer.Option(help="Structures in the order of their labels, such as liver,tumor.")],
     spacing: Annotated[str, typer.Option(help="Voxels that the network sees, in mm.")] = "1,1,1",
-    roi_size: Annotated[str, typer.Option(help="Patch, in voxels; multiples of 8.")] = "96,96,96",
+    roi_size: Annotated[
+        str, typer.Option(help='Patch, in voxels, multiples of 8; or "whole", for images that are seen whole.')
+    ] = "96,96,96",
     any_contrast: Annotated[
         bool,
         typer.Option("--any-contrast", help="Vary contrasts in training, so that MRI of others are segmented too."),
@@ -671,7 +702,7 @@ def new_bundle(
             classes=tuple(part.strip() for part in classes.split(",")),
             dataset=name,
             spacing=_numbers(spacing, float, "--spacing"),
-            roi_size=_numbers(roi_size, int, "--roi-size"),
+            roi_size="whole" if roi_size == "whole" else _numbers(roi_size, int, "--roi-size"),
             any_contrast=any_contrast,
         )
         typer.echo(write_bundle(task, output / name))

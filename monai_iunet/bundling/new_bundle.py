@@ -13,6 +13,7 @@ from monai_iunet.bundling.workflows import evaluate_config, inference_config, tr
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.transforms.patches import WHOLE
 
 __all__ = ["COMMANDS", "bundle_configs", "write_bundle", "write_configs"]
 
@@ -79,9 +80,11 @@ def write_bundle(task: Task, folder: str | Path) -> Path:
 def _metadata(task: Task) -> Config:
     names = ("background", *task.classes)
     kind = {"MR": "magnitude", "CT": "hounsfield"}[task.modality]
-    shape = list(task.roi_size)
+    whole = task.roi_size == WHOLE
+    # Of a whole image any multiple, but for a single voxel at the coarsest level.
+    shape = [f"{2 * factor}*n" for factor in task.factors] if whole else list(task.roi_size)
     title = f"Segmentation of {', '.join(task.classes)} in {task.modality}"
-    patch = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
+    patch = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": not whole}
     needed = ("nibabel", "pytorch-ignite", "scikit-image", "tensorboard")
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",

@@ -20,6 +20,7 @@ from monai_iunet.planning.budget import largest_patch, most_couplings, parse_byt
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.system import available_memory
+from monai_iunet.transforms.patches import read_size
 
 __all__ = ["BundleTraining", "inference_table", "read_dtype"]
 
@@ -67,11 +68,14 @@ class BundleTraining:
         if not self._config.is_file():
             raise InputError(f"{self._config}: no such file. Name the folder of a bundle.")
         try:
-            self.spatial_size = tuple(spatial_size or self._read("roi_size"))
+            size = read_size(spatial_size or self._read("roi_size"))
             self.batch_size = int(batch_size or self._read("batch_size"))
             self.network()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self._config}: must have network_def, roi_size and batch_size. {error}") from error
+        if isinstance(size, str):
+            raise InputError(f"{self._config}: trains on whole images. Say how large one is: --patch 128,128,80.")
+        self.spatial_size = size
         self.dtype = dtype
 
     def _read(self, name: str, **network_arguments: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from monai_iunet.bundling.sections import Config
+from monai_iunet.bundling.sections import Config, beyond, divisor
 from monai_iunet.bundling.task import SyntheticImages, Task
 from monai_iunet.errors import InputError
 
@@ -108,50 +108,12 @@ def random_transforms(task: Task) -> Transforms:
     """Return the transforms of training, which vary patches at random."""
     if task.synthetic:
         return [_synthetic_images(task, task.synthetic), *_intensities(task)]
-    keys = IMAGE_AND_LABEL
-    deformation: Config = {
-        "_target_": "RandAffined",
-        "keys": keys,
-        "prob": 0.7,
-        "rotate_range": [0.0, 0.0, 0.3] if task.in_plane else [0.3, 0.3, 0.3],
-        "scale_range": [0.15, 0.15, 0.15],
-        "shear_range": [0.05, 0.05, 0.05],
-        "mode": ["bilinear", "nearest"],
-        "padding_mode": "border",
-    }
-    pad: Config = {"_target_": "SpatialPadd", "keys": keys, "spatial_size": "@roi_size"}
-    at_structures = task.modality == "CT" if task.sampling is None else task.sampling == "at structures"
-    elastic = task.modality == "MR" if task.elastic is None else task.elastic
-    if elastic:
-        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
-        shifts: Config = {"sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
-        deformation = {**deformation, "_target_": "Rand3DElasticd", **shifts}
-    if at_structures:
-        # Structures in a large field of view: look where they are, each class as often as the background, with a margin
-        # that the deformation takes what it moves in from. Padding with the least value adds air, and background.
-        larger = "$[extent * 5 // 4 for extent in @roi_size]"
-        # Seldom: voxels of some 4 mm are not many across a parotid, and interpolation blurs them.
-        shift: Config = {"prob": 0.2, "translate_range": [6.0, 6.0, 6.0], "spatial_size": "@roi_size"}
-        transforms: Transforms = [
-            {**pad, "spatial_size": larger, **({"mode": "minimum"} if task.modality == "CT" else {})},
-            {
-                "_target_": "RandCropByLabelClassesd",
-                "keys": keys,
-                "label_key": "label",
-                "spatial_size": larger,
-                "num_classes": "@num_classes",
-                "warn": False,
-            },
-            {**deformation, **shift},
-        ]
-    else:
-        crop = {"_target_": "RandSpatialCropd", "keys": keys, "roi_size": "@roi_size", "random_size": False}
-        transforms = [pad, deformation, crop]
+    transforms: Transforms = [_patch(task)]
     if task.mirrored is not None:
         transforms.append(
             {
                 "_target_": "monai_iunet.RandMirrord",
-                "keys": keys,
+                "keys": IMAGE_AND_LABEL,
                 "label_keys": "label",
                 "swap": [list(pair) for pair in task.mirrored],
             }
@@ -191,6 +153,41 @@ def _normalized(task: Task) -> Config:
         "keys": "image",
         **({"channel_wise": True} if task.in_channels > 1 else {}),
     }
+
+
+def _patch(task: Task) -> Config:
+    """Return the transform that cuts what a step sees, and deforms it."""
+    at_structures = task.modality == "CT" if task.sampling is None else task.sampling == "at structures"
+    elastic = task.modality == "MR" if task.elastic is None else task.elastic
+    deformation: Config = {
+        "_target_": "RandAffined",
+        "_mode_": "callable",  # it depends on the size of the patch, which may grow
+        "keys": IMAGE_AND_LABEL,
+        "prob": 0.7,
+        "rotate_range": [0.0, 0.0, 0.3] if task.in_plane else [0.3, 0.3, 0.3],
+        "scale_range": [0.15, 0.15, 0.15],
+        "shear_range": [0.05, 0.05, 0.05],
+        "mode": ["bilinear", "nearest"],
+        "padding_mode": "border",
+    }
+    if elastic:
+        # Shifts of 0.5 to 2 voxels that vary over some 5 voxels: one structure differs in shape, not in pose alone.
+        shifts: Config = {"sigma_range": [4.0, 7.0], "magnitude_range": [50.0, 250.0]}
+        deformation = {**deformation, "_target_": "Rand3DElasticd", **shifts}
+    patch: Config = {
+        "_target_": "monai_iunet.TrainingPatchd",
+        "keys": IMAGE_AND_LABEL,
+        "roi_size": "@roi_size",
+        "deformation": deformation,
+        "divisible_by": divisor(task),
+        "cval": beyond(task),
+    }
+    if at_structures:
+        # Structures in a large field of view: look where they are, each class as often as the background. CT deformed
+        # seldom: voxels of some 4 mm are not many across a parotid, and interpolation blurs them.
+        seldom = {"prob": 0.2} if task.modality == "CT" else {}
+        patch |= {"num_classes": "@num_classes", "shifted": {**seldom, "translate_range": [6.0, 6.0, 6.0]}}
+    return patch
 
 
 def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:

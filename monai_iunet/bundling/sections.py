@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from monai_iunet.bundling.task import Task
+from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
     "Config",
     "begin",
+    "beyond",
     "case_dataset",
     "case_loader",
     "check_record",
     "datalist",
+    "divisor",
     "end",
     "evaluator",
     "given_values",
@@ -36,7 +39,17 @@ def given_values(task: Task) -> Config:
     intensities = (
         {"intensity_window": list(task.window)} if task.modality == "CT" else {"intensity_percentiles": PERCENTILES}
     )
-    return {"roi_size": list(task.roi_size), "spacing": list(task.spacing), **intensities}
+    return {"roi_size": _as_list(task.roi_size), "spacing": list(task.spacing), **intensities}
+
+
+def beyond(task: Task) -> float:
+    """Return what voxels beyond an image are for the network: air, or the mean."""
+    return -1.0 if task.modality == "CT" else 0.0
+
+
+def divisor(task: Task) -> int | list[int]:
+    """Return what the sizes of images shall divide by: a number, or one per axis."""
+    return task.factors[0] if len(set(task.factors)) == 1 else list(task.factors)
 
 
 def _as_list(value: Any) -> Any:
@@ -45,12 +58,12 @@ def _as_list(value: Any) -> Any:
 
 def _trained(name: str, value: Any) -> str:
     """Return the expression of the value that the training of the weights was given."""
-    return f"$monai_iunet.trained_value(@checkpoint, '{name}', {value})"
+    return f"$monai_iunet.trained_value(@checkpoint, '{name}', {value!r})"
 
 
-def record(task: Task, transforms: str) -> str:
-    """Return the expression of what a training is given; see `monai_iunet.training.record`."""
-    values = ", ".join(f"{name}=@{name}" for name in ("num_classes", *given_values(task)))
+def record(task: Task, transforms: str, *more: str) -> str:
+    """Return the expression of what a training is given, with more entries; see `monai_iunet.training.record`."""
+    values = ", ".join(f"{name}=@{name}" for name in ("num_classes", *given_values(task), *more))
     return f"monai_iunet.training_record(@network_def, {transforms}, {values})"
 
 
@@ -156,16 +169,19 @@ def inferer(task: Task, preprocessing: str, save_probabilities: bool = False) ->
 
 
 def sliding_window(task: Task) -> Config:
-    """Return a sliding-window inferer; for images in one piece its window is the image."""
+    """Return a sliding-window inferer; for images in one piece its window is the image.
+
+    Where `roi_size` is "whole", so is an image that fits into memory.
+    """
     return {
         "_target_": "monai_iunet.StreamingInferer",
         "roi_size": [-1, -1, -1] if task.one_piece else "@roi_size",
         "sw_batch_size": 4,
         "overlap": 0.5,
         "mode": "constant" if task.one_piece else "gaussian",
-        "cval": -1.0 if task.modality == "CT" else 0.0,  # air, or the mean
+        "cval": beyond(task),
         "shrink": False,
-        "divisible_by": 2 ** (len(task.channels) - 1),
+        "divisible_by": divisor(task),
     }
 
 
@@ -174,7 +190,7 @@ def loss(task: Task) -> Config:
     config = {"_target_": "DiceCELoss", "softmax": True, "include_background": False}
     if task.partial_labels:
         return {"_target_": "monai_iunet.MarginalLoss", "loss": config}
-    if task.one_piece:  # many voxels, often of many classes
+    if task.one_piece or task.roi_size == WHOLE:  # many voxels, often of many classes
         config["_target_"] = "monai_iunet.ChunkedDiceCELoss"
     return {**config, "to_onehot_y": True}
 

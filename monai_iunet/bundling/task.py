@@ -9,6 +9,7 @@ from typing import Literal
 
 from monai_iunet.errors import InputError
 from monai_iunet.transforms.head_labels import FLUID, OUTSIDE, STRUCTURES, SWAP, TYPICAL
+from monai_iunet.transforms.patches import WHOLE, read_size
 
 __all__ = ["BRAIN", "HEADNECK", "HIPPOCAMPUS", "TASKS", "SyntheticImages", "Task"]
 
@@ -42,7 +43,8 @@ class Task:
         classes: names of the structures, in the order of their labels 1, 2, ...
         dataset: name of the folder with `dataset.json`.
         spacing: voxels that the network sees, in mm.
-        roi_size: patch, in voxels.
+        roi_size: patch, in voxels; or "whole", to train and to segment on whole images.
+        growing: smaller patches that a training begins with, in order; each gets as long as `roi_size`, the last.
         window: for CT, Hounsfield units that become -1 and 1.
         mirrored: pairs of labels that change places when left and right do; None if the side matters, so that
             images are not mirrored.
@@ -92,7 +94,7 @@ class Task:
     classes: tuple[str, ...]
     dataset: str
     spacing: tuple[float, float, float]
-    roi_size: tuple[int, int, int]
+    roi_size: tuple[int, int, int] | Literal["whole"]
     window: tuple[float, float] = (-160.0, 240.0)
     mirrored: tuple[tuple[int, int], ...] | None = None
     partial_labels: bool = False
@@ -121,6 +123,7 @@ class Task:
     left_out: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     members: int = 1
+    growing: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):
@@ -139,11 +142,12 @@ class Task:
             raise InputError(f"couplings {self.couplings}: must be one per level, as channels {self.channels} are.")
         if self.strides is not None and len(self.strides) != len(self.channels) - 1:
             raise InputError(f"strides {self.strides}: must be one less than channels {self.channels}.")
-        if any(extent <= 0 or extent % factor for extent, factor in zip(self.roi_size, self.factors)):
-            one = len(set(self.factors)) == 1
-            raise InputError(
-                f"roi_size {self.roi_size}: must be multiples of {self.factors[0] if one else self.factors}."
-            )
+        if self.synthetic and (self.growing or self.roi_size == WHOLE):
+            raise InputError("roi_size whole, growing: images that are made have one size. Name it.")
+        for size in map(read_size, (*self.growing, self.roi_size)):
+            if not isinstance(size, str) and any(extent % factor for extent, factor in zip(size, self.factors)):
+                one = len(set(self.factors)) == 1
+                raise InputError(f"roi_size {size}: must be multiples of {self.factors[0] if one else self.factors}.")
 
     @property
     def factors(self) -> tuple[int, int, int]:

@@ -232,9 +232,11 @@ def _classes(folder: Path) -> str:
     image, pred = (
         metadata["network_data_format"][part][name] for part, name in (("inputs", "image"), ("outputs", "pred"))
     )
+    # Of images of any size the metadata say of what it is a multiple.
+    shape = [int(str(extent).removesuffix("*n")) for extent in image["spatial_shape"]]
     with torch.no_grad():
-        logits = _network(folder)(torch.zeros(1, image["num_channels"], *image["spatial_shape"]))
-    expected = (1, pred["num_channels"], *image["spatial_shape"])
+        logits = _network(folder)(torch.zeros(1, image["num_channels"], *shape))
+    expected = (1, pred["num_channels"], *shape)
     if tuple(logits.shape) != expected or len(pred["channel_def"]) != pred["num_channels"]:
         return f"the metadata say {expected} and {len(pred['channel_def'])} classes, the network {tuple(logits.shape)}"
     return ""

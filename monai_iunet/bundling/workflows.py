@@ -15,6 +15,7 @@ from monai_iunet.bundling.preprocessing import (
 from monai_iunet.bundling.sections import (
     Config,
     begin,
+    beyond,
     case_dataset,
     case_loader,
     check_record,
@@ -39,6 +40,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
     """Return `train.json`, or `multi_gpu_train.json`."""
     return {
         **header(task, distributed, training=True),
+        "growing": [list(size) for size in task.growing],
         "network": _network_in_training(distributed),
         "ckpt_dir": "$os.path.join(@bundle_root, 'models')",
         "output_dir": "$os.path.join(@bundle_root, 'train')",
@@ -112,6 +114,7 @@ def _train_section(task: Task, distributed: bool) -> Config:
         "dataset": case_dataset("$@datalist['training']", "@train#preprocessing"),
         "dataloader": {
             **case_loader("@train#dataset", "@batch_size", distributed, shuffle=True),
+            "collate_fn": {"_target_": "monai_iunet.CollatePadded", "cval": beyond(task)},
             # Unless nothing would be left: MONAI's trainer then skips the training.
             "drop_last": "$len(@train#dataset) >= @batch_size * int(os.environ.get('WORLD_SIZE', 1))",
         },
@@ -123,6 +126,12 @@ def _train_section(task: Task, distributed: bool) -> Config:
                 "path": "@pretrained",
                 "networks": ["@network_def", "$@average.ema_model"],
                 "_disabled_": "$not @pretrained",
+            },
+            {
+                "_target_": "monai_iunet.GrowingPatches",
+                "sizes": "$[*@growing, @roi_size]",
+                "schedule": "@lr_scheduler",
+                "_disabled_": "$not @growing",
             },
             {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
             {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler", "print_lr": "$@rank == 0"},
@@ -208,7 +217,7 @@ def _saving(task: Task) -> Config:
             "writes": "$@rank == 0",
             "validator": "@validate#evaluator",
             "early_stop": "@early_stop",
-            "record": f"${record(task, '@deterministic_transforms')}",
+            "record": f"${record(task, '@deterministic_transforms', 'growing')}",
         },
     }
 

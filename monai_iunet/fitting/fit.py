@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic, process_time, sleep
 from typing import Any
@@ -50,12 +50,13 @@ from monai_iunet.fitting.fingerprint import (
     write_fingerprint,
 )
 from monai_iunet.fitting.page import write_page
-from monai_iunet.fitting.plan import FitPlan, Limits, make_plan, measure_speed, plan_table, read_plan
+from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_speed, plan_table, read_plan
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.planning.budget import parse_bytes
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
 from monai_iunet.training.record import record_file
+from monai_iunet.transforms.patches import read_size
 
 __all__ = ["FitOptions", "fit", "parse_seconds"]
 
@@ -86,6 +87,7 @@ class FitOptions:
     modality: str | None = None
     device: str | None = None
     skip_bad_cases: bool = False
+    wishes: Wishes = field(default_factory=Wishes)
 
 
 def fit(
@@ -97,6 +99,9 @@ def fit(
     folds: int | None = None,
     fold: int | None = None,
     modality: str | None = None,
+    spacing: Sequence[float] | None = None,
+    roi_size: Sequence[int] | str | None = None,
+    growing: bool = False,
     device: str | None = None,
     skip_bad_cases: bool = False,
     plan_only: bool = False,
@@ -117,6 +122,10 @@ def fit(
         folds: number of folds that are trained; by default five where the time is enough, else one of five.
         fold: the only fold to train.
         modality: "MR" or "CT", where the names of the channels do not say it.
+        spacing: of the voxels that the network sees, in mm; by default as the images and the time say.
+        roi_size: patch, in voxels, or "whole" to train on whole images and to segment them whole; by default a patch as
+            large as the images, memory and time say.
+        growing: begin with smaller patches.
         device: where the network is trained; by default the first GPU, or the CPU if there is none.
         skip_bad_cases: leave out cases that cannot be learned from, saying so.
         plan_only: stop when the plan is made.
@@ -140,7 +149,9 @@ def fit(
     except ValueError as error:
         raise InputError(f"gpu_memory {gpu_memory}: {error}") from error
     seconds = None if time is None else parse_seconds(time)
-    options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases)
+    size = None if roi_size is None else read_size(roi_size)
+    wishes = Wishes(None if spacing is None else tuple(map(float, spacing)), size, growing)
+    options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases, wishes)
     run = _Fit(Path(dataset), Path(output), options, console or Console(quiet=True))
     run.prepare()
     if plan_only or run.is_finished:
@@ -210,11 +221,13 @@ class _Fit:
             "folds": self.options.folds,
             "fold": self.options.fold,
             "modality": self.options.modality,
+            **json.loads(json.dumps(asdict(self.options.wishes))),
         }
         while self.share.index > 0 and not self._state_file.is_file():
             sleep(WAIT)  # the first process makes the plan
         if self._state_file.is_file():
-            changed = [name for name, value in self._state()["asked"].items() if asked[name] != value]
+            before = self._state()["asked"]
+            changed = [name for name, value in asked.items() if before.get(name) != value]
             if changed:
                 raise InputError(
                     f"{self.folder}: a fit with another {' and another '.join(changed)} is there. Ask for the same to "
@@ -259,6 +272,7 @@ class _Fit:
             self.options.folds,
             self.options.fold,
             has_validation=bool(data.validation),
+            wishes=self.options.wishes,
         )
 
     @property

@@ -25,12 +25,24 @@ from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import Fingerprint, side_pairs
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet, target_spacing
 from monai_iunet.io.checks import first_line
+from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import TrainingPlan, plan_training
+from monai_iunet.transforms.patches import WHOLE
 
-__all__ = ["Choice", "FitPlan", "Limits", "make_plan", "measure_speed", "plan_table", "read_plan"]
+__all__ = [
+    "Choice",
+    "FitPlan",
+    "Limits",
+    "Wishes",
+    "largest_image",
+    "make_plan",
+    "measure_speed",
+    "plan_table",
+    "read_plan",
+]
 
 CHANNELS = (32, 64, 128, 256, 320)
 WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
@@ -49,6 +61,7 @@ ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ mo
 LONGER = 1.5  # times the longest axis of the images that a network has learned from
 LARGE_PATCH = 128**3  # voxels
 THICK = 2.0  # slices, times the size of voxels in them
+GROWTH = (0.5, 0.75)  # of the length of the patch along each axis, before the patch itself
 FOLDS = 5
 JUDGED_FROM = 50  # cases: a tenth of fewer would not tell networks apart
 JUDGES = 10  # every so many cases
@@ -91,6 +104,25 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What is not left to the planner.
+
+    Attributes:
+        spacing: of the voxels that the network sees, in mm.
+        roi_size: patch, in voxels, or "whole".
+        growing: whether the training begins with smaller patches.
+
+    Example:
+        >>> Wishes(roi_size="whole").growing
+        False
+    """
+
+    spacing: tuple[float, ...] | None = None
+    roi_size: tuple[int, ...] | str | None = None
+    growing: bool = False
+
+
+@dataclass(frozen=True)
 class FitPlan:
     """A plan: the task that bundles are made from, which folds are trained, and the reasons.
 
@@ -124,6 +156,7 @@ def make_plan(
     folds: int | None = None,
     fold: int | None = None,
     has_validation: bool = False,
+    wishes: Wishes | None = None,
 ) -> FitPlan:
     """Plan a bundle for a data set.
 
@@ -135,11 +168,12 @@ def make_plan(
         folds: number of folds that are trained; by default five where the time is enough, else one.
         fold: the only fold to train.
         has_validation: whether the data set has validation cases of its own.
+        wishes: what is not left to the planner.
 
     Raises:
-        InputError: when there are too few cases, or not even the smallest network fits.
+        InputError: when there are too few cases, or not even the smallest network fits; and for wishes that cannot be.
     """
-    return _Planner(fingerprint, limits).plan(name, dataset, folds, fold, has_validation)
+    return _Planner(fingerprint, limits, wishes or Wishes()).plan(name, dataset, folds, fold, has_validation)
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
@@ -168,9 +202,10 @@ def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32) -> f
 class _Planner:
     """Makes the choices of a plan, one after another, and notes the reason of each."""
 
-    def __init__(self, fingerprint: Fingerprint, limits: Limits) -> None:
+    def __init__(self, fingerprint: Fingerprint, limits: Limits, wishes: Wishes) -> None:
         self.data = fingerprint
         self.limits = limits
+        self.wishes = wishes
         self.choices: list[Choice] = []
         self.least: TrainingPlan  # of a step that stores nothing
         self.spacings = [case.spacing for case in fingerprint.cases]
@@ -189,14 +224,16 @@ class _Planner:
         spacing = self._spacing(seconds)
         size = np.median(np.array([case.extent for case in self.data.cases]), axis=0) / spacing
         strides = self._strides(spacing, size)
+        is_whole = self.wishes.roi_size == WHOLE
         batch = self._batch(size, len(self.data.cases))
         patch = self._patch(spacing, size, strides, batch, seconds)
+        growing = self._growing(np.minimum(patch, size) if is_whole else np.array(patch), strides)
         step, activations = self._memory(patch, strides, batch)
         low, high = self._intensities()
         mirrored = self._mirroring()
         partial = self._partial_labels()
         extent = self._largest_image()
-        whole = all(extent >= length for extent, length in zip(patch, size))
+        whole = not growing and (is_whole or all(extent >= length for extent, length in zip(patch, size)))
         elastic = self._deformation(patch, spacing)
         levels = len(strides) + 1
         uniform = all(stride == (2, 2, 2) for stride in strides)
@@ -211,7 +248,8 @@ class _Planner:
             classes=self.data.structures,
             dataset=dataset,
             spacing=spacing,
-            roi_size=patch,
+            roi_size="whole" if is_whole else patch,
+            growing=growing,
             window=(low, high),
             mirrored=mirrored,
             partial_labels=partial,
@@ -234,7 +272,7 @@ class _Planner:
             folds=parts,
             judges=judges,
         )
-        self._length(seconds, patch, batch, epochs)
+        self._length(seconds, size if is_whole else patch, batch, epochs)
         return FitPlan(task, trained, tuple(self.choices), step)
 
     def _note(self, name: str, value: Any, reason: str, nnunet: Any = "") -> None:
@@ -294,6 +332,12 @@ class _Planner:
         """Choose the spacing: that of the images, or a coarser one where the time is short."""
         target = np.array(target_spacing(self.spacings, self.shapes))
         extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
+        if self.wishes.spacing is not None:
+            if len(self.wishes.spacing) != 3 or min(self.wishes.spacing) <= 0:
+                raise InputError(f"spacing {self.wishes.spacing}: must be three positive numbers, in mm.")
+            self._note("spacing, mm", _times(self.wishes.spacing), "as asked", _times(self.nnunet.spacing))
+            first, second, third = self.wishes.spacing
+            return first, second, third
         volumes = [
             float(np.median(found))
             for number in range(len(self.data.structures))
@@ -363,7 +407,10 @@ class _Planner:
         )
 
     def _batch(self, size: np.ndarray, cases: int) -> int:
-        """Choose the patches per step: two, and more of small images."""
+        """Choose the patches per step: two, and more of small images; whole images, whose sizes differ, one by one."""
+        if self.wishes.roi_size == WHOLE:
+            self._note("batch", 1, "whole images differ in size", self.nnunet.batch_size)
+            return 1
         batch = int(min(max(2, VOXELS_OF_BATCH // np.prod(size)), MOST_BATCH, max(1, cases // 2)))
         self._note("batch", batch, "two, more only where images are small", self.nnunet.batch_size)
         return batch
@@ -376,8 +423,14 @@ class _Planner:
         batch: int,
         seconds: float | None,
     ) -> tuple[int, int, int]:
-        """Choose the patch: the whole image, or the largest that memory and time allow."""
-        factors = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+        """Choose the patch: the whole image, or the largest that memory and time allow.
+
+        Returns:
+            Its size; where images are seen whole, that of the largest.
+        """
+        factors = _factors(strides)
+        if self.wishes.roi_size is not None:
+            return self._wished_patch(spacing, strides, batch)
         whole = [math.ceil(round(length, 3) / factor) * factor for length, factor in zip(size, factors)]
         chosen, reason = whole, "the whole image at the median size fits"
         options = {"batch_size": batch, **self._step_options}
@@ -410,10 +463,57 @@ class _Planner:
         first, second, third = chosen
         return first, second, third
 
+    def _wished_patch(
+        self, spacing: Sequence[float], strides: Sequence[Sequence[int]], batch: int
+    ) -> tuple[int, int, int]:
+        """Return the patch that was asked for, or the size of the largest image, after checking that it fits."""
+        factors, wished = _factors(strides), self.wishes.roi_size
+        largest = largest_image(self.data, spacing, factors)
+        chosen = list(largest if isinstance(wished, str) or wished is None else wished)
+        self.least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
+        held, memory = self.least.training_peak, self.limits.memory
+        if held > memory:
+            raise InputError(
+                f"roi_size {wished if isinstance(wished, str) else _times(chosen)}: a step of {_times(chosen)} voxels "
+                f"takes {held / 2**30:.1f} GiB, there are {memory / 2**30:.1f}. Allow more (--gpu-memory), larger "
+                "voxels (--spacing), or leave the choice to the plan."
+            )
+        if wished == WHOLE:
+            self._note(
+                "patch",
+                "whole images",
+                f"as asked. Each is padded to multiples of {_times(factors)} voxels; the largest has {_times(chosen)}. "
+                "Images are segmented whole too, in windows only where the memory that is free does not take them",
+                _times(self.nnunet.patch),
+            )
+        else:
+            self._note("patch", _times(chosen), "as asked", _times(self.nnunet.patch))
+        first, second, third = chosen
+        return first, second, third
+
+    def _growing(self, size: np.ndarray, strides: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
+        """Choose the patches that a training begins with."""
+        if not self.wishes.growing:
+            return ()
+        factors = np.array(_factors(strides))
+        sizes: list[tuple[int, ...]] = []
+        for part in GROWTH:
+            # Of more than one voxel at the coarsest level, as a normalization needs.
+            counts = np.maximum(np.round(size * part / factors), 2).astype(int)
+            smaller = tuple(int(extent) for extent in np.minimum(counts * factors, np.ceil(size / factors) * factors))
+            if smaller not in sizes and math.prod(smaller) < np.prod(size):
+                sizes.append(smaller)
+        if sizes:
+            names = ", ".join(map(_times, sizes))
+            reason = "as asked: a step of a small patch is fast; each size has an equal share of the training"
+            self._note("growing patches", f"{names}, then the patch", reason, "one size")
+        return tuple(sizes)  # type: ignore[arg-type] # three axes
+
     @property
     def _step_options(self) -> dict[str, Any]:
         """Arguments of `plan_training`, without the batch."""
-        loss = DiceCELoss(to_onehot_y=True, softmax=True)
+        kind = ChunkedDiceCELoss if self.wishes.roi_size == WHOLE else DiceCELoss
+        loss = kind(to_onehot_y=True, softmax=True)
         return {"in_channels": self.in_channels, "dtype": self.limits.dtype, "loss": loss}
 
     def _memory(
@@ -498,6 +598,10 @@ class _Planner:
         return largest
 
     def _sampling(self, whole: bool) -> Literal["at structures", "anywhere"]:
+        if self.wishes.growing:
+            reason = "patches are small at first: each structure is as often in their middle as the background"
+            self._note("sampling", "at structures", reason, "a third at structures")
+            return "at structures"
         if whole:
             self._note("sampling", "anywhere", "a patch holds the whole image", "a third at structures")
             return "anywhere"
@@ -553,6 +657,18 @@ def read_plan(path: Path) -> FitPlan:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
+
+
+def largest_image(fingerprint: Fingerprint, spacing: Sequence[float], factors: Sequence[int]) -> tuple[int, int, int]:
+    """Return the size of the image with the most voxels of a spacing, in mm, rounded up to multiples of the factors."""
+    sizes = [np.array(case.extent) / spacing for case in fingerprint.cases]
+    first, second, third = max((np.ceil(np.round(size, 3) / factors) * factors for size in sizes), key=np.prod)
+    return int(first), int(second), int(third)
+
+
+def _factors(strides: Sequence[Sequence[int]]) -> list[int]:
+    """Return by what a network with such strides downsamples each axis."""
+    return [math.prod(stride[axis] for stride in strides) for axis in range(3)]
 
 
 def _times(values: Sequence[float] | np.ndarray) -> str:

@@ -95,7 +95,8 @@ class LabelInferer(Inferer):
             labels, probabilities = self.segment(
                 WholeImage(image.as_tensor()),
                 image,
-                lambda windows: network(windows, *args, **kwargs),
+                # As it is if it can be, so that its memory can be planned.
+                (lambda windows: network(windows, *args, **kwargs)) if args or kwargs else network,
                 None if self.probabilities_dir is None else np.float32,
             )
             if self.probabilities_dir is not None and probabilities is not None:

@@ -14,7 +14,7 @@ from torch import nn
 from monai_iunet.inference.blocks import LARGEST_BLOCK
 from monai_iunet.inference.prepare import KEY, steps_around_spacing
 from monai_iunet.inference.streaming import StreamingInferer, longest_axis
-from monai_iunet.planning.plan import plan_training
+from monai_iunet.planning.plan import plan_inference_pass
 
 __all__ = ["InferencePlan", "plan_inference"]
 
@@ -93,7 +93,7 @@ def plan_inference(
     if spacings:
         empty = MetaTensor(torch.zeros(1).expand(1, *image_size), affine=torch.as_tensor(np.diag([*spacing, 1.0])))
         size = tuple(map(int, spacings[0]({KEY: empty}, lazy=True)[KEY].peek_pending_shape()))
-    windows, axis = inferer.windows(size), longest_axis(size)
+    windows, axis = inferer.windows(size, network, channels), longest_axis(size)
     plane = math.prod(extent for number, extent in enumerate(size) if number != axis)
     length = windows.size[axis]
     # What is stitched, the sums of the weights twice, and the plane that is kept.
@@ -104,7 +104,7 @@ def plan_inference(
     batch = min(inferer.sw_batch_size, max(1, windows.count // len(windows.starts[axis])))
     held = 0
     if network is not None:
-        planned = plan_training(network, windows.roi_size, channels, batch, optimizer=None).inference_peak
+        planned = plan_inference_pass(network, (batch, channels, *windows.roi_size))
         outputs = FLOAT * classes * math.prod(windows.roi_size) * batch
         held = planned + outputs * len(inferer.views)
     return InferencePlan(

@@ -17,19 +17,25 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.utils import convert_to_dst_type
-from torch import Tensor
+from monai.utils import convert_to_dst_type, ensure_tuple_rep
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from monai_iunet.inference.images import Image, Region, WholeImage
 from monai_iunet.inference.windows import Windows
+from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.planning.budget import largest_window
+from monai_iunet.system import available_memory
+from monai_iunet.transforms.patches import WHOLE
 
 __all__ = ["Slab", "StreamingInferer", "View", "class_numbers", "longest_axis"]
 
 logger = logging.getLogger(__name__)
 
 MOST_OF_FREE_MEMORY = 0.8  # of a GPU, for the slab that windows are added to
+LARGEST = 2**31  # voxels along an axis: more than any image has
+SHARE_OF_PASS = 0.5  # of the free memory; what is stitched takes at most as much as the pass whose output it is
 Batch = tuple[list[Region], Tensor]
 
 
@@ -91,7 +97,9 @@ class StreamingInferer(SlidingWindowInferer):
     enough, however many classes there are. `slabs` hands the output on part by part.
 
     Args:
-        roi_size: see MONAI's `SlidingWindowInferer`, as for all arguments that are not explained here.
+        roi_size: see MONAI's `SlidingWindowInferer`, as for all arguments that are not explained here; or "whole" for
+            the whole image, padded to multiples of `divisible_by`. Where the memory that is free does not take it, it
+            is seen in the largest windows that fit, and a warning says so.
         sw_batch_size: windows that the network gets at once.
         overlap: of neighboring windows, as a fraction.
         shrink: whether a window that is larger than the image shrinks to it, so that little or no padding is left.
@@ -113,7 +121,7 @@ class StreamingInferer(SlidingWindowInferer):
 
     def __init__(
         self,
-        roi_size: Sequence[int] | int,
+        roi_size: Sequence[int] | int | str,
         sw_batch_size: int = 1,
         overlap: Sequence[float] | float = 0.25,
         *,
@@ -122,7 +130,11 @@ class StreamingInferer(SlidingWindowInferer):
         argmax: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(roi_size, sw_batch_size, overlap, **{**options, "cache_roi_weight_map": False})
+        self.whole = roi_size == WHOLE
+        extent: Any = -1 if self.whole else roi_size  # which MONAI takes for that of the image
+        super().__init__(extent, sw_batch_size, overlap, **{**options, "cache_roi_weight_map": False})
+        if self.whole:
+            self.sw_batch_size = 1  # windows are as large as memory allows
         if self.with_coord:
             raise ValueError("with_coord: not supported here. Use MONAI's SlidingWindowInferer.")
         self.shrink, self.divisible_by, self.argmax = shrink, divisible_by, argmax
@@ -132,11 +144,39 @@ class StreamingInferer(SlidingWindowInferer):
         """The ways of looking at an image; the output is the mean over them."""
         return (View(),)
 
-    def windows(self, image_size: Sequence[int]) -> Windows:
-        """Return the windows of an image of a size."""
-        return Windows.of(
-            image_size, self.roi_size, self.overlap, self.mode, self.sigma_scale, self.shrink, self.divisible_by
+    def windows(self, image_size: Sequence[int], network: Any = None, channels: int = 1) -> Windows:
+        """Return the windows of an image of a size.
+
+        Args:
+            image_size: in voxels.
+            network: that will see them. If it is a module, its memory decides whether the image is seen whole.
+            channels: of the image.
+        """
+        if not self.whole:
+            return Windows.of(
+                image_size, self.roi_size, self.overlap, self.mode, self.sigma_scale, self.shrink, self.divisible_by
+            )
+        factors = ensure_tuple_rep(self.divisible_by or 1, len(image_size))
+        options = (self.overlap, self.mode, self.sigma_scale, True, factors)
+        windows = Windows.of(image_size, LARGEST, *options)
+        free = _free_memory(network) if isinstance(network, nn.Module) else None
+        if free is None:
+            return windows
+        budget = int(SHARE_OF_PASS * free)
+        # A wrapper, such as one that averages weights, holds no more than what it wraps.
+        module = getattr(network, "module", network)
+        dtype = autocast_type(_device_of(network)) or torch.float32
+        fitting = largest_window(module, budget, (channels, *windows.roi_size), factors, dtype)
+        if fitting == windows.roi_size:
+            return windows
+        logger.warning(
+            "An image of %s voxels does not fit as a whole into the %.1f GiB that are free: it is segmented in windows "
+            "of %s, and less well than one that was seen whole.",
+            " x ".join(map(str, image_size)),
+            free / 2**30,
+            " x ".join(map(str, fitting)),
         )
+        return Windows.of(image_size, fitting, *options)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the stitched output of a network, or labels.
@@ -187,7 +227,7 @@ class StreamingInferer(SlidingWindowInferer):
             raise ValueError("condition: not supported here. Use MONAI's SlidingWindowInferer.")
         size = image.shape[1:]
         axis = longest_axis(size)
-        windows = self.windows(size)
+        windows = self.windows(size, network, image.shape[0])
         rows = [
             (view.place(region, size)[axis].start, view, region[axis].start)
             for view in self.views
@@ -327,6 +367,19 @@ def _device(inferer: StreamingInferer, predictions: Tensor, voxels: int, values:
             )
             return torch.device("cpu")
     return predictions.device
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def _free_memory(network: nn.Module) -> int | None:
+    """Return the bytes that are free where a network is; None where nobody knows."""
+    device = _device_of(network)
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _one_behind(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -11,15 +11,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_iunet.planning.plan import ChoosesActivations, TrainingPlan, plan_training, rehearse, step_without_optimizer
+from monai_iunet.planning.plan import (
+    ChoosesActivations,
+    TrainingPlan,
+    plan_inference_pass,
+    plan_training,
+    rehearse,
+    step_without_optimizer,
+)
 
-__all__ = ["best_activations", "largest_patch", "most_couplings", "parse_bytes"]
+__all__ = ["best_activations", "largest_patch", "largest_window", "most_couplings", "parse_bytes"]
 
+# Bytes per voxel of a forward pass, by channels of the image and type of autocast.
+_PASSES: WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype], float]] = WeakKeyDictionary()
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}B": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -101,6 +111,54 @@ def largest_patch(
         peak = peak_of(known)
         fits, fails = (known, fails) if peak <= budget else (fits, known)
     return plan_training(network, size_of(fits), **options)
+
+
+def largest_window(
+    network: nn.Module,
+    memory_budget: int,
+    image_shape: Sequence[int],
+    multiple_of: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[int, ...]:
+    """Return the largest window in which an image can be segmented: the whole image, if a forward pass of it fits.
+
+    Otherwise the longest axis is halved until it does. A pass is counted once for each network, and taken as
+    proportional to the voxels.
+
+    Args:
+        network: neither run nor changed.
+        memory_budget: bytes, parameters included.
+        image_shape: `(channels, *spatial)`, of multiples of `multiple_of`.
+        multiple_of: what the size of the window is a multiple of, per axis.
+        dtype: of autocast; float32 for none.
+
+    Raises:
+        ValueError: when not even the smallest window fits.
+
+    Example:
+        >>> network = nn.Conv2d(1, 4, 1)
+        >>> largest_window(network, 10_000_000, (1, 64, 96), (16, 16))
+        (64, 96)
+        >>> largest_window(network, 100_000, (1, 64, 96), (16, 16))
+        (64, 48)
+    """
+    channels, *size = image_shape
+    counted = _PASSES.setdefault(network, {})
+    fixed = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    if (channels, dtype) not in counted:
+        held = plan_inference_pass(network, (1, channels, *size), dtype) - fixed
+        counted[channels, dtype] = held / math.prod(size)
+    while (needed := fixed + counted[channels, dtype] * math.prod(size)) > memory_budget:
+        longest = max(range(len(size)), key=lambda axis: size[axis])
+        half = -(-size[longest] // 2 // multiple_of[longest]) * multiple_of[longest]
+        # A normalization needs more than one voxel at the coarsest level.
+        if half == size[longest] or math.prod(size) <= 2 * math.prod(multiple_of):
+            raise ValueError(
+                f"Even in windows of {tuple(size)} a segmentation takes {needed / 2**20:.0f} MiB, more than the "
+                f"{memory_budget / 2**20:.0f} MiB that there are. Crop the image."
+            )
+        size[longest] = half
+    return tuple(size)
 
 
 def _smallest_plan(

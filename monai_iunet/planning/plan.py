@@ -33,6 +33,7 @@ __all__ = [
     "Loss",
     "MakeOptimizer",
     "TrainingPlan",
+    "plan_inference_pass",
     "plan_training",
     "rehearse",
     "step_without_optimizer",
@@ -142,6 +143,25 @@ def step_without_optimizer(
 ) -> int:
     """Peak of the forward and the backward pass, parameters and gradients included; for a network in `rehearse`."""
     return _count_step(network, shape, dtype, None, loss)["training_peak"]
+
+
+def plan_inference_pass(network: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Count the most that a forward pass without gradients holds, parameters included, in bytes.
+
+    Args:
+        network: neither run nor changed.
+        shape: of the images, `(batch, channels, *spatial)`.
+        dtype: of autocast; float32 for none.
+
+    Raises:
+        ValueError: when the network cannot be run on such images.
+
+    Example:
+        >>> plan_inference_pass(nn.Conv1d(1, 1, 1, bias=False), (1, 1, 100))
+        804
+    """
+    with rehearse(network, shape, dtype) as fake:
+        return _count_inference(fake.eval(), shape, dtype)
 
 
 @contextmanager

@@ -334,7 +334,8 @@ class BundleSegmenter:
     ) -> tuple[np.ndarray, np.ndarray | None, Image, np.ndarray]:
         """Segment an image as it was read, `(channels, *spatial)`, with an inferer that returns labels on its grid."""
         spacing = voxel_sizes(np.asarray(image.affine))
-        self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size()))
+        whole = self.inferer.inferer.whole  # then the network decides how large windows are
+        self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size(), with_network=whole))
         prepared, meta = prepare(self.preprocessing, image, self.device)
         kind = self.probabilities_dtype if self.gives_probabilities else None
         labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, watch)

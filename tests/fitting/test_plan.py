@@ -15,7 +15,7 @@ from monai.losses import DiceCELoss
 from monai_iunet import InputError, LiveBytes, SegIUNet
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet
-from monai_iunet.fitting.plan import FitPlan, Limits, make_plan, plan_table, read_plan
+from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, plan_table, read_plan
 from monai_iunet.planning.plan import TrainingPlan
 from tests.fitting.made_sets import facts, fingerprint
 
@@ -185,3 +185,38 @@ def test_the_rules_of_nnunet_give_its_plan_for_the_hippocampus() -> None:
     # As `nnUNetv2_plan_and_preprocess` plans Task04 with its 260 cases.
     found = plan_like_nnunet([(1, 1, 1)] * 260, [(35, 51, 36)] * 260, num_classes=3)
     assert (found.patch, found.batch_size, found.strides) == ((40, 56, 40), 9, ((2, 2, 2),) * 3)
+
+
+def test_whole_images_are_planned_by_the_one_with_most_voxels() -> None:
+    data = fingerprint(shape=(35, 51, 36))
+    largest = dataclasses.replace(data.cases[0], shape=(60, 51, 36))
+    data = dataclasses.replace(data, cases=(largest, *data.cases[1:]))
+    found = plan(data, wishes=Wishes(roi_size="whole"))
+    assert found.task.roi_size == "whole"
+    assert found.task.batch_size == 1
+    assert found.task.sampling == "anywhere"
+    assert found.step.spatial_size == (64, 56, 40)
+    assert "the largest has 64 x 56 x 40" in reason(found, "patch")
+    assert "in windows only where the memory" in reason(found, "patch")
+    with pytest.raises(InputError, match="roi_size whole: a step of 64 x 56 x 40 voxels takes"):
+        plan(data, Limits(memory=64 * 56 * 40 * 1000 - 1), wishes=Wishes(roi_size="whole"))
+
+
+def test_patches_grow_to_what_is_planned() -> None:
+    task = plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes(growing=True)).task
+    assert task.roi_size == (40, 56, 40)
+    assert task.growing == ((16, 32, 16), (32, 40, 32))
+    assert task.sampling == "at structures"
+    whole = plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes(growing=True, roi_size="whole"))
+    assert whole.task.growing == ((16, 24, 16), (24, 40, 24))
+    assert "then the patch" in next(choice.value for choice in whole.choices if choice.name == "growing patches")
+
+
+def test_what_was_asked_for_is_planned_or_refused() -> None:
+    task = plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes((1.25, 1.25, 1.25), (32, 40, 32))).task
+    assert task.spacing == (1.25, 1.25, 1.25)
+    assert task.roi_size == (32, 40, 32)
+    with pytest.raises(InputError, match="multiples of 8"):
+        plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes(roi_size=(32, 41, 32)))
+    with pytest.raises(InputError, match="three positive numbers"):
+        plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes((1.0, 0.0, 1.0)))

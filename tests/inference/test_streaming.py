@@ -11,9 +11,10 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from monai_iunet import LiveBytes, MirrorInferer, StreamingInferer
+from monai_iunet import LiveBytes, MirrorInferer, SegIUNet, StreamingInferer
 from monai_iunet.inference.images import WholeImage
 from monai_iunet.inference.windows import Windows
+from monai_iunet.planning.plan import plan_inference_pass
 
 
 class Network(nn.Module):
@@ -186,3 +187,26 @@ def test_a_window_shrinks_to_the_image(
     output = run(inferer, torch.rand(1, 1, *image), lambda x: seen.append(tuple(x.shape[2:])) or x)
     assert set(seen) == {expected}
     assert output.min() >= 0
+
+
+def test_an_image_is_seen_whole_where_memory_takes_it_and_else_in_windows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    network = SegIUNet(2, 1, 2, (8, 16)).eval()
+    image = torch.rand(1, 1, 61, 30)
+    inferer = StreamingInferer("whole", overlap=0.5, mode="gaussian", divisible_by=2)
+    with torch.no_grad():
+        whole = inferer(image, network)
+        torch.testing.assert_close(whole, network(torch.nn.functional.pad(image, (0, 0, 0, 1)))[:, :, :61])
+        assert not caplog.records
+        enough = plan_inference_pass(network, (1, 1, 62, 30))
+        monkeypatch.setattr("monai_iunet.inference.streaming.available_memory", lambda: int(1.5 * enough))
+        parts = inferer(image, network)
+        windows = inferer.windows((61, 30), network)
+        expected = StreamingInferer(windows.roi_size, overlap=0.5, mode="gaussian")(image, network)
+    assert "not fit as a whole" in caplog.text
+    assert "61 x 30" in caplog.text
+    assert windows.roi_size == (32, 30)
+    torch.testing.assert_close(parts, expected)
+    assert not torch.equal(parts, whole)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from monai_iunet import IUNet, SegIUNet
-from monai_iunet.planning.budget import best_activations, largest_patch, most_couplings, parse_bytes
-from monai_iunet.planning.plan import plan_training
+from monai_iunet.planning.budget import best_activations, largest_patch, largest_window, most_couplings, parse_bytes
+from monai_iunet.planning.plan import plan_inference_pass, plan_training
 
 
 def seg(couplings: int = 2, **options: Any) -> SegIUNet:
@@ -108,3 +108,18 @@ def test_a_patch_stays_within_its_limits_and_multiples() -> None:
     assert small.spatial_size == (24, 48)
     with pytest.raises(ValueError, match=r"largest=\(45, 10\) leaves no multiple of \(8, 16\)"):
         largest_patch(net, "64 MiB", aspect=(1, 1), multiple_of=(8, 16), largest=(45, 10))
+
+
+def test_a_window_is_the_whole_image_where_it_fits_and_else_as_large_as_fits() -> None:
+    network = SegIUNet(2, 1, 2, (8, 16, 32))
+    factors = (4, 4)
+    full = plan_inference_pass(network, (1, 1, 128, 256))
+    fixed = sum(parameter.nbytes for parameter in network.parameters())
+    assert largest_window(network, full, (1, 128, 256), factors) == (128, 256)
+    assert largest_window(network, full - 1, (1, 128, 256), factors) == (128, 128)
+    # What is taken as proportional to the voxels is about what is counted.
+    size = largest_window(network, fixed + (full - fixed) // 5, (1, 128, 256), factors)
+    assert size == (64, 64)
+    assert plan_inference_pass(network, (1, 1, *size)) < 1.1 * (fixed + (full - fixed) / 8)
+    with pytest.raises(ValueError, match="Even in windows of"):
+        largest_window(network, 1000, (1, 128, 256), factors)

@@ -1,0 +1,122 @@
+"""What a step of training sees of an image."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from monai.data import CacheDataset, DataLoader
+from monai.transforms import Compose, RandAffined
+
+from monai_iunet import CollatePadded, InputError, MarginalLoss, OneHotContouredd, StreamingInferer, TrainingPatchd
+
+KEYS = ["image", "label"]
+AFFINE = partial(
+    RandAffined, keys=KEYS, prob=1.0, rotate_range=[0.2] * 3, mode=["bilinear", "nearest"], padding_mode="border"
+)
+
+
+def case(*size: int) -> dict[str, Any]:
+    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)) + 1
+    label = torch.zeros(1, *size)
+    label[:, -3:, -3:, -3:] = 1
+    return {"image": image, "label": label}
+
+
+def test_a_whole_image_is_padded_as_whole_images_are_segmented() -> None:
+    item = case(17, 24, 30)
+    cut = TrainingPatchd(KEYS, "whole", divisible_by=[4, 8, 8], cval=-1.0)(item)
+    seen: list[torch.Tensor] = []
+
+    def network(window: torch.Tensor) -> torch.Tensor:
+        seen.append(window)
+        return window
+
+    StreamingInferer("whole", divisible_by=[4, 8, 8], cval=-1.0)(item["image"][None], network)
+    assert seen[0].shape == (1, 1, 20, 24, 32)
+    torch.testing.assert_close(cut["image"].as_tensor(), seen[0][0])
+    assert cut["label"].shape == cut["image"].shape
+    assert cut["label"].sum() == item["label"].sum()
+
+
+@pytest.mark.parametrize("roi_size", ["whole", (8, 16, 12)])
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_image_and_label_stay_together(roi_size: Any, num_classes: int | None) -> None:
+    item = case(20, 20, 20)
+    item["image"] = item["label"].clone()
+    cut = TrainingPatchd(KEYS, roi_size, AFFINE, 8, num_classes, {"translate_range": [2.0] * 3})
+    cut.set_random_state(0)
+    for _ in range(4):
+        found = cut(item)
+        assert found["image"].shape[1:] == ((24, 24, 24) if roi_size == "whole" else roi_size)
+        assert set(found["label"].unique().tolist()) <= {0, 1}
+        differ = (found["image"].round() != found["label"]).float().mean()
+        assert differ < 0.01
+
+
+def test_rare_structures_are_found_and_patches_anywhere_are_not_all_the_same() -> None:
+    at_structures = TrainingPatchd(KEYS, (8, 8, 8), num_classes=2)
+    at_structures.set_random_state(1)
+    hits = [bool(at_structures(case(40, 40, 40))["label"].any()) for _ in range(20)]
+    assert sum(hits) >= 5
+    anywhere = TrainingPatchd(KEYS, (8, 8, 8))
+    anywhere.set_random_state(1)
+    first, second = (anywhere(case(40, 40, 40))["image"] for _ in range(2))
+    assert not torch.equal(first.as_tensor(), second.as_tensor())
+
+
+def test_the_same_seed_gives_the_same_patches_whatever_was_cut_before() -> None:
+    item, sizes = case(20, 24, 20), ((8, 8, 8), (16, 16, 16))
+    one, other = (TrainingPatchd(KEYS, sizes[0], AFFINE) for _ in range(2))
+    for _ in range(3):
+        one(item)
+    one.roi_size = sizes[1]
+    for cut in (one, other):
+        cut.roi_size = sizes[1]
+        Compose([cut]).set_random_state(5)
+    for _ in range(2):
+        torch.testing.assert_close(one(item)["image"].as_tensor(), other(item)["image"].as_tensor())
+    assert one.roi_size == sizes[1]
+
+
+def test_workers_cut_what_the_size_is_at_the_beginning_of_an_epoch() -> None:
+    cut = TrainingPatchd(KEYS, (8, 8, 8))
+    data = CacheDataset([case(20, 20, 20)] * 2, Compose([cut]), progress=False)
+    loader = DataLoader(data, batch_size=2, num_workers=1)
+    assert next(iter(loader))["image"].shape[2:] == (8, 8, 8)
+    cut.roi_size = (16, 8, 8)
+    assert next(iter(loader))["image"].shape[2:] == (16, 8, 8)
+
+
+def test_images_of_a_batch_are_padded_to_a_common_size_with_what_lies_beyond() -> None:
+    batch = CollatePadded(cval=-1)([case(16, 8, 8), case(8, 8, 24)])
+    assert batch["image"].shape == batch["label"].shape == (2, 1, 16, 8, 24)
+    outside = batch["image"][0] == -1
+    assert outside.sum() == 16 * 8 * 16
+    assert batch["label"][0][outside].sum() == 0
+    assert batch["label"].sum() == 54
+
+
+def test_what_is_padded_of_partly_contoured_cases_has_no_class() -> None:
+    items = [case(8, 8, 8), case(16, 8, 8)]
+    for item in items:
+        item["label_contoured"] = torch.tensor([True, True, False])
+    batch = CollatePadded()([OneHotContouredd("label")(item) for item in items])
+    losses: list[torch.Tensor] = []
+
+    def note(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        losses.append(truth)
+        return logits.sum()
+
+    MarginalLoss(note)(torch.zeros(2, 3, 16, 8, 8), batch["label"])  # type: ignore[arg-type]
+    assert [truth.shape[1] for truth in losses] == [2, 2]
+    assert losses[0].sum() == 8**3
+    assert losses[1].sum() == 16 * 8**2
+
+
+@pytest.mark.parametrize("size", ["all", [8, 8], [8, 8, 0], [8, 8, 8.5], 8, None])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    with pytest.raises(InputError, match='must be "whole", or three numbers'):
+        TrainingPatchd(KEYS, size)
