@@ -23,7 +23,7 @@ from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
 
-__all__ = ["NETWORKS", "as_markdown", "compare_networks"]
+__all__ = ["NETWORKS", "Config", "as_markdown", "compare_networks", "difference", "read_rows", "run_config", "scores"]
 
 Config = dict[str, Any]
 
@@ -97,8 +97,8 @@ def compare_networks(
         settings = {**common, "network_def": definition, "check_data": False}
         _train(bundle, check_folder(folder / name), settings, max_epochs)
         _evaluate(bundle, folder / name, settings)
-        rows = _read(folder / name / "eval" / "cases.csv")
-        figures[name] = _scores(rows)
+        rows = read_rows(folder / name / "eval" / "cases.csv")
+        figures[name] = scores(rows)
         dice[name] = _mean_dice_of_cases(rows)
     for name, costs in _costs(bundle, common, definitions, rounds).items():
         figures[name].update(costs)
@@ -108,7 +108,7 @@ def compare_networks(
         "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
         "cases": len(dice[OURS]),
         "networks": figures,
-        "ours_minus": {name: _difference(dice[OURS], dice[name]) for name in networks},
+        "ours_minus": {name: difference(dice[OURS], dice[name]) for name in networks},
     }
     text = json.dumps(result, indent=4) + "\n"
     write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text, encoding="utf-8"))
@@ -133,8 +133,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     }
     lines += [_row(name, *map(write, networks.values())) for name, write in figures.items()]
     lines += ["", _row(f"{OURS} minus", "mean Dice", "95 % interval"), _row("---", "---", "---")]
-    for name, difference in result["ours_minus"].items():
-        lines.append(_row(name, "{mean:+.4f}".format(**difference), "{low:+.4f} to {high:+.4f}".format(**difference)))
+    for name, found in result["ours_minus"].items():
+        lines.append(_row(name, "{mean:+.4f}".format(**found), "{low:+.4f} to {high:+.4f}".format(**found)))
     return "\n".join(lines) + "\n"
 
 
@@ -152,17 +152,23 @@ def _train(bundle: Path, folder: Path, settings: Config, max_epochs: int) -> Non
     if last.is_file() and torch.load(last, map_location="cpu", weights_only=True)["epoch"] == max_epochs:
         return
     options = {"max_epochs": max_epochs, "val_interval": max_epochs, "resume": True}
-    _run(bundle, "train.json", {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")})
+    run_config(
+        bundle, "train.json", {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")}
+    )
 
 
 def _evaluate(bundle: Path, folder: Path, settings: Config) -> None:
     if not (folder / "eval" / "summary.csv").is_file():
         options = {"checkpoint": str(folder / "model.pt"), "output_dir": str(folder / "eval")}
-        _run(bundle, "evaluate.json", {**settings, **options})
+        run_config(bundle, "evaluate.json", {**settings, **options})
 
 
-def _run(bundle: Path, config: str, settings: Config) -> None:
-    """Run `python -m monai.bundle run`, with its output where ours goes."""
+def run_config(bundle: Path, config: str, settings: Config) -> None:
+    """Run a config of a bundle by `python -m monai.bundle run`, with its output where ours goes.
+
+    Raises:
+        InputError: when it fails.
+    """
     configs = bundle.resolve() / "configs"
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs / config)]
     words += ["--logging_file", str(configs / "logging.conf")]
@@ -170,15 +176,18 @@ def _run(bundle: Path, config: str, settings: Config) -> None:
         words += [f"--{name}", str(value)]
     code = subprocess.run(words, check=False).returncode
     if code:
-        raise InputError(f"{config} of {bundle} with {settings['network_def']['_target_']}: failed with code {code}.")
+        network = f" with {settings['network_def']['_target_']}" if "network_def" in settings else ""
+        raise InputError(f"{config} of {bundle}{network}: failed with code {code}.")
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a table of comma-separated values."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _scores(rows: list[dict[str, str]]) -> Config:
+def scores(rows: list[dict[str, str]]) -> Config:
+    """Return means over the cases of a table: "dice" and "hausdorff95_mm" per structure, and "mean_dice"."""
     structures = list(dict.fromkeys(row["structure"] for row in rows))
 
     def means(measure: str) -> dict[str, float]:
@@ -196,12 +205,13 @@ def _mean_dice_of_cases(rows: list[dict[str, str]]) -> np.ndarray:
     return np.array([np.nanmean([float(row["dice"]) for row in rows if row["case"] == case]) for case in cases])
 
 
-def _difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    difference = ours - other
-    if np.ptp(difference) == 0:
-        return dict.fromkeys(("mean", "low", "high"), float(difference[0]))
-    interval = bootstrap((difference,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return {"mean": float(difference.mean()), "low": float(interval.low), "high": float(interval.high)}
+def difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Return the mean difference of the same cases, and "low" and "high" of its 95 % bootstrap interval."""
+    gains = ours - other
+    if np.ptp(gains) == 0:
+        return dict.fromkeys(("mean", "low", "high"), float(gains[0]))
+    interval = bootstrap((gains,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return {"mean": float(gains.mean()), "low": float(interval.low), "high": float(interval.high)}
 
 
 def _parser(bundle: Path, config: str, settings: Mapping[str, Any]) -> ConfigParser:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 __all__ = ["TimedDecay"]
 
 SAY_EVERY = 60.0  # seconds
+NOT_STATE = ("max_seconds", "clock")  # but arguments, of which those of the training that goes on count
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,11 @@ class TimedDecay(LRScheduler):
         max_seconds: of the training with its validations.
         power: of the decay.
         validator: the evaluator that validates the network.
+        clock: "wall", or "processor" to count what the process gets of the processor's time, all threads together, so
+            that a training among other programs is not the shorter for them.
+
+    Raises:
+        ValueError: when there is no such clock.
 
     Example:
         >>> import torch
@@ -43,8 +49,16 @@ class TimedDecay(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, max_seconds: float, power: float = 0.9, validator: Evaluator | None = None
+        self,
+        optimizer: Optimizer,
+        max_seconds: float,
+        power: float = 0.9,
+        validator: Evaluator | None = None,
+        clock: str = "wall",
     ) -> None:
+        if clock not in ("wall", "processor"):
+            raise ValueError(f'clock {clock!r}: must be "wall" or "processor".')
+        self.clock = clock
         self.max_seconds = max_seconds
         self.power = power
         self.used = 0.0
@@ -71,14 +85,17 @@ class TimedDecay(LRScheduler):
         """Return the state, the seconds that were used among it."""
         state = super().state_dict()
         return {
-            name: value for name, value in state.items() if name not in ("_validator", "_since", "_said", "max_seconds")
+            name: value for name, value in state.items() if name not in (*NOT_STATE, "_validator", "_since", "_said")
         }
 
+    def _now(self) -> float:
+        return time.process_time() if self.clock == "processor" else time.monotonic()
+
     def _begin(self, _: Engine) -> None:
-        self._since = time.monotonic()
+        self._since = self._now()
 
     def _end_epoch(self, trainer: Engine) -> None:
-        now = time.monotonic()
+        now = self._now()
         self.used += now - (self._since if self._since is not None else now)
         self._since = now
         if self.share == 1:

@@ -52,11 +52,11 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
 def test_a_difference_that_all_cases_share_is_certain() -> None:
     rng = np.random.default_rng(1)
     other = rng.uniform(0.7, 0.9, 40)
-    found = comparison._difference(other + rng.normal(0.02, 0.005, 40), other)
+    found = comparison.difference(other + rng.normal(0.02, 0.005, 40), other)
     assert found["low"] < found["mean"] < found["high"]
     assert found["low"] > 0.015
     assert found["high"] < 0.025
-    assert comparison._difference(other, other) == {"mean": 0, "low": 0, "high": 0}
+    assert comparison.difference(other, other) == {"mean": 0, "low": 0, "high": 0}
 
 
 def test_a_folder_without_configs_is_no_bundle(tmp_path: Path) -> None:

@@ -167,6 +167,26 @@ def test_processes_share_the_folds(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_data_set_is_fitted_on_growing_patches_and_whole_images(tmp_path: Path) -> None:
+    data, folder = make_set(tmp_path / "data", shape=(22, 26, 24), count=6), tmp_path / "made_bundle"
+    options: dict[str, Any] = {"fold": 0, "roi_size": "whole", "growing": True, "spacing": (1.1, 1.0, 1.0)}
+    fit(data, folder, gpu_memory="1 GiB", device="cpu", **options)
+    assert [check for check in verify_bundle(folder) if check.problem] == []
+    page = (folder / "docs" / "README.md").read_text()
+    assert re.search(r"\| patch \| whole images \| as asked. Each is padded to multiples of", page)
+    assert re.search(r"\| growing patches \| .* then the patch \|", page)
+    record = json.loads((folder / "models" / "training.json").read_text())
+    assert (record["roi_size"], len(record["growing"])) == ("whole", 2)
+    evaluated = read_scores([folder / "eval" / "fold_0" / "cases.csv"])
+    assert np.mean([score.measures["dice"] for score in evaluated]) > 0.7
+    kept = read_plan(folder / "docs" / "plan.json").task
+    assert (kept.roi_size, kept.growing) == ("whole", tuple(map(tuple, record["growing"])))
+    with pytest.raises(InputError, match="a fit with another roi_size"):
+        fit(data, folder, gpu_memory="1 GiB", device="cpu", **{**options, "roi_size": None})
+
+
 # What is made, and how much of it must be learned, in mean Dice: all of it is easy.
 KINDS: dict[str, tuple[dict[str, Any], float]] = {
     "four channels in a file": ({"channels": 4, "classes": 2, "in_one_file": True}, 0.8),
@@ -297,6 +317,23 @@ def test_a_training_lasts_for_its_time_across_interruptions(monkeypatch: pytest.
     assert trainer.state.epoch == 6
     assert schedule.share == 1
     assert validated == [6]
+
+
+def test_a_training_may_be_timed_by_what_it_gets_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("monai_iunet.training.time_limit.time.process_time", lambda: clock[0])
+    schedule = TimedDecay(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), 100, clock="processor")
+
+    def step(*_: Any) -> None:
+        clock[0] += 30
+
+    trainer = Engine(step)
+    schedule.attach(trainer)
+    trainer.run([0], max_epochs=2)
+    assert schedule.used == 60
+    assert "clock" not in schedule.state_dict()
+    with pytest.raises(ValueError, match="wall"):
+        TimedDecay(schedule.optimizer, 100, clock="sun")
 
 
 def score(case: str, dice: float, apart: float = 1.0, structure: str = "a") -> Score:

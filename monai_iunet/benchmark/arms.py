@@ -1,0 +1,283 @@
+"""Whole images beside patches: one network, recipe and time, and others' networks at the memory of whole images."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from monai_iunet.benchmark.comparison import NETWORKS, Config, difference, read_rows, run_config, scores
+from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
+from monai_iunet.bundling.task import Task
+from monai_iunet.errors import InputError
+from monai_iunet.fitting.fingerprint import read_fingerprint
+from monai_iunet.fitting.plan import largest_image, read_plan
+from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
+from monai_iunet.planning.budget import best_activations, largest_patch
+from monai_iunet.planning.plan import plan_training
+from monai_iunet.training.dataset import list_cases
+
+__all__ = ["ARMS", "arms_as_markdown", "compare_arms"]
+
+ARMS = ("patch", "whole", "growing", *NETWORKS)
+MEASURES = ("dice", "hausdorff95_mm")
+GROWN = 0.5  # of the way from the patch to the whole image, where the growing patch is between them
+NEVER = 1_000_000  # epochs
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A way to train.
+
+    Attributes:
+        task: of its bundle.
+        network: in the place of the bundle's own; None for that.
+        step: size and number of the images of its largest step.
+        step_bytes: that the step holds, as it is planned.
+    """
+
+    task: Task
+    network: Config | None
+    step: tuple[int, tuple[int, ...]]
+    step_bytes: int
+
+
+def compare_arms(
+    plan: str | Path,
+    dataset_dir: str | Path,
+    output_dir: str | Path,
+    minutes: float,
+    arms: Sequence[str] = ARMS,
+    tests: int = 16,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Config:
+    """Train and evaluate arms, each as a bundle of its own, for the same time, on the same cases.
+
+    "patch" is what was planned, "whole" sees whole images and rebuilds all activations, "growing" begins with the patch
+    and ends with whole images; others are networks of MONAI, at the largest patch whose step takes no more memory than
+    one of "whole". An arm that is done is not trained again, one that was interrupted goes on.
+
+    Args:
+        plan: folder of a bundle that `fit` made, if only to its plan.
+        dataset_dir: folder of the data set.
+        output_dir: folder of the arms' bundles and of `comparison.json`. Where it has a `test_cases.json`, a list of
+            file names of images, these are the test cases.
+        minutes: of each training; of the processor if there is no GPU, so that other programs do not count.
+        arms: which of `ARMS`.
+        tests: number of test cases, which are drawn if they are not listed; always the same ones.
+        seed: of the trainings.
+        device: where; by default the first GPU, or the CPU if there is none.
+
+    Returns:
+        What `comparison.json` holds: "minutes" and "clock"; "seed"; "test_cases"; "arms", which has, per arm,
+        "roi_size", "growing", "batch_size", "activations", "step_voxels" and "step_bytes" of its largest step, counted
+        by the planner, "parameters", "steps" and "seconds" of the training, "dice" and "hausdorff95_mm" per structure
+        and "mean_dice"; and "differences", which has, per pair of arms, for "dice" and "hausdorff95_mm", the "mean"
+        difference of the cases' means, "low" and "high" of its 95 % bootstrap interval, and the number of "cases".
+
+    Raises:
+        InputError: for folders that are none, and when a training or an evaluation fails.
+    """
+    plan, output = Path(plan), check_folder(output_dir)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = read_plan(plan / "docs" / "plan.json").task
+    if task.in_channels > 1 or task.roi_size == "whole" or task.growing:
+        raise InputError(f"{plan}: must be the plan of a patch, of images of one channel: fit --roi-size 56,56,40.")
+    test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests)
+    task = replace(task, max_seconds=60.0 * minutes, validation_cases=True, judges=(), max_epochs=NEVER - 1)
+    extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)
+    planned = _plan_arms(task, extents, arms)
+    clock = "wall" if device.type == "cuda" else "processor"
+    figures, rows = {}, {}
+    settings: Config = {"dataset_dir": str(Path(dataset_dir).resolve()), "check_data": False}
+    settings["device"] = f"$torch.device('{device}')"
+    for name, arm in planned.items():
+        bundle = output / name
+        _write_arm(arm, bundle, test_cases, clock, seed)
+        _train_and_evaluate(bundle, settings)
+        rows[name] = read_rows(bundle / "eval" / "cases.csv")
+        figures[name] = {**_facts(arm, bundle), **scores(rows[name])}
+    result: Config = {
+        "minutes": minutes,
+        "clock": clock,
+        "seed": seed,
+        "test_cases": test_cases,
+        "arms": figures,
+        "differences": {
+            f"{first} - {second}": {measure: _differences(rows[first], rows[second], measure) for measure in MEASURES}
+            for first, second in itertools.combinations(planned, 2)
+        },
+    }
+    text = json.dumps(result, indent=4) + "\n"
+    write_text(output / "comparison.json", text)
+    result = json.loads(text)
+    return result
+
+
+def _test_cases(dataset_dir: str | Path, listed: Path, count: int) -> list[str]:
+    """Return the file names of the test cases: those that are listed, or some that are drawn and then listed."""
+    cases = sorted(Path(case["image"]).name for case in list_cases(dataset_dir))
+    if listed.is_file():
+        names = json.loads(listed.read_text(encoding="utf-8"))
+        if missing := set(names) - set(cases):
+            raise InputError(f"{listed}: {dataset_dir} has no image {', '.join(sorted(missing))}.")
+    else:
+        if not 0 < count < len(cases):
+            raise InputError(f"--tests {count}: of {len(cases)} cases, some are needed to train and some to test.")
+        names = [cases[number] for number in sorted(np.random.default_rng(0).permutation(len(cases))[:count])]
+        write_text(listed, json.dumps(names, indent=1) + "\n")
+    return list(names)
+
+
+def _plan_arms(task: Task, extents: Sequence[int], names: Sequence[str]) -> dict[str, _Arm]:
+    """Return the arms of the names."""
+    patch = tuple(int(extent) for extent in task.roi_size)
+    whole = _arm(replace(task, roi_size="whole", batch_size=1, activations="invert"), None, 1, extents)
+    middle = [
+        max(small, round((small + GROWN * (large - small)) / factor) * factor)
+        for small, large, factor in zip(patch, extents, task.factors)
+    ]
+    arms = {"whole": whole, "growing": replace(whole, task=replace(whole.task, growing=_sizes(patch, middle)))}
+    if "patch" in names:
+        network: Any = _network(task, None)
+        least = _arm(replace(task, activations="invert"), None, task.batch_size, patch)
+        beside = plan_training(network, patch, batch_size=task.batch_size, loss=_LOSS)
+        budget = max(whole.step_bytes - beside.optimizer_state - beside.loss, 1)
+        fastest = best_activations(network, budget, (task.batch_size, 1, *patch))
+        found = _arm(replace(task, activations=fastest), None, task.batch_size, patch)
+        arms["patch"] = found if found.step_bytes <= whole.step_bytes else least
+    for name in set(names) & set(NETWORKS):
+        # Sizes are those of three downsamplings by 2, as both have; one image at a time, as whole images are.
+        levels: dict[str, Any] = {"channels": (8,) * 4, "couplings": (1,) * 4, "strides": None, "activations": "store"}
+        other = replace(task, batch_size=1, roi_size="whole", **levels)
+        factors = other.factors
+        largest = [math.ceil(extent / factor) * factor for extent, factor in zip(extents, factors)]
+        options: dict[str, Any] = {"largest": largest, "loss": _LOSS}
+        try:
+            fitting = largest_patch(_network(other, NETWORKS[name]), whole.step_bytes, largest, factors, **options)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
+        (roi_size,) = _sizes(fitting.spatial_size)
+        arms[name] = _arm(replace(other, roi_size=roi_size), NETWORKS[name], 1, roi_size)
+    return {name: arms[name] for name in names}
+
+
+_LOSS = ChunkedDiceCELoss(to_onehot_y=True, softmax=True)
+
+
+def _sizes(*sizes: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Return sizes without those that come again."""
+    return tuple(dict.fromkeys((int(first), int(second), int(third)) for first, second, third in sizes))
+
+
+def _arm(task: Task, definition: Config | None, batch: int, size: Sequence[int]) -> _Arm:
+    step = plan_training(_network(task, definition), size, batch_size=batch, loss=_LOSS)
+    return _Arm(task, definition, (batch, tuple(size)), step.training_peak)
+
+
+def _network(task: Task, definition: Config | None) -> nn.Module:
+    parser = ConfigParser(bundle_configs(replace(task, validation_cases=False))["inference.json"])
+    if definition is not None:
+        parser["network_def"] = definition
+    network: nn.Module = parser.get_parsed_content("network_def")
+    return network
+
+
+def _write_arm(arm: _Arm, bundle: Path, test_cases: Sequence[str], clock: str, seed: int) -> None:
+    """Write the bundle of an arm; where there is one, check that it is that of the same arm."""
+    configs = bundle_configs(arm.task)
+    for config in configs.values():
+        if arm.network is not None:
+            config["network_def"] = arm.network
+        if "lr_scheduler" in config:
+            config["lr_scheduler"]["clock"] = clock
+            if config["loss"]["_target_"] == "DiceCELoss":  # the same for all
+                config["loss"]["_target_"] = "monai_iunet.ChunkedDiceCELoss"
+            config["seed"] = seed
+    files: dict[str, Any] = {**configs, "validation_cases.json": list(test_cases)}
+    if not bundle.exists():
+        write_bundle(arm.task, bundle)
+        for name, content in files.items():
+            write_text(bundle / "configs" / name, json.dumps(content, indent=4) + "\n")
+    for name, content in files.items():
+        path = bundle / "configs" / name
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
+            raise InputError(
+                f"{path}: that of another comparison, such as of other minutes or another seed. Ask for the same to go "
+                "on with it, or name another --output."
+            )
+
+
+def _train_and_evaluate(bundle: Path, settings: Config) -> None:
+    place = {"bundle_root": str(bundle.resolve())}
+    if not (bundle / "models" / "model_final.pt").is_file():
+        # Validated at the end only, so that there is no epoch to choose.
+        options = {"resume": True, "val_interval": NEVER, "patience": NEVER}
+        run_config(bundle, "train.json", {**place, **settings, **options})
+    if not (bundle / "eval" / "summary.csv").is_file():
+        run_config(bundle, "evaluate.json", {**place, **settings, "fit_quality": False})
+
+
+def _facts(arm: _Arm, bundle: Path) -> Config:
+    """Return what an arm was, and what its training took."""
+    state = torch.load(bundle / "models" / "last.pt", map_location="cpu", weights_only=True)
+    weights = torch.load(bundle / "models" / "model_final.pt", map_location="cpu", weights_only=True)
+    batch, size = arm.step
+    return {
+        "roi_size": arm.task.roi_size,
+        "growing": arm.task.growing,
+        "batch_size": batch,
+        "activations": arm.task.activations,
+        "step_voxels": size,
+        "step_bytes": arm.step_bytes,
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
+        "seconds": round(float(state["lr_scheduler"]["used"]), 1),
+    }
+
+
+def _differences(first: list[dict[str, str]], second: list[dict[str, str]], measure: str) -> Config:
+    """Compare two arms case by case; cases in which one of them found nothing have no distance, and are left out."""
+    cases = sorted({row["case"] for row in first})
+    means = np.array(
+        [
+            [np.nanmean([float(row[measure]) for row in rows if row["case"] == case]) for case in cases]
+            for rows in (first, second)
+        ]
+    )
+    known = np.isfinite(means).all(0)
+    if not known.any():
+        return {"mean": None, "low": None, "high": None, "cases": 0}
+    return {**difference(*means[:, known]), "cases": int(known.sum())}
+
+
+def arms_as_markdown(result: Mapping[str, Any]) -> str:
+    """Return the tables: arms with what they reach and take, and the differences between them."""
+    lines = ["| arm | Dice | HD95, mm | step, MiB | largest step | parameters | steps |", "|---|" + "---|" * 6]
+    for name, arm in result["arms"].items():
+        distances = [distance for distance in arm["hausdorff95_mm"].values() if distance is not None]
+        distance = f"{np.mean(distances):.2f}" if len(distances) == len(arm["hausdorff95_mm"]) else "none"
+        size = " x ".join(map(str, (arm["batch_size"], *arm["step_voxels"])))
+        lines.append(
+            f"| {name} | {arm['mean_dice']:.4f} | {distance} | {arm['step_bytes'] / 2**20:.0f} | {size} "
+            f"| {arm['parameters'] / 1e6:.1f} M | {arm['steps']} |"
+        )
+    lines += ["", "| difference | Dice | 95 % interval | HD95, mm | 95 % interval |", "|---|---|---|---|---|"]
+    for name, measures in result["differences"].items():
+        cells = [
+            "none | " if found["mean"] is None else "{mean:+.4f} | {low:+.4f} to {high:+.4f}".format(**found)
+            for found in measures.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,117 @@
+"""Whole images beside patches: the same time for all, memory that is counted, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from monai_iunet import BundleSegmenter, InputError, fit, read_image
+from monai_iunet.benchmark import arms
+from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
+from monai_iunet.cli import app
+from tests.bundles.helpers import run
+from tests.fitting.made_sets import make_set
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A data set and the plan of a small network for it; trainings run in this process, and are counted."""
+    monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (4, 8, 16, 32, 32))
+    small = {**arms.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
+    monkeypatch.setattr(arms, "NETWORKS", {"SegResNet": small})
+    monkeypatch.setattr(arms, "run_config", lambda bundle, config, settings: run(bundle, config, **settings))
+    data = make_set(tmp_path / "data", shape=(32, 40, 32), count=6)
+    plan = fit(data, tmp_path / "plan", roi_size=(16, 16, 16), spacing=(1, 1, 1), plan_only=True, device="cpu")
+    return data, plan
+
+
+def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Path], tmp_path: Path) -> None:
+    data, plan = planned
+    names = ("patch", "whole", "growing", "SegResNet")
+    found = compare_arms(plan, data, tmp_path / "out", 0.02, names, tests=2)
+    assert found == json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["clock"] == "processor"
+    assert len(found["test_cases"]) == 2
+    trained: dict[str, Any] = found["arms"]
+    assert tuple(trained) == names
+    for arm in trained.values():
+        assert arm["seconds"] >= 1.2
+        assert arm["steps"] >= 2
+        assert set(arm["dice"]) == set(arm["hausdorff95_mm"])
+    assert trained["whole"]["step_voxels"] == [32, 40, 32]
+    assert trained["whole"]["roi_size"] == "whole"
+    assert trained["growing"]["growing"] == [[16, 16, 16], [24, 32, 24]]
+    # What others are allowed is what a whole image takes here.
+    most = trained["whole"]["step_bytes"]
+    assert trained["growing"]["step_bytes"] == most
+    assert all(arm["step_bytes"] <= most for arm in trained.values())
+    assert len(found["differences"]) == 6
+    difference = found["differences"]["patch - whole"]["dice"]
+    assert difference["mean"] == pytest.approx(trained["patch"]["mean_dice"] - trained["whole"]["mean_dice"], abs=1e-4)
+    assert difference["cases"] == 2
+    for name in names:
+        assert f"| {name} |" in arms_as_markdown(found)
+    # An arm is a bundle, whose test cases no step has seen.
+    cases = {line.split(",")[0] for line in (tmp_path / "out" / "whole" / "eval" / "cases.csv").open()} - {"case"}
+    assert cases == set(found["test_cases"])
+    labels = BundleSegmenter(tmp_path / "out" / "SegResNet", "cpu").segment(
+        read_image(data / "imagesTr/case_00.nii.gz")
+    )
+    assert labels.labels.shape == (32, 40, 32)
+
+    # What is done is not done again.
+    before = (tmp_path / "out" / "whole" / "models" / "model_final.pt").stat().st_mtime_ns
+    assert compare_arms(plan, data, tmp_path / "out", 0.02, names, tests=2) == found
+    assert (tmp_path / "out" / "whole" / "models" / "model_final.pt").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="that of another comparison"):
+        compare_arms(plan, data, tmp_path / "out", 0.03, names, tests=2)
+
+
+def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_path: Path) -> None:
+    data, _ = planned
+    listed = tmp_path / "test_cases.json"
+    drawn = arms._test_cases(data, listed, 2)
+    assert arms._test_cases(data, listed, 5) == drawn == json.loads(listed.read_text())
+    listed.write_text('["case_05.nii.gz"]')
+    assert arms._test_cases(data, listed, 2) == ["case_05.nii.gz"]
+    listed.write_text('["case_50.nii.gz"]')
+    with pytest.raises(InputError, match=r"no image case_50\.nii\.gz"):
+        arms._test_cases(data, listed, 2)
+    with pytest.raises(InputError, match="--tests 6"):
+        arms._test_cases(data, tmp_path / "other.json", 6)
+
+
+def test_a_plan_of_whole_images_has_no_patch_to_compare(planned: tuple[Path, Path], tmp_path: Path) -> None:
+    data, _ = planned
+    whole = fit(data, tmp_path / "whole", roi_size="whole", plan_only=True, device="cpu")
+    with pytest.raises(InputError, match="must be the plan of a patch"):
+        compare_arms(whole, data, tmp_path / "out", 1.0)
+
+
+def test_distances_to_what_was_not_found_are_left_out() -> None:
+    def rows(*distances: float) -> list[dict[str, str]]:
+        return [{"case": str(number), "hausdorff95_mm": str(value)} for number, value in enumerate(distances)]
+
+    found = arms._differences(rows(3, np.inf, 5, 4), rows(1, 2, 2, np.inf), "hausdorff95_mm")
+    assert (found["mean"], found["cases"]) == (2.5, 2)
+    assert found["low"] <= 2.5 <= found["high"]
+    assert arms._differences(rows(np.inf), rows(1), "hausdorff95_mm")["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either --max-epochs"),
+        (["--minutes", "1", "--max-epochs", "1"], "either --max-epochs"),
+        (["--minutes", "1", "--arms", "patch,half"], "one or several of patch,whole,growing"),
+    ],
+)
+def test_what_compares_nothing_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["compare", "--bundle", str(tmp_path), "--dataset-dir", str(tmp_path), *words])
+    assert result.exit_code == 2
+    assert message in result.stderr
