@@ -79,6 +79,7 @@ class TimedDecay(LRScheduler):
     def attach(self, trainer: Engine) -> None:
         """Attach to a trainer, after what steps this schedule."""
         trainer.add_event_handler(Events.STARTED, self._begin)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._end_in_time)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,6 +94,11 @@ class TimedDecay(LRScheduler):
 
     def _begin(self, _: Engine) -> None:
         self._since = self._now()
+
+    def _end_in_time(self, trainer: Engine) -> None:
+        """End the last epoch when the time has passed: an epoch of large images may be long."""
+        if self._since is not None and self.used + self._now() - self._since >= self.max_seconds:
+            trainer.terminate_epoch()
 
     def _end_epoch(self, trainer: Engine) -> None:
         now = self._now()

@@ -331,6 +331,12 @@ def test_a_training_may_be_timed_by_what_it_gets_of_the_processor(monkeypatch: p
     schedule.attach(trainer)
     trainer.run([0], max_epochs=2)
     assert schedule.used == 60
+    # An epoch that would last longer than the time is ended.
+    trainer = Engine(step)
+    schedule.attach(trainer)
+    trainer.run([0] * 100, max_epochs=3)
+    assert schedule.used == 120
+    assert (trainer.state.epoch, trainer.state.iteration) == (1, 2)
     assert "clock" not in schedule.state_dict()
     with pytest.raises(ValueError, match="wall"):
         TimedDecay(schedule.optimizer, 100, clock="sun")
