@@ -30,7 +30,7 @@ from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
 from monai_iunet.benchmark.report import write_json
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, Sizes, SkippedError
-from monai_iunet.benchmark.sections import SECTIONS, compiled
+from monai_iunet.benchmark.sections import SECTIONS, compiled, inference
 from monai_iunet.benchmark.sections.depth import AUTO_UNITS
 from monai_iunet.benchmark.sections.inference import BUFFERED, LONG, MONAI, OURS, measure_here
 from monai_iunet.benchmark.sections.largest_cubes import largest
@@ -324,3 +324,9 @@ def test_a_whole_volume_is_as_planned(tmp_path: Path) -> None:
     assert fitting
     for row in fitting:
         assert row["planned_over_allocated"] == pytest.approx(1, abs=0.15)
+
+
+def test_the_memory_of_a_process_is_not_that_of_the_one_that_has_started_it() -> None:
+    ballast = torch.ones(2**28)  # 1 GiB, more than the process that measures will have
+    found = inference._in_a_process(name=OURS, classes=3, size=[24, 20, 30], window=16)
+    assert 0 < found["bytes"] < found["interpreter_bytes"] < ballast.nbytes
