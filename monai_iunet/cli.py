@@ -546,20 +546,20 @@ def compare(
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
 
-        if (max_epochs is None) == (minutes is None):
-            raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of whole images.")
-        if minutes is not None:
+        if minutes is not None and max_epochs is None:
             chosen = [name.strip() for name in arms.split(",")]
             if not set(chosen) <= set(ARMS):
                 raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
             found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, tests, seed)
             typer.echo(arms_as_markdown(found))
-            return
-        names = [name.strip() for name in networks.split(",")]
-        if not set(names) <= set(NETWORKS):
-            raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
-        epochs = max_epochs or 0  # which it is not
-        typer.echo(as_markdown(compare_networks(bundle_folder(bundle), dataset_dir, output, epochs, networks=names)))
+        elif max_epochs is not None and minutes is None:
+            names = [name.strip() for name in networks.split(",")]
+            if not set(names) <= set(NETWORKS):
+                raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
+            found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)
+            typer.echo(as_markdown(found))
+        else:
+            raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of whole images.")
 
 
 @app.command(epilog="Example: monai-iunet report --bundle iunet_liver_ct_segmentation --dataset-dir DATA")
