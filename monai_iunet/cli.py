@@ -274,13 +274,16 @@ def _said(
             results.append(outcome)
             if as_json:
                 facts = {"image": outcome.name, "labels": str(outcome.written), "volumes_mm3": outcome.volumes}
-                typer.echo(json.dumps({**facts, "quality": outcome.quality, "doubts": outcome.doubts}))
+                rated = {"quality": outcome.quality, "doubts": outcome.doubts, "weights": outcome.weights}
+                typer.echo(json.dumps({**facts, **rated}))
             elif not quiet:
                 typer.echo(f"{outcome.written}")
                 width = max(map(len, outcome.volumes))
                 for structure, volume in outcome.volumes.items():
                     quality = outcome.quality[structure]
                     text = "quality unknown" if quality is None else f"predicted Dice {quality:.2f}"
+                    weights = (outcome.weights or {}).get(structure, "model")
+                    text += "" if weights == "model" else f", weights {weights}"
                     typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³  {text}")
             if outcome.doubts:
                 typer.echo(f"Warning: {outcome.written}: {outcome.doubts}", err=True)
@@ -657,6 +660,7 @@ def quality(
     dataset_dir: Annotated[Path, typer.Option(help="Folder with dataset.json.")],
     damages: Annotated[int, typer.Option(min=1, help="Damaged copies of each validation case.")] = 6,
     refit: Annotated[bool, typer.Option("--refit", help="Fit again, where there is a model of the weights.")] = False,
+    weights: Annotated[str, typer.Option(help="Name of the weights: those of models/NAME.pt.")] = "model",
     device: Device = "auto",
 ) -> None:
     """Fit the model that predicts the Dice of a bundle's segmentations: models/quality.json and docs/quality.png."""
@@ -666,7 +670,7 @@ def quality(
 
         folder = bundle_folder(bundle)
         place = None if device == "auto" else _device(device)
-        model = evaluate_quality(folder, bundle_cases(folder, dataset_dir), place, damages, refit)
+        model = evaluate_quality(folder, bundle_cases(folder, dataset_dir), place, damages, refit, weights=weights)
         if model is not None:
             typer.echo(as_markdown(model))
 

@@ -89,8 +89,11 @@ def evaluate_quality(
     damages: int = 6,
     refit: bool = False,
     required: bool = True,
+    weights: str = "model",
 ) -> QualityModel | None:
     """Fit a bundle's quality model: write `models/quality.json` and `docs/quality.png`, predicted beside true Dice.
+
+    Those of second weights, NAME, are `models/NAME_quality.json` and `docs/NAME_quality.png`.
 
     Nothing is done if the bundle has a model that belongs to its weights. The results of all cases are written to
     `eval/quality_DIGEST.csv` on the way; what an interrupted run has left there is not done again.
@@ -102,6 +105,7 @@ def evaluate_quality(
         damages: damaged copies of each validation case.
         refit: whether to fit again where there is a model.
         required: whether cases that are too few are an error, or a warning.
+        weights: name of the weights, of which a bundle may have second ones.
 
     Returns:
         The model; None if there is none.
@@ -117,14 +121,14 @@ def evaluate_quality(
     """
     bundle = Path(bundle)
     try:
-        segmenter = BundleSegmenter(bundle, device)
+        segmenter = BundleSegmenter(bundle, device, weights=weights)
         if segmenter.quality is not None and not refit:
-            logger.info("%s: belongs to the weights of the bundle", quality_file(bundle))
+            logger.info("%s: belongs to the weights of the bundle", quality_file(bundle, weights))
             return segmenter.quality
         if segmenter.channels > 1:
             raise InputError(f"{bundle}: takes {segmenter.channels} channels, a quality model is for images of one.")
         references = describe_training(segmenter, cases["training"])
-        digest = weights_digest(bundle)
+        digest = weights_digest(bundle, weights)
         table = check_folder(bundle / "eval") / f"quality_{digest[:8]}.csv"
         results = damaged_results(segmenter, references, cases["validation"], damages, table)
         model = fit_quality(results, references, digest)
@@ -133,8 +137,8 @@ def evaluate_quality(
             raise
         logger.warning("No quality model was fitted: %s", error)
         return None
-    draw_quality(results, model, bundle / "docs" / "quality.png")
-    logger.info("%s\n%s", write_quality(model, bundle), as_markdown(model))
+    draw_quality(results, model, bundle / "docs" / f"{quality_file(bundle, weights).stem}.png")
+    logger.info("%s\n%s", write_quality(model, bundle, weights), as_markdown(model))
     return model
 
 

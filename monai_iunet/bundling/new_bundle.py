@@ -9,7 +9,7 @@ from pathlib import Path
 
 from monai_iunet.bundling.sections import Config
 from monai_iunet.bundling.task import TASKS, Task
-from monai_iunet.bundling.workflows import evaluate_config, inference_config, train_config
+from monai_iunet.bundling.workflows import any_contrast_config, evaluate_config, inference_config, train_config
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.files import check_folder, write_text
@@ -39,6 +39,8 @@ def bundle_configs(task: Task) -> dict[str, Config]:
     for name, make in (("train", train_config), ("evaluate", evaluate_config), ("inference", inference_config)):
         configs[f"{name}.json"] = make(task)
         configs[f"multi_gpu_{name}.json"] = make(task, distributed=True)
+    if task.any_contrast_where_doubted:
+        configs["any_contrast.json"] = any_contrast_config(task)
     return configs
 
 
@@ -107,6 +109,7 @@ def _metadata(task: Task) -> Config:
         "pred_classes": f"{len(names)} channels of logits: {', '.join(names)}",
         "eval_metrics": {},
         **({} if task.max_field_of_view is None else {"max_field_of_view_mm": task.max_field_of_view}),
+        **({"weights_where_doubted": "any_contrast"} if task.any_contrast_where_doubted else {}),
         "intended_use": "Research. Not a medical device, not for diagnosis or treatment.",
         "references": ["Etmann, Ke, Schönlieb: iUNets. 2020. arXiv:2005.05220"],
         "network_data_format": {

@@ -17,6 +17,7 @@ __all__ = [
     "largest_component",
     "loading",
     "map_labels",
+    "other_contrasts",
     "preprocessing",
     "random_transforms",
 ]
@@ -130,16 +131,14 @@ def random_transforms(task: Task) -> Transforms:
     ]
     if task.partial_labels:
         transforms.append({"_target_": "monai_iunet.OneHotContouredd", "keys": "label"})
-    return _other_contrasts(task) + transforms
+    return (other_contrasts(task) if task.any_contrast else []) + transforms
 
 
-def _other_contrasts(task: Task) -> Transforms:
+def other_contrasts(task: Task) -> Transforms:
     """Return what makes an image one of another contrast and resolution, on the scale of intensities that all have.
 
     It comes before images are padded, so that a network sees other contrasts as it will see them.
     """
-    if not task.any_contrast:
-        return []
     return [
         {"_target_": "monai_iunet.RandIntensityCurved", "keys": "image", "prob": 0.5},
         {"_target_": "RandSimulateLowResolutiond", "keys": "image", "prob": 0.2, "zoom_range": [0.4, 1.0]},

@@ -57,6 +57,8 @@ class Task:
             of tissues.
         any_contrast: whether intensities are mapped by random curves in training, so that a network learns from one
             contrast to segment others.
+        any_contrast_where_doubted: whether the bundle has second weights, `models/any_contrast.pt`, which have learned
+            other contrasts beginning with the first, and segment what is doubtful with the first.
         one_piece: whether an image is segmented as a whole, not in patches of `roi_size`.
         validation_cases: whether the cases to validate on are listed in `configs/validation_cases.json`; otherwise
             they are the section "validation" of `dataset.json`.
@@ -102,6 +104,7 @@ class Task:
     max_field_of_view: float | None = None
     synthetic: SyntheticImages | None = None
     any_contrast: bool = False
+    any_contrast_where_doubted: bool = False
     one_piece: bool = False
     validation_cases: bool = False
     channels: tuple[int, ...] = (32, 64, 128, 256)
@@ -130,7 +133,7 @@ class Task:
             raise InputError(f"name {self.name!r}: must consist of letters, digits and underscores.")
         if self.modality not in ("MR", "CT"):
             raise InputError(f"modality {self.modality!r}: must be MR or CT.")
-        if self.modality == "CT" and (self.any_contrast or self.synthetic):
+        if self.modality == "CT" and (self.any_contrast or self.any_contrast_where_doubted or self.synthetic):
             raise InputError(
                 "modality CT: its contrast is the same in all images. Leave out any_contrast and synthetic."
             )
@@ -171,6 +174,7 @@ HIPPOCAMPUS = Task(
     spacing=(1.0, 1.0, 1.0),
     roi_size=(40, 56, 40),
     max_field_of_view=80.0,
+    any_contrast_where_doubted=True,
     validation_cases=True,
     max_epochs=90,
 )

@@ -9,6 +9,7 @@ from monai_iunet.bundling.preprocessing import (
     largest_component,
     loading,
     map_labels,
+    other_contrasts,
     preprocessing,
     random_transforms,
 )
@@ -33,7 +34,7 @@ from monai_iunet.bundling.sections import (
 )
 from monai_iunet.bundling.task import Task
 
-__all__ = ["evaluate_config", "inference_config", "train_config"]
+__all__ = ["any_contrast_config", "evaluate_config", "inference_config", "train_config"]
 
 
 def train_config(task: Task, distributed: bool = False) -> Config:
@@ -97,6 +98,22 @@ def _optimization(task: Task) -> Config:
         "lr_scheduler": {**schedule, "optimizer": "@optimizer", "power": 0.9},
         # The average of the weights over about the last 300 steps is validated and saved.
         "average": {"_target_": "monai_iunet.WeightAverage", "model": "@network", "momentum": 0.003},
+    }
+
+
+def any_contrast_config(task: Task) -> Config:
+    """Return `any_contrast.json`, to be laid over `train.json`: goes on from the weights, and learns other contrasts.
+
+    What it makes is `train/any_contrast/model_final.pt`.
+    """
+    return {
+        "pretrained": "$os.path.join(@bundle_root, 'models', 'model.pt')",
+        "ckpt_dir": "$os.path.join(@output_dir, 'any_contrast')",
+        "max_epochs": 100,
+        "learning_rate": 1.5e-3,
+        "val_interval": 10,
+        "patience": 1000,  # validation cases have one contrast, which is not what is to be learned
+        "train#label_transforms": label_transforms(task) + other_contrasts(task),
     }
 
 

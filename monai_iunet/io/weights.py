@@ -36,8 +36,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def weights_file(bundle: str | Path) -> Path:
-    """Return the file with a bundle's weights: `models/model.pt`, or `models/model.safetensors` if that is missing."""
+def weights_file(bundle: str | Path, name: str = "model") -> Path:
+    """Return the file with weights of a bundle: `models/NAME.pt`, or `models/NAME.safetensors` if that is missing."""
     models = Path(bundle) / "models"
-    safetensors = models / "model.safetensors"
-    return safetensors if safetensors.is_file() and not (models / "model.pt").is_file() else models / "model.pt"
+    pickled, safetensors = models / f"{name}.pt", models / f"{name}.safetensors"
+    return safetensors if safetensors.is_file() and not pickled.is_file() else pickled

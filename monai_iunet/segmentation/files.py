@@ -138,6 +138,7 @@ class WrittenSegmentation:
         volumes: of each structure, in mm³.
         quality: predicted Dice of each structure; None where it is unknown.
         doubts: which structures are doubtful, in a line; None if none are.
+        weights: name of the bundle's weights that found each structure.
     """
 
     name: str
@@ -145,6 +146,7 @@ class WrittenSegmentation:
     volumes: dict[str, float]
     quality: dict[str, float | None]
     doubts: str | None
+    weights: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,8 @@ def _write(segmentation: Segmentation, case: Case, strict: bool) -> WrittenSegme
             case.started.unlink(missing_ok=True)
         raise
     case.started.unlink(missing_ok=True)
-    return WrittenSegmentation(case.name, case.labels, segmentation.volumes(), segmentation.qualities(), doubts)
+    measures = (segmentation.volumes(), segmentation.qualities(), doubts, segmentation.weights)
+    return WrittenSegmentation(case.name, case.labels, *measures)
 
 
 def write_picture(title: str, window: tuple[float, float] | None, segmentation: Segmentation, path: Path) -> None:

@@ -11,6 +11,7 @@ and what is far from all training cases is rated near 0. A structure that was no
 
 Weights are fitted on images that were damaged on purpose (`monai_iunet.bundling.fit_quality`). They lie beside those of
 the network, as plain numbers, in `models/quality.json`, with the bound below which a structure is called doubtful.
+Second weights of a bundle, NAME, have their own in `models/NAME_quality.json`.
 
 Sources: Robinson et al., Real-time prediction of segmentation quality, 2018, arXiv 1806.06244; Jungo, Balsiger, Reyes,
 Analyzing the quality and challenges of uncertainty estimations for brain tumor segmentation, 2020.
@@ -145,18 +146,18 @@ def feature_rows(found: Mapping[str, Description], references: Mapping[str, Refe
     return rows
 
 
-def quality_file(bundle: str | Path) -> Path:
-    """Return the file with a bundle's quality model."""
-    return Path(bundle) / "models" / "quality.json"
+def quality_file(bundle: str | Path, weights: str = "model") -> Path:
+    """Return the file with the quality model of a bundle's weights of that name."""
+    return Path(bundle) / "models" / ("quality.json" if weights == "model" else f"{weights}_quality.json")
 
 
-def weights_digest(bundle: str | Path) -> str:
+def weights_digest(bundle: str | Path, weights: str = "model") -> str:
     """Return the SHA-256 of the file with a bundle's weights: a model of the quality belongs to one network."""
-    return hashlib.sha256(weights_file(bundle).read_bytes()).hexdigest()
+    return hashlib.sha256(weights_file(bundle, weights).read_bytes()).hexdigest()
 
 
-def write_quality(model: QualityModel, bundle: str | Path) -> Path:
-    """Write `models/quality.json`."""
+def write_quality(model: QualityModel, bundle: str | Path, weights: str = "model") -> Path:
+    """Write the quality model of a bundle's weights beside them."""
 
     def normal(values: Normal) -> dict[str, Any]:
         # Five digits: a hundredth of a percent of a deviation.
@@ -177,17 +178,18 @@ def write_quality(model: QualityModel, bundle: str | Path) -> Path:
             for name, reference in model.references.items()
         },
     }
-    path = quality_file(bundle)
+    path = quality_file(bundle, weights)
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 
-def read_quality(bundle: str | Path, structures: Sequence[str]) -> QualityModel | None:
+def read_quality(bundle: str | Path, structures: Sequence[str], weights: str = "model") -> QualityModel | None:
     """Read the quality model of a bundle.
 
     Args:
         bundle: folder.
         structures: that the bundle segments.
+        weights: name of the weights that it belongs to.
 
     Returns:
         None if there is none, or, with a warning, if it was fitted to other weights: the quality is then unknown.
@@ -195,7 +197,7 @@ def read_quality(bundle: str | Path, structures: Sequence[str]) -> QualityModel 
     Raises:
         InputError: when the file is damaged.
     """
-    path = quality_file(bundle)
+    path = quality_file(bundle, weights)
     if not path.is_file():
         return None
     try:
@@ -205,7 +207,7 @@ def read_quality(bundle: str | Path, structures: Sequence[str]) -> QualityModel 
             f"{path}: not a quality model of this bundle ({type(error).__name__}: {first_line(error)}). Fit it again "
             "with `monai-iunet quality`, or remove it."
         ) from error
-    if model.digest != weights_digest(bundle):
+    if model.digest != weights_digest(bundle, weights):
         logger.warning("%s: fitted to other weights, so the quality is unknown. Run `monai-iunet quality`.", path)
         return None
     return model

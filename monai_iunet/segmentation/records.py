@@ -42,6 +42,7 @@ def write_record(image: Path, bundle: str, segmentation: Segmentation, path: Pat
         "volumes_mm3": segmentation.volumes(),
         "quality": segmentation.qualities(),
         "doubts": segmentation.doubts(),
+        "weights": segmentation.weights,
     }
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

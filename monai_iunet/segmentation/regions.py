@@ -18,11 +18,13 @@ class Labels(NamedTuple):
         labels: uint8, on the grid of the image.
         probabilities: of each class, `(classes, *spatial)`, float32; None unless asked for.
         quality: predicted Dice by label; None if it is unknown.
+        weights: name of the weights that found each label.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray | None
     quality: dict[int, float] | None
+    weights: dict[int, str]
 
 
 # Segments a crop, mirrored if the second argument says so.

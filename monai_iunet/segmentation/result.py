@@ -24,6 +24,7 @@ class Segmentation:
         quality: predicted Dice of each structure by its name, see `monai_iunet.segmentation.quality`; None if the
             bundle has no model of it, so that the quality is unknown.
         warn_below: predicted Dice below which a structure is doubtful; None if the quality is unknown.
+        weights: name of the bundle's weights that found each structure; None if it is unknown.
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
@@ -37,6 +38,7 @@ class Segmentation:
     probabilities: np.ndarray | None = None
     quality: dict[str, float] | None = None
     warn_below: float | None = None
+    weights: dict[str, str] | None = None
 
     def volumes(self) -> dict[str, float]:
         """Return the volume of each structure in mm³.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -54,6 +55,9 @@ class BundleSegmenter:
         probabilities: whether to give probabilities too; each class then takes a volume of floats.
         progress: whether to show a bar of the patches that are done.
         probabilities_dtype: type of the probabilities, float32 or float16.
+        weights: name of the weights. With "model", a crop whose segmentation is doubtful is segmented again with the
+            weights that the metadata name as `weights_where_doubted`, if there are any; that result is taken if it is
+            not doubtful.
 
     Attributes:
         channels: of the images; several are the last axis of a 4D image.
@@ -75,8 +79,10 @@ class BundleSegmenter:
         probabilities: bool = False,
         progress: bool = False,
         probabilities_dtype: DTypeLike = np.float32,
+        weights: str = "model",
     ) -> None:
         self.folder = Path(folder)
+        self.weights = weights
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
         self.probabilities_dtype = probabilities_dtype
@@ -95,11 +101,12 @@ class BundleSegmenter:
             ) from error
         self._load_weights()
         self._check_training(parser)
-        self.quality = read_quality(self.folder, list(self.labels.values()))
+        self.quality = read_quality(self.folder, list(self.labels.values()), weights)
         self.network.to(self.device).eval()
         self.windows = self.inferer.inferer if isinstance(self.inferer, LabelInferer) else self.inferer
         if progress and hasattr(self.windows, "progress"):
             self.windows.progress = True
+        self.second = self._open_second()
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""
@@ -122,7 +129,7 @@ class BundleSegmenter:
     def _check_files(self) -> None:
         """Check that the folder holds what a bundle needs to segment."""
         missing = [name for name in REQUIRED if not (self.folder / name).is_file()]
-        missing += [] if weights_file(self.folder).is_file() else ["models/model.pt"]
+        missing += [] if weights_file(self.folder, self.weights).is_file() else [f"models/{self.weights}.pt"]
         if missing:
             raise InputError(
                 f"{self.folder}: not a bundle with weights, {', '.join(missing)} is missing. Name its folder."
@@ -156,7 +163,7 @@ class BundleSegmenter:
 
     def _load_weights(self) -> None:
         """Load the weights of the bundle into its network."""
-        weights = weights_file(self.folder)
+        weights = weights_file(self.folder, self.weights)
         try:
             self.network.load_state_dict(read_weights(weights))
         except RuntimeError as error:
@@ -166,7 +173,17 @@ class BundleSegmenter:
     def _check_training(self, parser: ConfigParser) -> None:
         """Compare the config with what the weights were trained with."""
         values = {name: parser.get_parsed_content(name) for name in GIVEN if name in parser.get()}
-        check_training(weights_file(self.folder), training_record(self.network, self.preprocessing, **values))
+        record = training_record(self.network, self.preprocessing, **values)
+        check_training(weights_file(self.folder, self.weights), record)
+
+    def _open_second(self) -> BundleSegmenter | None:
+        """Open the bundle with its second weights; None if it has none, or nothing tells which ones did better."""
+        name = self.metadata.get("weights_where_doubted") if self.weights == "model" else None
+        if name is None or self.quality is None:
+            return None
+        kind = self.probabilities_dtype
+        second = BundleSegmenter(self.folder, self.device, self.gives_probabilities, False, kind, weights=str(name))
+        return None if second.quality is None else second
 
     @property
     def title(self) -> str:
@@ -269,7 +286,9 @@ class BundleSegmenter:
             names, found = finder.names, finder.segment(image, region, self.segment_crop)
         quality = None if found.quality is None else {names[value]: dice for value, dice in found.quality.items()}
         warn_below = None if self.quality is None else self.quality.warn_below
-        return Segmentation(first_channel(image), found.labels, names, found.probabilities, quality, warn_below)
+        weights = {names[value]: weights for value, weights in found.weights.items()}
+        probabilities = found.probabilities
+        return Segmentation(first_channel(image), found.labels, names, probabilities, quality, warn_below, weights)
 
     def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> Labels:
         """Segment an image of the kind that the network has learned from.
@@ -282,11 +301,22 @@ class BundleSegmenter:
             Labels on the grid of the image, with probabilities if they were asked for, and quality if the bundle has a
             model of it.
         """
+        weights = dict.fromkeys(self.labels, self.weights)
         if self.quality is None:
-            return Labels(*self._segment(image, mirrored)[:2], None)
+            return Labels(*self._segment(image, mirrored)[:2], None, weights)
         labels, probabilities, described = self.describe_crop(image, mirrored)
         predicted = self.quality.predict(described)
-        return Labels(labels, probabilities, {value: predicted[name] for value, name in self.labels.items()})
+        quality = {value: predicted[name] for value, name in self.labels.items()}
+        found = Labels(labels, probabilities, quality, weights)
+        if self.second is not None and self._doubts(found):
+            second = self.second.segment_crop(image, mirrored)
+            return found if self.second._doubts(second) else second
+        return found
+
+    def _doubts(self, found: Labels) -> bool:
+        """Return whether a structure is doubtful by the quality model."""
+        bound = -math.inf if self.quality is None else self.quality.warn_below
+        return min((found.quality or {}).values(), default=math.inf) < bound
 
     def describe_crop(
         self, image: nibabel.Nifti1Image, mirrored: bool = False

@@ -84,12 +84,13 @@ class WholeHead:
 
         Returns:
             Labels as in `names`; and, if `segment_crop` gives them, the probabilities of the background and each label,
-            `(1 + labels, *spatial)`, and the quality of each.
+            `(1 + labels, *spatial)`, and the quality of each; the weights that found each.
         """
         labels = np.zeros(image.shape, dtype=np.uint8)
         largest = np.full(image.shape, 0.5, np.float32)  # a voxel belongs to a structure if more than half of it does
         probabilities = None
         quality: dict[int, float] = {}
+        weights: dict[int, str] = {}
         data = image.get_fdata(dtype=np.float32)
         for mirrored in (False, True):
             corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
@@ -97,24 +98,25 @@ class WholeHead:
             shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
             box_to_image = np.linalg.inv(image.affine) @ region @ box  # voxels to voxels
             crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
-            crop_labels, crop_probabilities, crop_quality = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
+            found = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
             to_image = partial(
                 ndimage.affine_transform, matrix=np.linalg.inv(box_to_image), output_shape=image.shape, order=1
             )
             for value in self.parts:
                 label = value + len(self.parts) * mirrored
-                if crop_quality is not None:
-                    quality[label] = crop_quality[value]
-                share = to_image((crop_labels == value).astype(np.float32))
+                weights[label] = found.weights[value]
+                if found.quality is not None:
+                    quality[label] = found.quality[value]
+                share = to_image((found.labels == value).astype(np.float32))
                 labels[share > largest] = label
                 largest = np.maximum(largest, share)
-                if crop_probabilities is not None:
+                if found.probabilities is not None:
                     if probabilities is None:
                         probabilities = np.zeros((1 + len(self.names), *image.shape), np.float32)
-                    probabilities[label] = to_image(crop_probabilities[value])
+                    probabilities[label] = to_image(found.probabilities[value])
         if probabilities is not None:
             probabilities[0] = 1 - probabilities[1:].sum(0)
-        return Labels(labels, probabilities, quality or None)
+        return Labels(labels, probabilities, quality or None, weights)
 
 
 def register_template(image: nibabel.Nifti1Image) -> np.ndarray:

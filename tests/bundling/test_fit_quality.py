@@ -149,7 +149,7 @@ def test_the_evaluation_fits_what_is_not_fitted_yet(
 ) -> None:
     calls: list[Path] = []
     monkeypatch.setattr(
-        "monai_iunet.bundling.fit_quality.write_quality", lambda model, folder: calls.append(folder) or folder
+        "monai_iunet.bundling.fit_quality.write_quality", lambda model, folder, weights: calls.append(folder) or folder
     )
 
     def evaluate(**settings: object) -> None:

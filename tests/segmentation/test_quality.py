@@ -130,9 +130,13 @@ def test_a_hippocampus_is_rated_well_and_what_is_none_badly(
     assert min(found.quality.values()) > found.warn_below
     assert found.doubts() is None
     data = left_hippocampus.get_fdata(dtype=np.float32)
+    inverted = segmenter.segment(nibabel.Nifti1Image(data.max() - data, left_hippocampus.affine))
+    assert inverted.doubts() is None
+    first, second = inverted.labels > 0, found.labels > 0
+    assert 2 * (first & second).sum() > 0.7 * (first.sum() + second.sum())
+    assert set(inverted.weights.values()) == {"any_contrast"}
     noise = np.random.default_rng(0).random(data.shape, dtype=np.float32)
     nonsense = {
-        "inverted": data.max() - data,
         "upside down": data[:, :, ::-1],
         "half": np.where(np.arange(data.shape[1])[:, None] > data.shape[1] // 2, data, 0),
         "noise": noise,
