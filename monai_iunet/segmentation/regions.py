@@ -61,8 +61,10 @@ class RegionFinder(Protocol):
             InputError: when the region is not in the image.
         """
 
-    def segment(self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop) -> Labels:
-        """Return labels on the grid of the image, with probabilities and quality if `segment_crop` gives them."""
+    def segment(
+        self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop, probabilities: bool = False
+    ) -> Labels:
+        """Return labels on the grid of the image, quality if `segment_crop` gives it, and probabilities if asked."""
 
     def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
         """Return an image that needs no download, and its region."""

@@ -283,11 +283,11 @@ class BundleSegmenter:
         if region is None or finder is None:
             names, found = self.labels, self.segment_crop(image, mirrored)
         else:
-            names, found = finder.names, finder.segment(image, region, self.segment_crop)
+            names, found = finder.names, finder.segment(image, region, self.segment_crop, self.gives_probabilities)
         quality = None if found.quality is None else {names[value]: dice for value, dice in found.quality.items()}
         warn_below = None if self.quality is None else self.quality.warn_below
         weights = {names[value]: weights for value, weights in found.weights.items()}
-        probabilities = found.probabilities
+        probabilities = found.probabilities if self.gives_probabilities else None
         return Segmentation(first_channel(image), found.labels, names, probabilities, quality, warn_below, weights)
 
     def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> Labels:
@@ -298,8 +298,8 @@ class BundleSegmenter:
             mirrored: segment the left-right mirror image, and mirror the result back.
 
         Returns:
-            Labels on the grid of the image, with probabilities if they were asked for, and quality if the bundle has a
-            model of it.
+            Labels on the grid of the image, with probabilities if they were asked for or crops of larger images are put
+            together, and quality if the bundle has a model of it.
         """
         weights = dict.fromkeys(self.labels, self.weights)
         if self.quality is None:
@@ -367,7 +367,8 @@ class BundleSegmenter:
         whole = self.inferer.inferer.whole  # then the network decides how large windows are
         self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size(), with_network=whole))
         prepared, meta = prepare(self.preprocessing, image, self.device)
-        kind = self.probabilities_dtype if self.gives_probabilities else None
+        # Crops of larger images are put together by their probabilities.
+        kind = self.probabilities_dtype if self.gives_probabilities or self.region_finder is not None else None
         labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, watch)
         item = self.postprocessing({"image": meta, "pred": MetaTensor(torch.from_numpy(labels)[None])})
         return item["pred"][0].numpy(), probabilities, prepared, voxel_sizes(np.asarray(meta.affine))

@@ -2,8 +2,9 @@
 
 The MNI152 template is registered to the image by mutual information, which needs no equal contrast: from several
 orientations at a coarse resolution, then rigid, then affine from coarse to fine. The template is skull-stripped, so
-only its brain, somewhat dilated, is compared. A box around each hippocampus of the template is then cut out of the
-image in the template's orientation and size, segmented, the right one in the mirror image, and pasted back.
+only its brain, somewhat dilated, is compared. A box around where each hippocampus of the template lies is then cut out
+of the image in the template's orientation and the head's own size, segmented, the right one in the mirror image, and
+pasted back.
 
 Source of the metric: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
 """
@@ -11,13 +12,14 @@ Source of the metric: Mattes et al., PET-CT image registration in the chest usin
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import nibabel
 import numpy as np
 import SimpleITK
 from scipy import ndimage
+from scipy.linalg import polar
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.geometry import RAS_TO_LPS, to_simpleitk
@@ -74,21 +76,22 @@ class WholeHead:
         """Return the template, and the matrix to it, which is the identity."""
         return load_template(), np.eye(4)
 
-    def segment(self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop) -> Labels:
+    def segment(
+        self, image: nibabel.Nifti1Image, region: np.ndarray, segment_crop: SegmentCrop, probabilities: bool = False
+    ) -> Labels:
         """Segment both hippocampi.
 
         Args:
-            image: T1-weighted MRI of a head, with or without skull.
+            image: MRI of a head, with or without skull.
             region: 4 x 4 matrix from millimeters of MNI space to those of the image.
             segment_crop: segments a crop around the left hippocampus, or, mirrored, around the right one.
+            probabilities: whether to give the probabilities of the background and each label, if `segment_crop` does.
 
         Returns:
-            Labels as in `names`; and, if `segment_crop` gives them, the probabilities of the background and each label,
-            `(1 + labels, *spatial)`, and the quality of each; the weights that found each.
+            Labels as in `names`, the quality of each if `segment_crop` gives it, and the weights that found each.
         """
         labels = np.zeros(image.shape, dtype=np.uint8)
-        largest = np.full(image.shape, 0.5, np.float32)  # a voxel belongs to a structure if more than half of it does
-        probabilities = None
+        classes = np.zeros((1 + len(self.names), *image.shape), np.float32) if probabilities else None
         quality: dict[int, float] = {}
         weights: dict[int, str] = {}
         data = image.get_fdata(dtype=np.float32)
@@ -96,27 +99,48 @@ class WholeHead:
             corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
             box = nibabel.affines.from_matvec(np.eye(3), corners.min(0))  # 1 mm, from voxels to MNI space
             shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
-            box_to_image = np.linalg.inv(image.affine) @ region @ box  # voxels to voxels
+            box_to_image = np.linalg.inv(image.affine) @ _in_own_size(region, corners.mean(0)) @ box  # voxels to voxels
             crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
             found = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
-            to_image = partial(
-                ndimage.affine_transform, matrix=np.linalg.inv(box_to_image), output_shape=image.shape, order=1
-            )
-            for value in self.parts:
-                label = value + len(self.parts) * mirrored
+            part = _bounds(box_to_image, shape, image.shape)
+            extent = tuple(axis.stop - axis.start for axis in part)
+            first_voxel = nibabel.affines.from_matvec(np.eye(3), [axis.start for axis in part])
+            from_image = np.linalg.inv(box_to_image) @ first_voxel
+            values = [value + len(self.parts) * mirrored for value in self.parts]
+            shares = np.zeros((len(values), *extent), np.float32)  # of each label in each voxel
+            for share, value, label in zip(shares, self.parts, values):
+                of_crop = found.labels == value if found.probabilities is None else found.probabilities[value]
+                ndimage.affine_transform(of_crop.astype(np.float32), from_image, output=share, order=1)
                 weights[label] = found.weights[value]
                 if found.quality is not None:
                     quality[label] = found.quality[value]
-                share = to_image((found.labels == value).astype(np.float32))
-                labels[share > largest] = label
-                largest = np.maximum(largest, share)
-                if found.probabilities is not None:
-                    if probabilities is None:
-                        probabilities = np.zeros((1 + len(self.names), *image.shape), np.float32)
-                    probabilities[label] = to_image(found.probabilities[value])
-        if probabilities is not None:
-            probabilities[0] = 1 - probabilities[1:].sum(0)
-        return Labels(labels, probabilities, quality or None, weights)
+            inside = shares.sum(0) > 0.5  # more than half of the voxel is hippocampus
+            labels[part][inside] = np.array(values, np.uint8)[shares.argmax(0)[inside]]
+            if classes is not None:
+                for label, share in zip(values, shares):
+                    classes[label][part] = share
+        if classes is not None:
+            classes[0] = 1 - classes[1:].sum(0)
+        return Labels(labels, classes, quality or None, weights)
+
+
+def _in_own_size(region: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """Return the map that takes a center where `region` takes it, and turns as that does, but does not stretch.
+
+    The network has learned from hippocampi of 1 mm voxels, as large as they are in their heads; those of the template
+    are larger.
+    """
+    rotation, _ = polar(region[:3, :3])
+    return nibabel.affines.from_matvec(rotation, (region @ [*center, 1])[:3] - rotation @ center)
+
+
+def _bounds(matrix: np.ndarray, shape: Sequence[int], within: Sequence[int]) -> tuple[slice, ...]:
+    """Return which part of an image a box covers, whose voxels a matrix takes to those of the image."""
+    corners = np.array(list(itertools.product(*((-1, extent) for extent in shape))))
+    reached = nibabel.affines.apply_affine(matrix, corners)
+    low = np.clip(np.floor(reached.min(0)).astype(int), 0, np.array(within) - 1)
+    high = np.clip(np.ceil(reached.max(0)).astype(int) + 1, low + 1, within)
+    return tuple(map(slice, low.tolist(), high.tolist()))
 
 
 def register_template(image: nibabel.Nifti1Image) -> np.ndarray:

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from monai_iunet.cli import app
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.segmentation.regions import Labels
 from monai_iunet.segmentation.segmenter import BundleSegmenter
-from monai_iunet.segmentation.whole_head import load_template, register_template
+from monai_iunet.segmentation.whole_head import LEFT_BOX, WholeHead, load_template, register_template
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,55 @@ def test_a_head_that_was_moved(segmenter: BundleSegmenter, expected: np.ndarray)
 @pytest.mark.parametrize("seed", [1, 2, *range(4, 11)])
 def test_more_heads_that_were_moved(seed: int, segmenter: BundleSegmenter, expected: np.ndarray) -> None:
     check(seed, seed % 4 > 1, segmenter, expected)
+
+
+@pytest.mark.parametrize("with_probabilities", [False, True])
+@pytest.mark.parametrize("size", [0.8, 1.0, 1.2])
+def test_a_crop_is_as_large_as_it_is_in_the_head(size: float, with_probabilities: bool) -> None:
+    rotation = nibabel.eulerangles.euler2mat(0.2, -0.3, 0.1)
+    region = nibabel.affines.from_matvec(size * rotation, [3.0, -2.0, 5.0])
+    grid = nibabel.affines.from_matvec(np.diag([-1.5, 1.2, 1.0]), [70.0, -80.0, -60.0])
+    shape, middle, radius = (100, 120, 100), np.mean(LEFT_BOX, axis=0), 9.0
+    places = nibabel.affines.apply_affine(grid, np.moveaxis(np.indices(shape), 0, -1))
+    centers = [nibabel.affines.apply_affine(region, middle * sign) for sign in ([1, 1, 1], [-1, 1, 1])]
+    truth = [np.linalg.norm(places - center, axis=-1) < radius for center in centers]
+    image = nibabel.Nifti1Image(np.any(truth, axis=0).astype(np.float32), grid)
+    volumes = []
+
+    def segment_crop(crop: nibabel.Nifti1Image, mirrored: bool) -> Labels:
+        data = np.asarray(crop.dataobj)
+        volumes.append(data.sum())
+        found = (data > 0.5).astype(np.uint8)
+        found[:, data.shape[1] // 2 :] *= 2
+        probabilities = np.stack([1 - data, data * (found == 1), data * (found == 2)]) if with_probabilities else None
+        return Labels(found, probabilities, None, {1: "model", 2: "model"})
+
+    head = WholeHead({1: "front", 2: "back"})
+    result = head.segment(image, region, segment_crop, probabilities=with_probabilities)
+    np.testing.assert_allclose(volumes, 4 / 3 * np.pi * radius**3, rtol=0.02)
+    for values, true in zip(((1, 2), (3, 4)), truth):
+        found = np.isin(result.labels, values)
+        assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.97
+    assert result.weights == dict.fromkeys((1, 2, 3, 4), "model")
+    assert (result.probabilities is not None) == with_probabilities
+    if with_probabilities:
+        np.testing.assert_allclose(result.probabilities.sum(0), 1, atol=1e-5)
+
+
+def test_a_crop_may_reach_beyond_the_image() -> None:
+    template = load_template(resolution=2)
+    cut = template.slicer[:40, :, :30]  # the box of the right side is not in it, that of the left in part
+
+    def everything(crop: nibabel.Nifti1Image, mirrored: bool) -> Labels:
+        return Labels(np.ones(crop.shape, np.uint8), None, None, {1: "model"})
+
+    labels = WholeHead({1: "all"}).segment(cut, np.eye(4), everything).labels
+    places = nibabel.affines.apply_affine(cut.affine, np.argwhere(labels == 1))
+    low, high = np.array(LEFT_BOX)
+    assert (places >= low - 1).all()
+    assert (places <= high + 1).all()
+    assert len(places) > 1000
+    assert not (labels == 2).any()
 
 
 def test_what_is_not_a_head_is_recognized() -> None:
