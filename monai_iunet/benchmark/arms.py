@@ -17,6 +17,7 @@ from torch import nn
 
 from monai_iunet.benchmark.comparison import NETWORKS, Config, difference, read_rows, run_config, scores
 from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
+from monai_iunet.bundling.report import mean_parts, read_log
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
@@ -33,6 +34,7 @@ ARMS = ("patch", "whole", "growing", *NETWORKS)
 MEASURES = ("dice", "hausdorff95_mm")
 GROWN = 0.5  # of the way from the patch to the whole image, where the growing patch is between them
 NEVER = 1_000_000  # epochs
+PARTS = 40  # of a training, whose mean losses are kept
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ def compare_arms(
     Returns:
         What `comparison.json` holds: "minutes" and "clock"; "seed"; "test_cases"; "arms", which has, per arm,
         "roi_size", "growing", "batch_size", "activations", "step_voxels" and "step_bytes" of its largest step, counted
-        by the planner, "parameters", "steps" and "seconds" of the training, "dice" and "hausdorff95_mm" per structure
-        and "mean_dice"; and "differences", which has, per pair of arms, for "dice" and "hausdorff95_mm", the "mean"
+        by the planner, "parameters", "steps", "seconds" and "losses" of the training, means over equal parts of it;
+        "dice" and "hausdorff95_mm" per structure, "mean_dice", and in "cases" the means over the structures of each
+        test case; and "differences", which has, per pair of arms, for "dice" and "hausdorff95_mm", the "mean"
         difference of the cases' means, "low" and "high" of its 95 % bootstrap interval, and the number of "cases".
 
     Raises:
@@ -107,7 +110,7 @@ def compare_arms(
         _write_arm(arm, bundle, test_cases, clock, seed)
         _train_and_evaluate(bundle, settings)
         rows[name] = read_rows(bundle / "eval" / "cases.csv")
-        figures[name] = {**_facts(arm, bundle), **scores(rows[name])}
+        figures[name] = {**_facts(arm, bundle), **scores(rows[name]), "cases": _cases(rows[name])}
     result: Config = {
         "minutes": minutes,
         "clock": clock,
@@ -244,7 +247,20 @@ def _facts(arm: _Arm, bundle: Path) -> Config:
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
         "seconds": round(float(state["lr_scheduler"]["used"]), 1),
+        "losses": [round(loss, 4) for loss in mean_parts(read_log(bundle / "train", "train_loss"), PARTS).values()],
     }
+
+
+def _cases(rows: list[dict[str, str]]) -> Config:
+    """Return the means over the structures of each case; None where no structure has a distance."""
+    means: Config = {}
+    for case in sorted({row["case"] for row in rows}):
+        of_case = [[float(row[measure]) for row in rows if row["case"] == case] for measure in MEASURES]
+        known = [[value for value in values if math.isfinite(value)] for values in of_case]
+        means[case] = {
+            measure: round(float(np.mean(values)), 4) if values else None for measure, values in zip(MEASURES, known)
+        }
+    return means
 
 
 def _differences(first: list[dict[str, str]], second: list[dict[str, str]], measure: str) -> Config:

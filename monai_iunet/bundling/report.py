@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.visualization.overlay import draw_overlay
 
-__all__ = ["draw_cases", "draw_training", "write_report"]
+__all__ = ["draw_cases", "draw_training", "mean_parts", "read_log", "write_report"]
 
 
 def write_report(bundle: str | Path, dataset_dir: str | Path) -> list[Path]:
@@ -51,24 +51,12 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError as error:
-        raise InputError("TensorBoard reads the log of a training. Install monai-iunet[train].") from error
-    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
-    if Path(log_dir).is_dir():
-        log.Reload()
-    try:
-        loss, dice = (
-            {event.step: event.value for event in log.Scalars(name)} for name in ("train_loss", "val_mean_dice")
-        )
-    except KeyError as error:
-        raise InputError(f"{log_dir}: no log of a training with a validation. Train the bundle first.") from error
+    loss, dice = (read_log(log_dir, name) for name in ("train_loss", "val_mean_dice"))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     try:
         # The loss of single steps jumps; shown is its mean over a hundredth of them.
-        parts = np.array_split(np.array(sorted(loss)), min(100, len(loss)))
-        axes[0].plot([part[-1] for part in parts], [np.mean([loss[step] for step in part]) for part in parts])
+        means = mean_parts(loss, 100)
+        axes[0].plot(list(means), list(means.values()))
         axes[0].set(xlabel="training step", ylabel="loss")
         axes[1].plot(list(dice), list(dice.values()), marker=".")
         axes[1].set(xlabel="epoch", ylabel="mean Dice in validation")
@@ -78,6 +66,40 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     finally:
         plt.close(figure)
+
+
+def read_log(log_dir: str | Path, name: str) -> dict[int, float]:
+    """Return the values of a TensorBoard log by their steps; of steps that were done again, the last.
+
+    Args:
+        log_dir: folder of the log that `train.json` writes.
+        name: of the values: `train_loss` or `val_mean_dice`.
+
+    Raises:
+        InputError: when there is no such log, or TensorBoard is not installed.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise InputError("TensorBoard reads the log of a training. Install monai-iunet[train].") from error
+    log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    if Path(log_dir).is_dir():
+        log.Reload()
+    try:
+        return {event.step: event.value for event in log.Scalars(name)}
+    except KeyError as error:
+        raise InputError(f"{log_dir}: no log of a training with a validation. Train the bundle first.") from error
+
+
+def mean_parts(values: Mapping[int, float], most: int) -> dict[int, float]:
+    """Return the means of equal parts of values, by the last step of each part.
+
+    Example:
+        >>> mean_parts({1: 4.0, 2: 2.0, 3: 1.0, 4: 1.0}, most=2)
+        {2: 3.0, 4: 1.0}
+    """
+    parts = np.array_split(np.array(sorted(values)), min(most, len(values)))
+    return {int(part[-1]): float(np.mean([values[step] for step in part])) for part in parts}
 
 
 def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: Path) -> None:

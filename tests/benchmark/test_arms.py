@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, fit, read_image
 from monai_iunet.benchmark import arms
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
+from monai_iunet.benchmark.arms_figure import draw_arms
 from monai_iunet.cli import app
 from tests.bundles.helpers import run
 from tests.fitting.made_sets import make_set
@@ -43,6 +45,9 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
         assert arm["seconds"] >= 1.2
         assert arm["steps"] >= 2
         assert set(arm["dice"]) == set(arm["hausdorff95_mm"])
+        assert 1 < len(arm["losses"]) <= min(40, arm["steps"])
+        assert set(arm["cases"]) == set(found["test_cases"])
+        assert np.mean([case["dice"] for case in arm["cases"].values()]) == pytest.approx(arm["mean_dice"], abs=1e-3)
     assert trained["whole"]["step_voxels"] == [32, 40, 32]
     assert trained["whole"]["roi_size"] == "whole"
     assert trained["growing"]["growing"] == [[16, 16, 16], [24, 32, 24]]
@@ -56,6 +61,9 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
     assert difference["cases"] == 2
     for name in names:
         assert f"| {name} |" in arms_as_markdown(found)
+    figure = Figure()
+    draw_arms(found, figure)
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4]
     # An arm is a bundle, whose test cases no step has seen.
     cases = {line.split(",")[0] for line in (tmp_path / "out" / "whole" / "eval" / "cases.csv").open()} - {"case"}
     assert cases == set(found["test_cases"])
