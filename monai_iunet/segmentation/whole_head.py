@@ -96,10 +96,8 @@ class WholeHead:
         weights: dict[int, str] = {}
         data = image.get_fdata(dtype=np.float32)
         for mirrored in (False, True):
-            corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
-            box = nibabel.affines.from_matvec(np.eye(3), corners.min(0))  # 1 mm, from voxels to MNI space
-            shape = tuple(np.ptp(corners, axis=0).astype(int) + 1)
-            box_to_image = np.linalg.inv(image.affine) @ _in_own_size(region, corners.mean(0)) @ box  # voxels to voxels
+            box, shape, box_to_head = _box(region, mirrored)
+            box_to_image = np.linalg.inv(image.affine) @ box_to_head  # voxels to voxels
             crop = ndimage.affine_transform(data, box_to_image, output_shape=shape, order=1)
             found = segment_crop(nibabel.Nifti1Image(crop, box), mirrored)
             part = _bounds(box_to_image, shape, image.shape)
@@ -124,14 +122,23 @@ class WholeHead:
         return Labels(labels, classes, quality or None, weights)
 
 
-def _in_own_size(region: np.ndarray, center: np.ndarray) -> np.ndarray:
-    """Return the map that takes a center where `region` takes it, and turns as that does, but does not stretch.
+def _box(region: np.ndarray, mirrored: bool) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+    """Place the crop around a hippocampus: it lies and is turned as `region` says, but is not stretched.
 
-    The network has learned from hippocampi of 1 mm voxels, as large as they are in their heads; those of the template
-    are larger.
+    The network has learned from 1 mm voxels of hippocampi as large as they are in their heads; those of the template
+    are larger than most.
+
+    Returns:
+        The affine of the crop, around the box of the template; its shape, at least that of the template's box, and more
+        where a larger head takes more; and the matrix from its voxels to millimeters of the head.
     """
-    rotation, _ = polar(region[:3, :3])
-    return nibabel.affines.from_matvec(rotation, (region @ [*center, 1])[:3] - rotation @ center)
+    corners = np.array(LEFT_BOX) * ([-1, 1, 1] if mirrored else [1, 1, 1])
+    center, half = corners.mean(0), np.ptp(corners, axis=0) / 2
+    rotation, stretch = polar(region[:3, :3])
+    half = np.ceil(2 * np.maximum(np.abs(stretch) @ half, half)) / 2
+    box = nibabel.affines.from_matvec(np.eye(3), center - half)
+    to_head = nibabel.affines.from_matvec(rotation, (region @ [*center, 1])[:3] - rotation @ center)
+    return box, tuple(int(extent) + 1 for extent in 2 * half), to_head @ box
 
 
 def _bounds(matrix: np.ndarray, shape: Sequence[int], within: Sequence[int]) -> tuple[slice, ...]:
