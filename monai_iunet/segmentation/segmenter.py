@@ -181,6 +181,11 @@ class BundleSegmenter:
         name = self.metadata.get("weights_where_doubted") if self.weights == "model" else None
         if name is None or self.quality is None:
             return None
+        if not str(name).isidentifier():
+            raise InputError(
+                f"{self.folder}: metadata.json names the weights {name!r} for what is doubtful. Name a file of the "
+                "folder models without its ending, such as any_contrast."
+            )
         kind = self.probabilities_dtype
         second = BundleSegmenter(self.folder, self.device, self.gives_probabilities, False, kind, weights=str(name))
         return None if second.quality is None else second

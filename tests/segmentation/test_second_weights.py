@@ -88,6 +88,15 @@ def test_second_weights_that_are_missing_are_said_before_the_first_image(tmp_pat
         BundleSegmenter(folder, "cpu")
 
 
+@pytest.mark.parametrize("name", ["../model", "a/b", "", 7, ["any_contrast"]])
+def test_second_weights_are_a_file_of_the_bundle(name: object, tmp_path: Path) -> None:
+    folder = copy_bundle(tmp_path / "bundle")
+    metadata = folder / "configs" / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "weights_where_doubted": name}))
+    with pytest.raises(InputError, match="names the weights"):
+        BundleSegmenter(folder, "cpu")
+
+
 def test_second_weights_without_a_quality_model_are_not_used(tmp_path: Path) -> None:
     folder = copy_bundle(tmp_path / "bundle")
     quality_file(folder, "any_contrast").unlink()
