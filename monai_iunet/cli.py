@@ -545,6 +545,7 @@ def compare(
     """Train other networks as a bundle trains its own, or whole images beside patches; print what each reaches."""
     with _input_errors("train"):
         from monai_iunet.benchmark.arms import ARMS, arms_as_markdown, compare_arms
+        from monai_iunet.benchmark.arms_figure import save_arms
         from monai_iunet.benchmark.comparison import NETWORKS, as_markdown, compare_networks
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
@@ -555,6 +556,7 @@ def compare(
                 raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
             found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, tests, seed)
             typer.echo(arms_as_markdown(found))
+            typer.echo(f"{save_arms(found, output / 'comparison.png')}")
         elif max_epochs is not None and minutes is None:
             names = [name.strip() for name in networks.split(",")]
             if not set(names) <= set(NETWORKS):

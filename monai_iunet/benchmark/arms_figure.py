@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-__all__ = ["draw_arms"]
+from monai_iunet.io.files import write_atomically
+
+__all__ = ["draw_arms", "save_arms"]
 
 
 def draw_arms(result: Mapping[str, Any], figure: Figure) -> None:
@@ -33,3 +36,11 @@ def draw_arms(result: Mapping[str, Any], figure: Figure) -> None:
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
     losses.legend(frameon=False, fontsize=8)
+
+
+def save_arms(result: Mapping[str, Any], path: Path) -> Path:
+    """Write the figure as PNG."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=110)
+    draw_arms(result, figure)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from monai_iunet import BundleSegmenter, InputError, fit, read_image
+from monai_iunet import BundleSegmenter, InputError, bundle_folder, fit, read_image
 from monai_iunet.benchmark import arms
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
 from monai_iunet.benchmark.arms_figure import draw_arms
@@ -123,3 +124,21 @@ def test_what_compares_nothing_is_refused(words: list[str], message: str, tmp_pa
     result = CliRunner().invoke(app, ["compare", "--bundle", str(tmp_path), "--dataset-dir", str(tmp_path), *words])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arm(dice: float) -> dict[str, Any]:
+        cases = {name: {"dice": dice, "hausdorff95_mm": None} for name in ("a.nii.gz", "b.nii.gz")}
+        facts = {"batch_size": 1, "step_voxels": [8, 8, 8], "step_bytes": 2**20, "parameters": 1000, "steps": 9}
+        return {**facts, "losses": [0.9, 0.4], "cases": cases, "mean_dice": dice, "hausdorff95_mm": {"organ": None}}
+
+    nothing = {"mean": None, "low": None, "high": None, "cases": 0}
+    more = {"mean": 0.1, "low": 0.05, "high": 0.15, "cases": 2}
+    found = {"minutes": 1.0, "clock": "processor", "arms": {"patch": arm(0.5), "whole": arm(0.6)},
+             "differences": {"patch - whole": {"dice": more, "hausdorff95_mm": nothing}}}  # fmt: skip
+    monkeypatch.setattr(arms, "compare_arms", lambda *arguments: found)
+    words = ["--bundle", bundle_folder("hippocampus"), "--dataset-dir", tmp_path, "--minutes", 1, "--output", tmp_path]
+    result = CliRunner().invoke(app, ["compare", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert arms_as_markdown(found) in result.output
+    assert imread(tmp_path / "comparison.png").std() > 0.05
