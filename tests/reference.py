@@ -22,7 +22,7 @@ NAVIGATION = {
     "Users": ["segment", "bids", "batches", "large_images", "programs", "container"],
     "Trainers": ["train", "memory", "nnunet"],
     "Engine builders": ["networks", "engine"],
-    "Measured": ["benchmark", "comparison"],
+    "Measured": ["benchmark", "whole_images", "comparison"],
 }
 
 

@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "precision_depths": (1, 4),
     },
     "06_scale_out": {"max_epochs": 2, "cases": 4},
+    "07_whole_images": {},
 }
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -82,5 +83,5 @@ def test_it_begins_as_those_of_monai(path: Path) -> None:
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
 
 
-def test_there_are_six() -> None:
+def test_there_are_seven() -> None:
     assert [path.stem for path in PATHS] == list(SMALL)

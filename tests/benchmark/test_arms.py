@@ -142,3 +142,9 @@ def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monk
     assert result.exit_code == 0, result.output
     assert arms_as_markdown(found) in result.output
     assert imread(tmp_path / "comparison.png").std() > 0.05
+
+
+def test_the_guide_shows_what_is_kept() -> None:
+    package = Path(arms.__file__).parents[1]
+    found = json.loads((package / "benchmark" / "results" / "left_atrium.json").read_text())
+    assert arms_as_markdown(found) in (package / "guides" / "whole_images.md").read_text()
