@@ -125,9 +125,11 @@ def _budgets(rows: Sequence[Row], axes: Any) -> None:
         errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
         axes.plot([memory[0], memory[-1]], [times[0], times[-1]], ":", color=f"C{number}")
         axes.errorbar(memory, times, errors, fmt="o", capsize=3, label=f"SegIUNet, {dtype}", color=f"C{number}")
-        for row, x, y in zip(own, memory, times):
+        for place, (row, x, y) in enumerate(zip(own, memory, times)):
             label = row["activations"].replace("store levels ", "")
-            axes.annotate(label, (x, y), xytext=(0, -14), textcoords="offset points", fontsize=8, ha="center")
+            # Neighbors may lie close to each other.
+            options = {"xytext": (5, 7), "ha": "left"} if place % 2 else {"xytext": (0, -14), "ha": "center"}
+            axes.annotate(label, (x, y), textcoords="offset points", fontsize=8, **options)
     axes.set(title="Levels that store (dotted: between the ends)", xlabel="bytes per voxel", ylabel="µs per voxel")
     axes.margins(x=0.15, y=0.2)
 
