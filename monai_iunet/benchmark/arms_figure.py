@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,27 @@ def draw_arms(result: Mapping[str, Any], figure: Figure) -> None:
     """
     losses, dice = figure.subplots(1, 2, width_ratios=[2, 3])
     names = list(result["arms"])
-    first = result["arms"][names[0]]["cases"]
-    order = sorted(first, key=lambda case: first[case]["dice"])
-    for number, (name, arm) in enumerate(result["arms"].items()):
-        minutes = result["minutes"]
-        values = arm["losses"]
-        losses.plot([minutes * (part + 0.5) / len(values) for part in range(len(values))], values, label=name)
+    found = {
+        name: {case: _number(means["dice"]) for case, means in result["arms"][name]["cases"].items()} for name in names
+    }
+    order = sorted(found[names[0]], key=lambda case: (math.isnan(found[names[0]][case]), found[names[0]][case]))
+    for number, name in enumerate(names):
+        # Of steps, not of time: those of patches that grow become longer.
+        values = result["arms"][name]["losses"]
+        losses.plot([100 * (part + 0.5) / len(values) for part in range(len(values))], values, label=name)
         places = [place + 0.7 * (number / max(1, len(names) - 1) - 0.5) for place in range(len(order))]
-        dice.plot(places, [arm["cases"][case]["dice"] for case in order], ".", label=name)
-    losses.set(xlabel=f"minutes of the {result['clock']}", ylabel="training loss", yscale="log")
+        dice.plot(places, [found[name][case] for case in order], ".", label=name)
+    losses.set(xlabel="steps of the training, %", ylabel="training loss", yscale="log")
     dice.set(xlabel=f"test case, in the order of {names[0]}", ylabel="Dice", xticks=range(len(order)))
     dice.set_xticklabels([case.split(".")[0] for case in order], rotation=90, fontsize=7)
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
     losses.legend(frameon=False, fontsize=8)
+
+
+def _number(value: float | None) -> float:
+    """Return a value to draw: one that is unknown is left out."""
+    return math.nan if value is None else value
 
 
 def save_arms(result: Mapping[str, Any], path: Path) -> Path:

@@ -132,8 +132,10 @@ def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path, settin
 def _write_sidecar(
     image: BidsImage, segmenter: BundleSegmenter, text: str, segmentation: Segmentation, path: Path
 ) -> None:
+    second = sorted(set((segmentation.weights or {}).values()) - {segmenter.weights})
+    weights = f", weights {', '.join(second)}" if second else ""
     sidecar: dict[str, Any] = {
-        "Description": f"{text}, by monai_iunet {version('monai-iunet')} with the bundle {segmenter.title}.",
+        "Description": f"{text}, by monai_iunet {version('monai-iunet')} with the bundle {segmenter.title}{weights}.",
         "Sources": [f"bids:raw:{image.source}"],
         "SpatialReference": f"bids:raw:{image.source}",
         "Manual": False,

@@ -88,7 +88,7 @@ def read_log(log_dir: str | Path, name: str) -> dict[int, float]:
     try:
         return {event.step: event.value for event in log.Scalars(name)}
     except KeyError as error:
-        raise InputError(f"{log_dir}: no log of a training with a validation. Train the bundle first.") from error
+        raise InputError(f"{log_dir}: no log of a training with {name}. Train the bundle first.") from error
 
 
 def mean_parts(values: Mapping[int, float], most: int) -> dict[int, float]:

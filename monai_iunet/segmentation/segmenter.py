@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -37,6 +38,8 @@ from monai_iunet.system import available_memory
 from monai_iunet.training.record import check_training, training_record
 
 __all__ = ["BundleSegmenter"]
+
+logger = logging.getLogger(__name__)
 
 REQUIRED = ("configs/inference.json", "configs/metadata.json")
 SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
@@ -177,7 +180,7 @@ class BundleSegmenter:
         check_training(weights_file(self.folder, self.weights), record)
 
     def _open_second(self) -> BundleSegmenter | None:
-        """Open the bundle with its second weights; None if it has none, or nothing tells which ones did better."""
+        """Open the bundle with its second weights; None if it has none, or nothing tells what is doubtful."""
         name = self.metadata.get("weights_where_doubted") if self.weights == "model" else None
         if name is None or self.quality is None:
             return None
@@ -188,7 +191,14 @@ class BundleSegmenter:
             )
         kind = self.probabilities_dtype
         second = BundleSegmenter(self.folder, self.device, self.gives_probabilities, False, kind, weights=str(name))
-        return None if second.quality is None else second
+        if second.quality is None:
+            logger.warning(
+                "%s: not used, without a model of their quality. Fit one with `monai-iunet quality --weights %s`.",
+                weights_file(self.folder, second.weights),
+                name,
+            )
+            return None
+        return second
 
     @property
     def title(self) -> str:

@@ -129,6 +129,7 @@ def test_what_compares_nothing_is_refused(words: list[str], message: str, tmp_pa
 def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def arm(dice: float) -> dict[str, Any]:
         cases = {name: {"dice": dice, "hausdorff95_mm": None} for name in ("a.nii.gz", "b.nii.gz")}
+        cases["empty.nii.gz"] = {"dice": None, "hausdorff95_mm": None}
         facts = {"batch_size": 1, "step_voxels": [8, 8, 8], "step_bytes": 2**20, "parameters": 1000, "steps": 9}
         return {**facts, "losses": [0.9, 0.4], "cases": cases, "mean_dice": dice, "hausdorff95_mm": {"organ": None}}
 

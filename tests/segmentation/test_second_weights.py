@@ -18,7 +18,7 @@ from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.whole_head import load_template
 from tests.test_cli import call
 
-NOWHERE_LOOKED_FOR = np.eye(4)  # the template lies where it is expected
+REGION = np.eye(4)  # of the template, which need not be looked for
 
 
 def template(change: Callable[[np.ndarray], np.ndarray] = lambda data: data) -> nibabel.Nifti1Image:
@@ -52,14 +52,14 @@ def test_another_contrast_is_segmented_by_the_second_weights(segmenter: BundleSe
     del content["weights_where_doubted"]
     metadata.write_text(json.dumps(content))
 
-    as_it_is = segmenter.segment(template(), region=NOWHERE_LOOKED_FOR)
+    as_it_is = segmenter.segment(template(), region=REGION)
     assert set(as_it_is.weights.values()) == {"model"}
     assert as_it_is.doubts() is None
     head = template(turned_round)
-    found = segmenter.segment(head, region=NOWHERE_LOOKED_FOR)
+    found = segmenter.segment(head, region=REGION)
     assert set(found.weights.values()) == {"any_contrast"}
     assert dice(found.labels, as_it_is.labels) > 0.8
-    by_the_first = BundleSegmenter(first, "cpu").segment(head, region=NOWHERE_LOOKED_FOR)
+    by_the_first = BundleSegmenter(first, "cpu").segment(head, region=REGION)
     assert dice(by_the_first.labels, as_it_is.labels) < 0.3
     assert by_the_first.doubts() is not None
 
@@ -97,10 +97,11 @@ def test_second_weights_are_a_file_of_the_bundle(name: object, tmp_path: Path) -
         BundleSegmenter(folder, "cpu")
 
 
-def test_second_weights_without_a_quality_model_are_not_used(tmp_path: Path) -> None:
+def test_second_weights_without_a_quality_model_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = copy_bundle(tmp_path / "bundle")
     quality_file(folder, "any_contrast").unlink()
     assert BundleSegmenter(folder, "cpu").second is None
+    assert "any_contrast.pt: not used" in caplog.text
     quality_file(folder).unlink()
     assert BundleSegmenter(folder, "cpu").second is None
 
