@@ -113,7 +113,7 @@ def _without_bad(
     if problems and not skip_bad:
         raise InputError(
             f"{len(problems)} of {len(cases)} cases cannot be used:\n{listed}\nMend them, or leave them out with "
-            "--skip_bad_cases true."
+            "--skip_bad_cases True."
         )
     if problems:
         logger.warning("%d of %d cases are left out:\n%s", len(problems), len(cases), listed)

@@ -139,7 +139,7 @@ def list_cases(
     if data.problems and not skip_bad:
         raise InputError(
             f"{len(data.problems)} files of {data.folder} cannot be used:\n{listed}\nMend them, or leave them out with "
-            "--skip_bad_cases true."
+            "--skip_bad_cases True."
         )
     if data.problems:
         logger.warning("%d files of %s are left out:\n%s", len(data.problems), data.folder, listed)
