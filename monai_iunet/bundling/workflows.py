@@ -64,7 +64,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "validate": _validate_section(task, distributed),
         **_saving(task),
         # Nothing here that reads data: `monai.bundle.load` initializes too.
-        "initialize": [*begin(distributed), "$monai.utils.set_determinism(seed=@seed)"],
+        "initialize": [*begin(distributed, "resume"), "$monai.utils.set_determinism(seed=@seed)"],
         "run": ["$@train#trainer.run()"],
         "finalize": end(distributed),
     }
@@ -212,6 +212,11 @@ def _validate_section(task: Task, distributed: bool) -> Config:
     }
 
 
+def _flips(task: Task) -> list[str]:
+    """Return the switch of the mean over mirror images, of a task that has it."""
+    return [] if task.mirrored is None else ["test_time_flips"]
+
+
 def _saving(task: Task) -> Config:
     """Return what stops a training early and saves its state."""
     return {
@@ -292,7 +297,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "dataset": "@validate#dataset",
         "evaluator": "@validate#evaluator",
         "initialize": [
-            *begin(distributed),
+            *begin(distributed, "fit_quality", "largest_component", *_flips(task)),
             "$monai.utils.set_determinism(seed=0)",
             check_record(task, "@validate#preprocessing"),
         ],
@@ -344,7 +349,7 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         ],
         "evaluator": evaluator("@", "@network"),
         "initialize": [
-            *begin(distributed),
+            *begin(distributed, "largest_component", "save_probabilities", "skip_done", *_flips(task)),
             "$monai.utils.set_determinism(seed=0)",
             check_record(task, "@preprocessing"),
         ],

@@ -134,6 +134,21 @@ def test_a_bad_case_stops_the_training_before_it_begins(task: Task, tmp_path: Pa
     assert "gone.nii.gz: no such file" in str(error.value.__cause__)
 
 
+@BY_NAME
+@pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
+def test_every_switch_that_is_text_is_refused(task: Task, config: str) -> None:
+    path = BUNDLES / task.name / "configs" / f"{config}.json"
+    switches = {name for name, value in json.loads(path.read_text()).items() if isinstance(value, bool)} | {"amp"}
+    assert len(switches) > 2
+    for name in switches:
+        parser = ConfigParser()
+        parser.read_config(path)
+        parser.update({"bundle_root": str(BUNDLES / task.name), name: "false"})
+        with pytest.raises(RuntimeError) as error:
+            parser.get_parsed_content("initialize")
+        assert f"--{name} false: is text" in str(error.value.__cause__)
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 @pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
 def test_what_workers_of_a_data_loader_need_is_pickled(task: Task, config: str) -> None:
