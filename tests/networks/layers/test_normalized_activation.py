@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import monai_iunet.networks.layers.normalized_activation as normalization
 from monai_iunet.networks.layers.normalized_activation import can_be_joined, normalized_activation
 
 NORMS: dict[int, type[nn.Module]] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -26,6 +28,14 @@ def one_after_the_other(x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
     return y
 
 
+@pytest.fixture(params=["whole rows", "rows in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on rows as on a CPU, and as on a GPU."""
+    if request.param == "rows in parts":
+        monkeypatch.setattr(normalization, "_parts", lambda x: x.shape[2])
+
+
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 5, 4, 6), (2, 6, 3, 4, 5), (1, 8, 32, 32, 32)], ids=str)
 def test_values_and_gradients_are_those_of_one_after_the_other(shape: tuple[int, ...], act: nn.Module) -> None:
@@ -41,6 +51,7 @@ def test_values_and_gradients_are_those_of_one_after_the_other(shape: tuple[int,
         torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-10)
 
 
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("frozen", ["nothing", "x", "parameters"])
 def test_finite_differences(frozen: str) -> None:
     norm, act = layers(2, 3), nn.LeakyReLU(0.2)
@@ -89,3 +100,34 @@ def test_who_looks_between_them_is_not_passed_over() -> None:
         assert can_be_joined(x, norm, act)
         look(norm)
         assert not can_be_joined(x, norm, act)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_statistics_of_parts_are_those_of_the_whole(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where parts differ, are constant, or are far from zero."""
+    x = mean + torch.randn(1, 3, 6, 8, 8, dtype=torch.float64) * torch.tensor([0, 1e-4, 1, 3, 0, 10.0])[:, None, None]
+    rows = normalization._rows(x)
+    found = []
+    for parts in (1, 6):
+        cut = normalization._rows(x, parts)
+        found.append(normalization._normalized(cut, torch.ones(3).double(), torch.zeros(3).double(), parts, 1e-5))
+    torch.testing.assert_close(found[1][0].view_as(rows), found[0][0].view_as(rows), atol=1e-8, rtol=1e-8)
+    for ours, expected in zip(found[1][1:], found[0][1:]):
+        torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_in_parts_round_no_more_than_whole_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, act = layers(3, 4, torch.float32), nn.LeakyReLU(0.01)
+    x, weights = (torch.randn(2, 4, 6, 8, 10).to(dtype) for _ in range(2))
+    found = []
+    for kind, cut in ((torch.float64, False), (dtype, False), (dtype, True)):
+        monkeypatch.setattr(normalization, "_parts", lambda x, cut=cut: x.shape[2] if cut else 1)
+        copy = deepcopy(norm).to(torch.promote_types(kind, torch.float32))
+        leaf = x.to(kind).requires_grad_()
+        y = normalized_activation(leaf, copy, act)
+        found.append((y, *torch.autograd.grad(y, [leaf, copy.weight, copy.bias], weights.to(kind))))
+    for expected, whole, parts in zip(*found):
+        assert parts.dtype == whole.dtype
+        errors = [float((tensor.double() - expected).norm() / expected.norm()) for tensor in (whole, parts)]
+        assert errors[1] < 1.5 * errors[0] + 1e-6
