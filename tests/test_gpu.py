@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_iunet import SegIUNet
 from monai_iunet.bundling.task import Task
+from monai_iunet.networks.layers import normalized_activation, slab_convolution
 from tests.bundles.helpers import BUNDLES, TRAINED
 from tests.bundles.test_exports import eager, files
 from tests.helpers import randomize, relative_errors
@@ -100,6 +101,25 @@ def test_exact_gradients_are_those_of_stored_activations(amp: bool) -> None:
 
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # TF32 is on
         compare(run, tolerance=1e-12, exact=True)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_slabs_and_parts_change_nothing(amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of large images go slab by slab, and rows of a normalization in parts, as on no CPU."""
+    found = []
+    for cut in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(slab_convolution, "AT_ONCE", 500)
+            if not cut:
+                patch.setattr(slab_convolution, "_is_large", lambda x, layer: False)
+                patch.setattr(normalized_activation, "_parts", lambda x: 1)
+            net = network("invert")
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                y = net(image())
+            y.float().square().mean().backward()
+        found.append([y.float(), *(parameter.grad for parameter in net.parameters())])
+    whole, parts = (torch.cat([tensor.detach().flatten() for tensor in tensors])[None] for tensors in found)
+    assert 0 < max(relative_errors(parts, whole)) < (0.1 if amp else 1e-4)
 
 
 def test_a_step_does_not_wait_for_the_gpu() -> None:

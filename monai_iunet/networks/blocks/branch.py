@@ -13,6 +13,7 @@ from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_no
 from torch import Tensor, nn
 
 from monai_iunet.networks.layers.normalized_activation import can_be_joined, normalized_activation
+from monai_iunet.networks.layers.slab_convolution import convolve
 
 __all__ = ["Branch", "named_branch"]
 
@@ -155,7 +156,7 @@ class Branch(nn.Sequential):
             if layers and can_be_joined(x, layer, layers[0]):
                 x = normalized_activation(x, layer, layers.pop(0))
             else:
-                x = layer(x)
+                x = convolve(x, layer)
         return x
 
     def __getstate__(self) -> dict[str, Any]:

@@ -71,6 +71,12 @@ def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
 
 
 def _outer(gradient: Tensor, piece: Tensor) -> Tensor:
-    """Sum the outer products of the channels over batch and voxels."""
+    """Sum the outer products of the channels over batch and voxels.
+
+    On a GPU plane by plane of the first spatial axis, since the sum over all voxels would be one multiprocessor's work.
+    """
     with full_precision(piece.device.type):
-        return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)
+        if not piece.is_cuda or piece.ndim < 4:
+            return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)
+        planes = [[each.flatten(2).movedim(1, 0) for each in sample] for sample in zip(gradient, piece)]
+        return torch.stack([torch.bmm(left, right.mT).sum(0) for left, right in planes]).sum(0)

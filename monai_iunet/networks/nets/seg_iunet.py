@@ -9,6 +9,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from monai_iunet.networks.layers.slab_convolution import convolve
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
 from monai_iunet.networks.nets.scripting import Traced
@@ -144,11 +145,11 @@ class SegIUNet(ChosenActivations):
         most = max(self.iunet.channels[0], self.head.out_channels)
         self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
-        features: Any = self.stem(x)
+        features: Any = convolve(x, self.stem)
         if not torch.is_grad_enabled():
             # In a list, from which the network takes them, so that nobody else holds them; a checkpoint asks again.
             features = [features]
         if not (self.deep_supervision and self.training):
-            return self.head(self.iunet(features))
+            return convolve(self.iunet(features), self.head)
         levels = self.iunet.forward_levels(features)
-        return [head(level) for head, level in zip((self.head, *self.deep_heads), levels)]
+        return [convolve(level, head) for head, level in zip((self.head, *self.deep_heads), levels)]
