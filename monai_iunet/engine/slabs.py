@@ -14,7 +14,7 @@ __all__ = ["slabs", "slices", "two_slices"]
 _MOST: ContextVar[int | None] = ContextVar("most", default=None)
 
 
-def slabs(size: int, others: int, device: torch.device, most: int = 16) -> Iterator[slice]:
+def slabs(size: int, others: int, device: torch.device, most: int = 32) -> Iterator[slice]:
     """Cut an axis into slices to work on one after another, so that what is computed between is small.
 
     Args:
