@@ -37,6 +37,7 @@ from monai_iunet.benchmark.sections import (
     plans,
     resampling,
     second_stream,
+    small_gpus,
     whole_volume,
 )
 
@@ -49,6 +50,7 @@ SECTIONS: dict[str, Section] = {
         exactness.SECTION,
         gradient_errors.SECTION,
         whole_volume.SECTION,
+        small_gpus.SECTION,
         equal_cost.TIME,
         largest_cubes.SECTION,
         depth.MEMORY,
