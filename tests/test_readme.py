@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from monai_iunet.benchmark.guide import RESULTS, with_tables
-from monai_iunet.benchmark.report import read_json
+from monai_iunet.benchmark.guide import stored, with_tables
 from monai_iunet.errors import InputError
 
 PAGE = Path(__file__).parents[1] / "monai_iunet" / "guides" / "benchmark.md"
@@ -15,8 +14,8 @@ PAGE = Path(__file__).parents[1] / "monai_iunet" / "guides" / "benchmark.md"
 
 def test_the_tables_are_those_of_the_committed_benchmark() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert with_tables(text, read_json(RESULTS)) == text
-    for row in ("ours, invert", "iunets", "SegIUNet", "DynUNet", "store", "118"):
+    assert with_tables(text, stored()) == text
+    for row in ("ours, invert", "iunets", "SegIUNet", "DynUNet", "store", "118", "deterministic", "SegIUNet, exact"):
         assert f"\n| {row} |" in text
 
 
@@ -26,7 +25,7 @@ def test_what_was_not_measured_is_an_empty_cell() -> None:
         {"job": "b", "network": "DynUNet", "dtype": "float32", "training_bytes_per_voxel": 251.0},
         {"job": "c", "network": "DynUNet", "dtype": "bf16 autocast", "skipped": "no luck"},
     ]
-    text = with_tables(PAGE.read_text(encoding="utf-8"), {"sections": {"memory": memory}})
+    text = with_tables(PAGE.read_text(encoding="utf-8"), {"cpu": {"memory": memory}, "gpu": {}})
     assert "| DynUNet |  | 251 |  |  |  |  |  |  |  |" in text
     assert "beside optimizer and loss: 2.5 times in float32." in text
     assert "`plan_training` comes has not been measured" in text
@@ -37,12 +36,12 @@ def test_a_missing_marker_is_told() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for marker in ("<!-- benchmark: depth -->", "<!-- end -->"):
         with pytest.raises(InputError, match="needs one block each of depth, equal cost"):
-            with_tables(text.replace(marker, "", 1), {"sections": {}})
+            with_tables(text.replace(marker, "", 1), {"cpu": {}, "gpu": {}})
 
 
 def test_two_features_are_measured() -> None:
     """The guide to other packages says of both that memory does not grow with depth."""
-    rows = read_json(RESULTS)["sections"]["depth_memory"]
+    rows = stored()["cpu"]["depth_memory"]
     memory = {
         (row["network"], row["couplings"], row.get("dtype")): row.get("training_memory")
         for row in rows

@@ -76,7 +76,7 @@ def _bars(rows: Sequence[Row], name: str, height: str, axes: Any, digits: int) -
         values = {key: getattr(value, "median", value) for key, value in own.items()}
         places = [names.index(key) - 0.4 * number + 0.2 for key in values]
         bars = axes.barh(places, list(values.values()), 0.38, label=dtype, color=f"C{number}")
-        axes.bar_label(bars, [f" {value:.{digits}f}" for value in values.values()], fontsize=8)
+        axes.bar_label(bars, [f" {value:.{digits if value >= 1 else 3}f}" for value in values.values()], fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.35)  # the legend finds room beside the bars
 

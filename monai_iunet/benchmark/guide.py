@@ -1,6 +1,6 @@
 """The tables of the guide to memory and speed, from the stored results.
 
-In a clone, `python -m monai_iunet.benchmark.guide` measures anew.
+In a clone, `python -m monai_iunet.benchmark.guide` measures anew on the CPU, with `cuda` behind it on a GPU.
 
 Each stands between `<!-- benchmark: NAME -->` and `<!-- end -->`. A cell is empty where nothing was measured.
 """
@@ -27,46 +27,57 @@ from monai_iunet.benchmark.sections.inference import BUFFERED, MONAI, OURS
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_text
 
-__all__ = ["RESULTS", "refresh", "with_tables"]
+__all__ = ["RESULTS", "refresh", "stored", "with_tables"]
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = {kind: Path(__file__).parent / "results" / f"{kind}.json" for kind in ("cpu", "gpu")}
 FLOAT32, AUTOCAST = DTYPES
 
 Sections = dict[str, list[Row]]
 
 
-def with_tables(text: str, results: dict[str, Any]) -> str:
+def stored() -> dict[str, Sections]:
+    """Return the sections of the stored results, of the CPU and of the GPU."""
+    return {kind: read_json(path)["sections"] for kind, path in RESULTS.items()}
+
+
+def with_tables(text: str, results: dict[str, Sections]) -> str:
     """Return a text with what stands between its markers replaced.
+
+    Args:
+        text: of the guide.
+        results: the sections of "cpu" and of "gpu".
 
     Raises:
         InputError: for a marker that is missing, unknown or not ended.
     """
-    sections: Sections = {
-        name: [row for row in rows if not row.keys() & {"skipped", "failed"}]
-        for name, rows in results["sections"].items()
+    measured: dict[str, Sections] = {
+        kind: {name: [row for row in rows if not row.keys() & {"skipped", "failed"}] for name, rows in sections.items()}
+        for kind, sections in results.items()
     }
     found = re.findall(r"<!-- benchmark: (.*?) -->", text)
     if sorted(found) != sorted(BLOCKS) or text.count("<!-- end -->") != len(BLOCKS):
         raise InputError(f"benchmark.md: needs one block each of {', '.join(BLOCKS)}, with an end; found {found}.")
 
     def block(match: re.Match[str]) -> str:
-        return f"{match[1]}\n\n{BLOCKS[match[2]](sections)}\n\n{match[3]}"
+        kind, write = BLOCKS[match[2]]
+        return f"{match[1]}\n\n{write(measured[kind])}\n\n{match[3]}"
 
     return re.sub(r"(<!-- benchmark: (.*?) -->).*?(<!-- end -->)", block, text, flags=re.DOTALL)
 
 
-def refresh(root: Path, console: Console) -> list[str]:
+def refresh(root: Path, device: torch.device, console: Console) -> list[str]:
     """Measure what has changed since the stored results, draw the figure, write the tables; return what failed."""
     page = root / "monai_iunet" / "guides" / "benchmark.md"
-    with_tables(page.read_text(encoding="utf-8"), {"sections": {}})  # fails now rather than after the measurements
-    run = partial(run_benchmark, torch.device("cpu"), RESULTS, console, peers=True)
+    with_tables(page.read_text(encoding="utf-8"), {"cpu": {}, "gpu": {}})  # fails now rather than after measuring
+    results = RESULTS["cpu" if device.type == "cpu" else "gpu"]
+    run = partial(run_benchmark, device, results, console, peers=True)
     try:
         failures = run()
     except InputError:  # results of another machine, or of other versions
         failures = run(overwrite=True)
     if not failures:
-        draw(RESULTS, RESULTS.with_suffix(".png"))
-        write_text(page, with_tables(page.read_text(encoding="utf-8"), read_json(RESULTS)))
+        draw(results, results.with_suffix(".png"))
+        write_text(page, with_tables(page.read_text(encoding="utf-8"), stored()))
     return failures
 
 
@@ -121,15 +132,15 @@ def _equal_cost(sections: Sections) -> str:
     return _table(headings, rows)
 
 
-def _budgets(sections: Sections) -> str:
-    headings = ["activations", "", "training, bytes per voxel", "training step, µs per voxel", "time over store"]
+def _budgets(sections: Sections, unit: str = "µs", of_microsecond: float = 1, digits: int = 1) -> str:
+    headings = ["activations", "", "training, bytes per voxel", f"training step, {unit} per voxel", "time over store"]
     headings.append("time over the line")
     rows = [
         [
             row["activations"],
             row["dtype"],
             number(0)(row["training_bytes_per_voxel"]),
-            spread(digits=1)(row["training_microseconds_per_voxel"]),
+            spread(of_microsecond, digits)(row["training_microseconds_per_voxel"]),
             spread()(row["training_over_store"]),
             spread()(row["training_over_line"]),
         ]
@@ -196,9 +207,9 @@ def _plans(sections: Sections) -> str:
     )
 
 
-def _voxels(sections: Sections) -> str:
+def _voxels(sections: Sections, key: str = "training_bytes_per_voxel") -> str:
     """Compare the bytes per voxel of the two networks, in each precision."""
-    memory = {(row["network"], row["dtype"]): row["training_bytes_per_voxel"] for row in sections.get("memory", [])}
+    memory = {(row["network"], row["dtype"]): row[key] for row in sections.get("memory", [])}
     times = {
         dtype: memory["DynUNet", dtype] / memory["SegIUNet", dtype]
         for dtype in DTYPES
@@ -212,22 +223,85 @@ def _voxels(sections: Sections) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[Sections], str]] = {
-    "depth": _depth,
-    "equal cost": _equal_cost,
-    "budgets": _budgets,
-    "gradient errors": _gradient_errors,
-    "losses": _losses,
-    "inference": _inference,
-    "plans": _plans,
-    "voxels": _voxels,
+def _equal_cost_on_gpu(sections: Sections) -> str:
+    memory, time = sections.get("memory", []), sections.get("time", [])
+    headings = ["", "training, bytes per voxel", "bf16", "`no_grad`, bytes per voxel", "bf16"]
+    headings += ["training step, ns per voxel", "bf16", "over DynUNet", "bf16", "`no_grad`, ns per voxel", "bf16"]
+    rows = []
+    for network in _different(memory, "network"):
+        cells = [network]
+        for rows_of, quantity, write in (
+            (memory, "training_allocated_per_voxel", number(0)),
+            (memory, "inference_allocated_per_voxel", number(0)),
+            (time, "training_microseconds_per_voxel", spread(1e3, digits=0)),
+            (time, "training_over_dynunet", spread()),
+            (time, "inference_microseconds_per_voxel", spread(1e3, digits=0)),
+        ):
+            cells += [_cell(rows_of, quantity, write, network=network, dtype=dtype) for dtype in DTYPES]
+        rows.append(cells)
+    return _table(headings, rows)
+
+
+def _whole_volume(sections: Sections) -> str:
+    headings = ["", "", "training, planned, GiB", "allocated", "`no_grad`, planned, GiB", "allocated"]
+    keys = ("planned_gibibytes", "gibibytes", "planned_inference_gibibytes", "inference_gibibytes")
+    rows = [
+        [row["network"], row["dtype"], *(number(1)(row[key]) if key in row else "" for key in keys)]
+        for row in sections.get("whole_volume", [])
+    ]
+    return _table(headings, rows)
+
+
+def _exactness(sections: Sections) -> str:
+    found = sections.get("exactness", [])
+    headings = ["settings", "", "stored twice: equal", "`exact` and stored: equal", "not `exact`: relative difference"]
+    rows = []
+    for settings in _different(found, "settings"):
+        for dtype in DTYPES:
+            which = {"settings": settings, "dtype": dtype}
+            exact = {**which, "network": "exact"}
+            cells = [_cell(found, "stored_repeats", _yes_or_no, **exact), _cell(found, "equal", _yes_or_no, **exact)]
+            difference = _cell(found, "difference", "{:.1e}".format, **which, network="not exact")
+            rows.append([settings, dtype, *cells, difference])
+    return _table(headings, rows)
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _resampling(sections: Sections) -> str:
+    headings = ["", "", "forward, ms", "backward, ms"]
+    rows = [
+        [row["layer"], row["dtype"], *(spread(digits=1)(row[f"{way}_milliseconds"]) for way in ("forward", "backward"))]
+        for row in sections.get("resampling", [])
+        if row["layer"] != "copy"
+    ]
+    return _table(headings, rows)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Sections], str]]] = {
+    "depth": ("cpu", _depth),
+    "equal cost": ("cpu", _equal_cost),
+    "budgets": ("cpu", _budgets),
+    "gradient errors": ("cpu", _gradient_errors),
+    "losses": ("cpu", _losses),
+    "inference": ("cpu", _inference),
+    "plans": ("cpu", _plans),
+    "voxels": ("cpu", _voxels),
+    "equal cost on a GPU": ("gpu", _equal_cost_on_gpu),
+    "voxels on a GPU": ("gpu", partial(_voxels, key="training_allocated_per_voxel")),
+    "whole volume": ("gpu", _whole_volume),
+    "budgets on a GPU": ("gpu", partial(_budgets, unit="ns", of_microsecond=1e3, digits=0)),
+    "exactness": ("gpu", _exactness),
+    "resampling": ("gpu", _resampling),
 }
 
 
 if __name__ == "__main__":
     console = Console()
     console.width = max(console.width, 150)
-    failed = refresh(Path(__file__).parents[2], console)
+    failed = refresh(Path(__file__).parents[2], torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu"), console)
     for line in failed:
         typer.echo(f"Error: {line}", err=True)
     sys.exit(bool(failed))
