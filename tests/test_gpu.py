@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_iunet import SegIUNet
 from monai_iunet.bundling.task import Task
+from monai_iunet.engine.slabs import slices
 from monai_iunet.networks.layers import normalized_activation, slab_convolution
 from tests.bundles.helpers import BUNDLES, TRAINED
 from tests.bundles.test_exports import eager, files
@@ -109,7 +110,8 @@ def test_slabs_and_parts_change_nothing(amp: bool, monkeypatch: pytest.MonkeyPat
     found = []
     for cut in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(slab_convolution, "AT_ONCE", 500)
+            patch.setattr(slab_convolution, "LARGE", 500)
+            patch.setattr(slab_convolution, "slabs", lambda size, *_: slices(size, 2))
             if not cut:
                 patch.setattr(slab_convolution, "_is_large", lambda x, layer: False)
                 patch.setattr(normalized_activation, "_parts", lambda x: 1)

@@ -20,16 +20,17 @@ from torch.nn import functional
 
 from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
-from monai_iunet.engine.slabs import slices
+from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["convolve"]
 
-AT_ONCE = 2**26  # values
+LARGE = 2**25  # values of an input or output beyond which slabs pay
+MOST = 12  # slabs
 
 
 def convolve(x: Tensor, layer: nn.Module) -> Tensor:
-    """Return layer(x); of a convolution that keeps the size of large images on a GPU, in slabs.
+    """Return layer(x); of a convolution that keeps the size of images, in slabs where they are large, on a GPU.
 
     Not if somebody looks at the layer, by hooks.
 
@@ -50,7 +51,7 @@ def _is_large(x: Tensor, layer: Any) -> bool:
     return (
         type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and x.is_cuda
-        and max(x.numel(), x.numel() // layer.in_channels * layer.out_channels) > 2 * AT_ONCE
+        and max(x.numel(), x.numel() // layer.in_channels * layer.out_channels) > LARGE
         and _keeps_size(layer)
         and not (has_hooks(layer) or "forward" in layer.__dict__)
         and not is_recorded_by_autograd_alone(x, *layer.parameters())
@@ -109,7 +110,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence
 def _slabs(x: Tensor, y: Tensor, weight: Tensor, dilation: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
     """Yield slabs of the first spatial axis, each with what its kernel reaches, and where it lies therein."""
     size, reach = x.shape[2], _padding(weight, dilation)[0]
-    for slab in slices(size, max(1, AT_ONCE * size // max(x.numel(), y.numel()))):
+    for slab in slabs(size, max(x.numel(), y.numel()) // size, x.device, MOST):
         wide = slice(max(0, slab.start - reach), min(size, slab.stop + reach))
         yield slab, wide, slice(slab.start - wide.start, slab.stop - wide.start)
 

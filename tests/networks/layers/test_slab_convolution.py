@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import SegIUNet
+from monai_iunet.engine.slabs import slices
 from monai_iunet.networks.layers import slab_convolution
 from monai_iunet.networks.layers.slab_convolution import convolve
 
@@ -23,8 +24,13 @@ LAYERS: dict[str, Any] = {
 
 @pytest.fixture
 def in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut small tensors too, on a CPU, into slabs thinner than the reach of some kernels."""
-    monkeypatch.setattr(slab_convolution, "AT_ONCE", 200)
+    cut_small_tensors(monkeypatch)
+
+
+def cut_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small tensors too, on a CPU, into slabs of two indices, fewer than some kernels reach."""
+    monkeypatch.setattr(slab_convolution, "LARGE", 200)
+    monkeypatch.setattr(slab_convolution, "slabs", lambda size, *_: slices(size, 2))
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))
 
 
@@ -60,7 +66,7 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch, in_sla
 
 @pytest.mark.parametrize("frozen", ["nothing", "x", "parameters"])
 def test_finite_differences(frozen: str, monkeypatch: pytest.MonkeyPatch, in_slabs: None) -> None:
-    monkeypatch.setattr(slab_convolution, "AT_ONCE", 20)
+    monkeypatch.setattr(slab_convolution, "LARGE", 20)
     layer = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
     x = torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=frozen != "x")
     for parameter in layer.parameters():
@@ -119,8 +125,7 @@ def test_a_network_trains_as_without(exact: bool, monkeypatch: pytest.MonkeyPatc
     found = []
     for slabs in (False, True):
         if slabs:
-            monkeypatch.setattr(slab_convolution, "AT_ONCE", 200)
-            monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))
+            cut_small_tensors(monkeypatch)
         counts = count_slabs(monkeypatch)
         y = net(x)
         found.append((y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))))
