@@ -495,7 +495,7 @@ def benchmark(
 def plan(
     bundle: Annotated[str, typer.Option(help="Bundle: a folder, or the name of one that is installed.")],
     gpu_memory: Annotated[
-        str | None, typer.Option(help='Show the largest patch and the most couplings too that this takes: "24 GiB".')
+        str | None, typer.Option(help='Show the largest patch and the most couplings too that fit a GPU: "24 GiB".')
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 under autocast.")] = "float32",
     patch: Annotated[str | None, typer.Option(help="Patch in voxels, such as 96,96,96. Default: the bundle's.")] = None,
@@ -588,7 +588,7 @@ def fit(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle; called again, the command goes on with it.")],
     gpu_memory: Annotated[
-        str | None, typer.Option(help='That a training step may take: "24 GiB". Default: what there is.')
+        str | None, typer.Option(help='Of the GPU: "24 GiB". A step takes at most nine tenths. Default: what is there.')
     ] = None,
     time: Annotated[str | None, typer.Option(help="That everything may take, such as 12h or 90min.")] = None,
     folds: Annotated[

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from monai_iunet.errors import InputError
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
-from monai_iunet.planning.budget import largest_patch, most_couplings, parse_bytes
+from monai_iunet.planning.budget import for_a_step, largest_patch, most_couplings
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.system import available_memory
@@ -105,12 +105,12 @@ class BundleTraining:
         return table
 
     def fitting(self, memory: int | str) -> Table:
-        """What fits a memory: the largest patch of the same proportions, and the most couplings with this patch."""
+        """What fits a GPU: the largest patch of the same proportions, and the most couplings with this patch."""
         try:
-            budget = parse_bytes(memory)
+            budget = for_a_step(memory)
         except ValueError as error:
             raise InputError(f"--gpu-memory {memory}: {error}") from error
-        title = f"What fits in {budget / 2**30:.1f} GiB, batch {self.batch_size}, {self._kind}"
+        title = f"What fits in {budget / 2**30:.1f} GiB, nine tenths of the GPU, batch {self.batch_size}, {self._kind}"
         table = Table("activations", "largest patch", "its peak, MiB", "most couplings per level", title=title)
         for activations in track(("invert", "store"), "Planning", transient=True):
             with _as_input_error():

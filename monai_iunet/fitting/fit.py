@@ -52,7 +52,7 @@ from monai_iunet.fitting.fingerprint import (
 from monai_iunet.fitting.page import write_page
 from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_speed, plan_table, read_plan
 from monai_iunet.io.files import check_folder, write_text
-from monai_iunet.planning.budget import parse_bytes
+from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
 from monai_iunet.training.record import record_file
@@ -115,8 +115,8 @@ def fit(
     Args:
         dataset: folder of a data set, see `list_cases`.
         output: folder of the bundle; its name becomes the bundle's.
-        gpu_memory: bytes that a training step may hold, or such as "24 GiB"; by default what the GPU has, or half of
-            the memory of the machine.
+        gpu_memory: of the GPU, in bytes or such as "24 GiB", of which a step takes at most nine tenths; by default what
+            there is, or half of the memory of the machine.
         time: seconds that everything may take, or such as "12h" or "90min"; by default as long as about 10,000 steps of
             each fold take.
         folds: number of folds that are trained; by default five where the time is enough, else one of five.
@@ -145,7 +145,7 @@ def fit(
         monai_iunet.errors.InputError: ...: not a data set. It must have ...
     """
     try:
-        memory = None if gpu_memory is None else parse_bytes(gpu_memory)
+        memory = None if gpu_memory is None else for_a_step(gpu_memory)
     except ValueError as error:
         raise InputError(f"gpu_memory {gpu_memory}: {error}") from error
     seconds = None if time is None else parse_seconds(time)
@@ -529,7 +529,7 @@ def _parsed(parser: ConfigParser, name: str) -> Any:
 def _memory(device: torch.device) -> int:
     """Return the bytes of a GPU, or half of those of the machine."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory * 0.9)
+        return for_a_step(torch.cuda.get_device_properties(device).total_memory)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
 
 

@@ -26,7 +26,7 @@ from monai_iunet.planning.plan import (
     step_without_optimizer,
 )
 
-__all__ = ["best_activations", "largest_patch", "largest_window", "most_couplings", "parse_bytes"]
+__all__ = ["best_activations", "for_a_step", "largest_patch", "largest_window", "most_couplings", "parse_bytes"]
 
 # Bytes per voxel of a forward pass, by channels of the image and type of autocast.
 _PASSES: WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype], float]] = WeakKeyDictionary()
@@ -300,6 +300,21 @@ def _operations_of_levels(network: Any, image_shape: Sequence[int], levels: int)
     for handle in handles:
         handle.remove()
     return operations
+
+
+def for_a_step(gpu_memory: int | str) -> int:
+    """Return the bytes that a step may hold on a GPU of this memory: nine tenths.
+
+    The rest is for what a plan does not count: the driver, the workspace of cuDNN, and what the allocator cannot use.
+
+    Raises:
+        ValueError: see `parse_bytes`.
+
+    Example:
+        >>> for_a_step("10 KiB")
+        9216
+    """
+    return parse_bytes(gpu_memory) * 9 // 10
 
 
 def parse_bytes(size: int | str) -> int:
