@@ -61,6 +61,7 @@ def test_onnx_gives_the_same(task: Task, tmp_path: Path) -> None:
         ckpt_file=str(BUNDLES / task.name / "models" / "model.pt"),
         use_trace=True,
         input_shape=list(x.shape),
+        converter_kwargs={"dynamo": True},  # the default from PyTorch 2.9 on
         **files(task),
     )
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

@@ -51,6 +51,16 @@ def test_the_exported_graph_holds_constants_in_place_of_linear_algebra(net: SegI
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_onnx_exporter_that_traces_is_refused(net: SegIUNet, tmp_path: Path) -> None:
+    """It writes a file that no program loads."""
+    file = tmp_path / "net.onnx"
+    for size in (SIZES[0], (15, 16, 17)):
+        with pytest.raises(RuntimeError, match="Pass dynamo=True to"):
+            torch.onnx.export(net, (image(size),), file, dynamo=False)
+        assert not file.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_onnx_with_dynamic_sizes(net: SegIUNet, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the ONNX exporter needs onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -446,6 +446,11 @@ class IUNet(ChosenActivations):
         print(self.layout())  # noqa: T201 - the method exists to print
 
     def _pad(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "The ONNX exporter that traces cannot write conditions on the size of images. Pass dynamo=True to "
+                "torch.onnx.export, its default from PyTorch 2.9 on; to MONAI's onnx_export in converter_kwargs."
+            )
         return pad(x, list(self.factors), self.padding_mode)
 
 
