@@ -24,10 +24,10 @@ def slabs(size: int, others: int, device: torch.device, most: int = 32) -> Itera
         most: number of slices at most, since each takes time of its own.
 
     Example:
-        >>> list(slabs(5, others=2**17, device=torch.device("cpu"), most=3))
+        >>> list(slabs(5, others=2**18, device=torch.device("cpu"), most=3))
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    at_once = max(-(-size // most), (2**17 if device.type == "cpu" else 2**24) // max(1, others), 1)
+    at_once = max(-(-size // most), (2**18 if device.type == "cpu" else 2**24) // max(1, others), 1)
     return slices(size, at_once)
 
 
