@@ -26,6 +26,7 @@ from monai_iunet.benchmark.section import Section
 from monai_iunet.benchmark.sections import (
     budgets,
     compiled,
+    convolutions,
     depth,
     equal_cost,
     exactness,
@@ -56,6 +57,7 @@ SECTIONS: dict[str, Section] = {
         depth.MEMORY,
         resampling.SECTION,
         layouts.SECTION,
+        convolutions.SECTION,
         depth.TIME,
         losses.SECTION,
         inference.SECTION,
