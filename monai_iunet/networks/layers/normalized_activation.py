@@ -32,7 +32,7 @@ from monai_iunet.engine.slabs import slabs
 
 __all__ = ["can_be_joined", "normalized_activation"]
 
-ROWS = 1024  # that keep every multiprocessor of a GPU busy
+ROWS = 256  # that keep every multiprocessor of a GPU busy
 
 
 def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:
