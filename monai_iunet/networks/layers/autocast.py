@@ -19,7 +19,9 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
         torch.bfloat16
     """
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # What is compiled is on a device with autocast, and the compiler of PyTorch 2.8 does not know this question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

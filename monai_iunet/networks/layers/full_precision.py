@@ -33,9 +33,9 @@ def full_precision(device_type: str) -> Iterator[None]:
         device_type: of autocast.
 
     Example:
-        >>> with full_precision("cpu"):
-        ...     torch.backends.mkldnn.matmul.fp32_precision
-        'ieee'
+        >>> with torch.autocast("cpu"), full_precision("cpu"):
+        ...     torch.is_autocast_enabled("cpu")
+        False
     """
     with torch.autocast(device_type, enabled=False):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
