@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 
 from monai_iunet.errors import InputError
-from monai_iunet.segmentation.landmarks import locate_head, structure_centers
+from monai_iunet.segmentation.landmarks import check_sides, locate_head, structure_centers
 from monai_iunet.segmentation.regions import CoarseSegmenter
 from monai_iunet.segmentation.whole_head import WholeHead
 
@@ -46,6 +46,7 @@ class SegmentedHead(WholeHead):
         labels, affine = brain.segment_coarsely(image)
         centers = structure_centers(labels, affine, brain.labels)
         matrix = locate_head(centers)
+        check_sides(labels, brain.labels)
         missing = [side for side in ("left", "right") if f"{side} hippocampus" not in centers]
         if missing:
             raise InputError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from monai_iunet.errors import InputError
-from monai_iunet.segmentation.landmarks import LANDMARKS, locate_head, structure_centers
+from monai_iunet.segmentation.landmarks import LANDMARKS, check_sides, locate_head, structure_centers
 from monai_iunet.segmentation.segmented_head import SegmentedHead
 from monai_iunet.transforms.head_labels import STRUCTURES, structure_labels
 
@@ -51,6 +51,17 @@ def test_a_structure_that_was_mistaken_is_left_out() -> None:
     moved = centers(np.eye(4))
     moved["left putamen"] = moved["left putamen"] + [0, 60, 0]
     np.testing.assert_allclose(locate_head(moved), np.eye(4), atol=1e-6)
+
+
+def test_a_head_without_a_part_of_one_side_is_refused() -> None:
+    names = {1: "left putamen", 2: "right putamen", 3: "left cerebellum", 4: "right cerebellum", 5: "brainstem"}
+    labels = np.zeros((10, 10, 10), np.uint8)
+    labels[:2], labels[2:4], labels[4:6], labels[6:8], labels[8:] = range(1, 6)
+    check_sides(labels, names)
+    check_sides(np.where(labels == 5, 0, labels), names)  # what has no side does not count
+    labels[4:6, :7] = 0
+    with pytest.raises(InputError, match=r"the left side of the brain is 0\.65 times as large as the right one"):
+        check_sides(labels, names)
 
 
 @pytest.mark.parametrize(
