@@ -53,7 +53,7 @@ MOST_APART = 6.0  # mm, root mean square over the structures that were found
 STRETCH = (0.6, 1.5)  # of each axis beside the template
 MOST_TURNED = 50.0  # degrees
 OUTLIER = 12.0  # mm
-LEAST_SIDE = 0.7  # volume of the smaller side of the brain beside the larger; in six real heads 0.97 and more
+LEAST_SIDE = 0.7  # volume of the smaller side of the brain beside that of the larger
 
 
 def structure_centers(labels: np.ndarray, affine: np.ndarray, names: Mapping[int, str]) -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def _measure(settings: Settings, name: str, dtype: str, action: str) -> list[Row
         "dtype": dtype,
         "action": action,
         "spatial_size": list(images.shape[2:]),
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         "planned": planned,
         "fits": False,
     }
@@ -117,6 +117,7 @@ SECTION = Section(
         ("network", "network", str),
         ("dtype", "dtype", str),
         ("action", "action", str),
+        ("allocator", "allocator", str),
         ("fits", "fits", str),
         ("GPU of, GiB", "gpu", number(0)),
         ("planned, GiB", "planned", number(1)),

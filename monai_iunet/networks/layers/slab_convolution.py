@@ -1,9 +1,9 @@
 """A convolution of a large tensor, one slab after another.
 
 For its kernels cuDNN rearranges what goes in and comes out: channels last, and in 16 bits filled up to a multiple of
-eight. Beside a tensor of 12 channels that takes 2.7 times the bytes of the tensor, on a whole CT several GiB. A slab of
-the first spatial axis takes its part of that. It is read with the neighbors that its kernel reaches, and what comes out
-for these is dropped, since it belongs to the next slab.
+eight: 12 channels take the place of 16, twice, on a whole CT several GiB. A slab of the first spatial axis takes its
+part of that. It is read with the neighbors that its kernel reaches, and what comes out for these is dropped, since it
+belongs to the next slab.
 
 The gradient of the input is that of a convolution too, and is computed in the same way. That of the weight is a sum
 over the voxels of the output, so over the slabs.
