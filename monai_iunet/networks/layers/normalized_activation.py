@@ -33,6 +33,7 @@ from monai_iunet.engine.slabs import slabs
 __all__ = ["can_be_joined", "normalized_activation"]
 
 ROWS = 256  # that keep every multiprocessor of a GPU busy
+LARGE = 2**18  # values of a row that take one of them longer than it takes to start what works on parts
 
 
 def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:
@@ -75,7 +76,8 @@ def normalized_activation(x: Tensor, norm: Any, act: nn.Module) -> Tensor:
 class _NormalizedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-        scales, shifts, parts = weight.repeat(len(x)), bias.repeat(len(x)), _parts(x)
+        parts = _parts(x)
+        scales, shifts = _of_samples(len(x), weight, bias)
         y, means, factors = _normalized(_rows(x, parts), scales, shifts, parts, eps)
         ctx.save_for_backward(x, weight, bias, means, factors)
         ctx.eps, ctx.slope, ctx.parts = eps, slope, parts
@@ -92,69 +94,75 @@ class _NormalizedActivation(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         rows, of_y, of_x = _rows(x), _rows(gradient), torch.empty_like(x, memory_format=torch.contiguous_format)
-        scales, shifts = weight.repeat(len(x)), bias.repeat(len(x))
+        scales, shifts = (of_channel.to(means.dtype) for of_channel in _of_samples(len(x), weight, bias))
         of_scales, of_shifts = torch.empty_like(scales), torch.empty_like(shifts)
-        variances = factors**-2  # with eps in them
+        numbers = scales, shifts, means, factors**-2, factors  # the variances with eps in them
+        of_parts = numbers if ctx.parts == 1 else _of_parts(ctx.parts, *numbers)
         for group in slabs(rows.shape[1], rows.shape[2], x.device):
-            normalized = _applied(
-                _rows(rows[:, group], ctx.parts), scales[group], shifts[group], means[group], variances[group]
+            scale, shift, mean, variance, factor = (number[group].flatten() for number in of_parts)
+            before, after = _rows(rows[:, group], ctx.parts), _rows(of_y[:, group], ctx.parts)
+            y = torch.native_batch_norm(before, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+            after = torch.ops.aten.leaky_relu_backward(after, y, ctx.slope, False)
+            del y
+            found = torch.ops.aten.native_batch_norm_backward(
+                after, before, scale, None, None, mean, factor, True, ctx.eps, [True] * 3
             )
-            of_normalized = torch.ops.aten.leaky_relu_backward(
-                of_y[:, group], normalized.view(1, -1, rows.shape[2]), ctx.slope, False
-            )
-            del normalized
-            _rows(of_x)[:, group], of_scales[group], of_shifts[group] = _gradients(
-                of_normalized, rows[:, group], scales[group], means[group], factors[group], ctx.eps, ctx.parts
-            )
-            del of_normalized
+            if ctx.parts == 1:
+                _rows(of_x)[:, group], of_scales[group], of_shifts[group] = found
+                del found, after
+                continue
+            sums = torch.stack(found[1:]).view(2, -1, ctx.parts).sum(2)
+            of_scales[group], of_shifts[group] = sums
+            del found  # whose first took the sums of the parts, where those of the rows belong
+            of_row = scales[group], means[group], factors[group], sums
+            _put_gradient(_rows(of_x)[:, group], after.view_as(rows[:, group]), rows[:, group], *of_row)
+            del after
         return of_x, *(of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts)), None, None
+
+
+def _put_gradient(
+    place: Tensor, of_y: Tensor, rows: Tensor, scales: Tensor, means: Tensor, factors: Tensor, sums: Tensor
+) -> None:
+    """Write the gradient of rows by that of the normalized rows.
+
+    Args:
+        place: to write to.
+        of_y: gradient of the normalized rows.
+        rows: as they were before.
+        scales: of each row, as the next two.
+        means: of the rows.
+        factors: 1 / sqrt(variance + eps).
+        sums: gradients of scales and shifts.
+    """
+    by_gradient = scales * factors
+    by_x, constant = sums * torch.stack((by_gradient * factors, by_gradient)) / -rows.shape[2]
+    constant = constant - by_x * means
+    total = torch.addcmul(constant[:, None], rows, by_x[:, None])
+    torch.addcmul(total, of_y, by_gradient[:, None], out=place)
 
 
 def _normalized(rows: Tensor, scales: Tensor, shifts: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return normalized rows, each in so many parts, and mean and 1 / sqrt(variance + eps) of each row."""
     if parts == 1:
         return torch.native_batch_norm(rows, scales, shifts, None, None, True, 0.0, eps)
-    of_part = _of_part(scales, parts), _of_part(shifts, parts)
     # The values, normalized by the statistics of their part, are of no use and given back at once.
-    statistics = torch.native_batch_norm(rows, *of_part, None, None, True, 0.0, eps)[1:]
-    means, factors = (each.view(-1, parts) for each in statistics)
-    variances = (factors**-2 - eps).mean(1) + means.var(1, correction=0) + eps
-    means = means.mean(1)
-    return _applied(rows, scales, shifts, means, variances), means, variances.rsqrt()
+    scale, shift = _of_parts(parts, scales, shifts).flatten(1)
+    means, factors = torch.native_batch_norm(rows, scale, shift, None, None, True, 0.0, eps)[1:]
+    between, means = torch.var_mean(means.view(-1, parts), 1, correction=0)
+    variances = (factors**-2).view(-1, parts).mean(1) + between  # with eps in them
+    scale, shift, mean, variance = _of_parts(parts, scales, shifts, means, variances).flatten(1)
+    y = torch.native_batch_norm(rows, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+    return y, means, variances.rsqrt()
 
 
-def _applied(rows: Tensor, scales: Tensor, shifts: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """Return rows, each in some parts, normalized with given statistics."""
-    parts = rows.shape[1] // len(scales)
-    scales, shifts, means, variances = (_of_part(each, parts) for each in (scales, shifts, means, variances))
-    return torch.native_batch_norm(rows, scales, shifts, means, variances, False, 0.0, 0.0)[0]
+def _of_samples(count: int, *of_channels: Tensor) -> list[Tensor]:
+    """Return numbers of the channels for the channels of each of so many samples."""
+    return [of_channel.expand(count, -1).flatten() for of_channel in of_channels]
 
 
-def _gradients(
-    of_y: Tensor, rows: Tensor, scales: Tensor, means: Tensor, factors: Tensor, eps: float, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of rows, scales and shifts by that of the normalized rows."""
-    if parts > 1:
-        scales = scales.to(means.dtype)  # in which sums over parts are kept
-    of_part = [_of_part(each, parts) for each in (means, factors)]
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-        _rows(of_y, parts), _rows(rows, parts), _of_part(scales, parts), None, None, *of_part, True, eps, [True] * 3
-    )
-    if parts == 1:
-        return gradients
-    # The sums are those of the parts. The gradient of the rows takes the sums of all.
-    of_scales, of_shifts = (of.view(-1, parts).sum(1) for of in gradients[1:])
-    del gradients
-    by_gradient = scales * factors
-    by_x = -by_gradient * factors * of_scales / rows.shape[2]
-    constant = -by_gradient * of_shifts / rows.shape[2] - by_x * means
-    of_rows = (rows * by_x[:, None]).add_(constant[:, None]).add_(of_y * by_gradient[:, None])
-    return of_rows, of_scales, of_shifts
-
-
-def _of_part(of_row: Tensor, parts: int) -> Tensor:
-    """Return a number of each row for each of its parts."""
-    return of_row[:, None].expand(-1, parts).reshape(-1)
+def _of_parts(parts: int, *of_rows: Tensor) -> Tensor:
+    """Return numbers of the rows for each of their parts, `(kinds of numbers, rows, parts)`."""
+    return torch.stack(of_rows)[:, :, None].expand(-1, -1, parts)
 
 
 def _rows(x: Tensor, parts: int = 1) -> Tensor:
@@ -163,5 +171,6 @@ def _rows(x: Tensor, parts: int = 1) -> Tensor:
 
 
 def _parts(x: Tensor) -> int:
-    """Return into how many parts to cut a row: along the first spatial axis, where there are few rows on a GPU."""
-    return x.shape[2] if x.is_cuda and x.ndim > 3 and x.shape[0] * x.shape[1] < ROWS else 1
+    """Return into how many parts to cut a row: along the first spatial axis, of few and large rows on a GPU."""
+    large = x.numel() > LARGE * len(x) * x.shape[1]
+    return x.shape[2] if x.is_cuda and x.ndim > 3 and large and x.shape[0] * x.shape[1] < ROWS else 1
