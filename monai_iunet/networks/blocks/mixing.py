@@ -5,21 +5,29 @@
 The state is in pieces; Q is applied block by block, y_i = sum_j Q_ij x_j, so that no piece is ever copied into a whole.
 Gradients: grad x = Q^T grad y, grad Q = sum over voxels of grad y x^T. One product rebuilds x, one more each gives a
 gradient.
+
+A GPU is busy with few large products rather than many small ones. There the pieces are joined, a slab of voxels at a
+time, and the sum over voxels is cut into parts, since one sum would be one multiprocessor's work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
-from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
+from monai_iunet.engine.slabs import slabs
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer, as_one_expression
 from monai_iunet.networks.layers.full_precision import full_precision
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
 __all__ = ["ChannelMixing"]
+
+PART = 1024  # voxels of a part of a sum
 
 
 class ChannelMixing(OrthogonalLayer):
@@ -48,35 +56,64 @@ class ChannelMixing(OrthogonalLayer):
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        blocks = [[_outer(gradient, piece) for piece in states] for gradient in grad_outputs]
-        gradient = torch.cat([torch.cat(row, 1) for row in blocks], 0)
+        if _are_joined(*states, *grad_outputs):
+            gradient = torch.stack([_outer(*pair) for _, *pair in _slabs(grad_outputs, states)]).sum(0)
+        else:
+            blocks = [[_outer_product(gradient, piece) for piece in states] for gradient in grad_outputs]
+            gradient = torch.cat([torch.cat(row, 1) for row in blocks], 0)
         return (gradient.mT if inverse else gradient).to(matrix.dtype)
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
     """Pieces of the given sizes of `matrix` times the channels that `pieces` make up."""
     batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
-    columns = [piece.shape[1] for piece in pieces]
-    results = []
+    matrices = [rows.expand(batch, -1, -1) for rows in matrix.to(pieces[0].dtype).split(tuple(sizes), 0)]
     with full_precision(matrix.device.type):
-        for rows in matrix.to(pieces[0].dtype).split(tuple(sizes), 0):
-            blocks = [block.expand(batch, -1, -1) for block in rows.split(columns, 1)]
-            result = torch.bmm(blocks[0], pieces[0].flatten(2))
-            for block, piece in zip(blocks[1:], pieces[1:]):
-                # Under `torch.func` a result may be one of several that its terms are not.
-                add = torch.baddbmm if is_recorded_by_autograd_alone(*pieces, matrix) else Tensor.baddbmm_
-                result = add(result, block, piece.flatten(2))
-            results.append(result.unflatten(2, shape))
-    return tuple(results)
+        if not _are_joined(*pieces, matrix):
+            return tuple(_sum_of_products(rows, pieces).unflatten(2, shape) for rows in matrices)
+        results = tuple(pieces[0].new_empty((batch, size, *shape)) for size in sizes)
+        for slab, whole in _slabs(pieces):
+            for rows, result in zip(matrices, results):
+                torch.bmm(rows, whole, out=result[:, :, slab].flatten(2))
+            del whole
+        return results
 
 
-def _outer(gradient: Tensor, piece: Tensor) -> Tensor:
-    """Sum the outer products of the channels over batch and voxels.
+def _sum_of_products(rows: Tensor, pieces: Tensors) -> Tensor:
+    """Return rows of a matrix times pieces, block by block."""
+    blocks = rows.split([piece.shape[1] for piece in pieces], 2)
+    result = torch.bmm(blocks[0], pieces[0].flatten(2))
+    for block, piece in zip(blocks[1:], pieces[1:]):
+        # Under `torch.func` a result may be one of several that its terms are not.
+        add = torch.baddbmm if is_recorded_by_autograd_alone(rows, *pieces) else Tensor.baddbmm_
+        result = add(result, block, piece.flatten(2))
+    return result
 
-    On a GPU plane by plane of the first spatial axis, since the sum over all voxels would be one multiprocessor's work.
-    """
+
+def _outer_product(gradient: Tensor, piece: Tensor) -> Tensor:
+    """Sum the outer products of the channels over batch and voxels."""
     with full_precision(piece.device.type):
-        if not piece.is_cuda or piece.ndim < 4:
-            return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)
-        planes = [[each.flatten(2).movedim(1, 0) for each in sample] for sample in zip(gradient, piece)]
-        return torch.stack([torch.bmm(left, right.mT).sum(0) for left, right in planes]).sum(0)
+        return torch.bmm(gradient.flatten(2), piece.flatten(2).mT).sum(0)
+
+
+def _are_joined(*tensors: Tensor) -> bool:
+    """Return whether to join pieces: on a GPU, where results may be written into tensors made before."""
+    return tensors[0].is_cuda and not as_one_expression(*tensors)
+
+
+def _slabs(*groups: Tensors) -> Iterator[tuple[Any, ...]]:
+    """Yield slabs of the first spatial axis, each with the pieces of each group joined, `(batch, channels, voxels)`."""
+    first = groups[0][0]
+    size = first.shape[2]
+    for slab in slabs(size, sum(piece.numel() for piece in groups[0]) // size, first.device):
+        yield slab, *(torch.cat([piece[:, :, slab] for piece in pieces], 1).flatten(2) for pieces in groups)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum the outer products of the channels over batch and voxels, in parts of the voxels."""
+    voxels = min(PART, left.shape[2])
+    if missing := -left.shape[2] % voxels:
+        left, right = (functional.pad(each, (0, missing)) for each in (left, right))
+    parts = zip(*(each.unflatten(2, (-1, voxels)).movedim(2, 1) for each in (left, right)))
+    with full_precision(left.device.type):
+        return torch.stack([torch.bmm(one, other.mT).sum(0) for one, other in parts]).sum(0)

@@ -33,7 +33,7 @@ from monai_iunet.networks.blocks.grid import (
 )
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
-__all__ = ["OrthogonalLayer"]
+__all__ = ["OrthogonalLayer", "as_one_expression"]
 
 
 class OrthogonalLayer(InvertibleLayer):
@@ -203,3 +203,9 @@ def _in_slabs(
 def _cut(pieces: Tensors, slab: slice) -> Tensors:
     """Return a slab of the first spatial axis of pieces."""
     return tuple(piece[:, :, slab] for piece in pieces)
+
+
+def as_one_expression(*tensors: Tensor) -> bool:
+    """Return whether what is done to tensors is recorded, so that no result may be written into one made before."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded or is_recorded_by_autograd_alone(*tensors)

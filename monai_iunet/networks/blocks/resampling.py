@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import Tensors
 from monai_iunet.engine.slabs import slices
-from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer, as_one_expression
 from monai_iunet.networks.layers.full_precision import full_precision
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
@@ -128,7 +128,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        whole = _as_one_expression(*states, *grad_inputs, *grad_outputs)
+        whole = as_one_expression(*states, *grad_inputs, *grad_outputs)
         if inverse:
             # y grad_x^T, and grad_x = K^T grad_y, so (y grad_y^T) K, at the low resolution.
             return self._outer(states, lambda group: self._blocks(grad_inputs, group), whole).to(matrix.dtype) @ matrix
@@ -139,7 +139,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
         size = [extent // factor for extent, factor in zip(whole.shape[2:], self.stride)]
         with full_precision(matrix.device.type):
             matrix = matrix.to(whole.dtype)
-            if _as_one_expression(whole, matrix):
+            if as_one_expression(whole, matrix):
                 low = matrix @ self._unshuffle(whole)
             else:
                 low = whole.new_empty((*whole.shape[:2], math.prod(self.stride), math.prod(size)))
@@ -152,7 +152,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
         size = low[0].shape[2:]
         with full_precision(matrix.device.type):
             matrix = matrix.to(low[0].dtype).mT
-            if _as_one_expression(*low, matrix):
+            if as_one_expression(*low, matrix):
                 return (self._shuffle(matrix @ self._blocks(low, slice(0, len(matrix))), size),)
             extents = (extent * factor for extent, factor in zip(size, self.stride))
             high = low[0].new_empty((len(low[0]), len(matrix), *extents))
@@ -205,12 +205,6 @@ class OrthogonalDownsampling(OrthogonalLayer):
         for axis in range(axes):
             high = high.flatten(2 + axis, 3 + axis)
         return high
-
-
-def _as_one_expression(*tensors: Tensor) -> bool:
-    """Whether what is done to the tensors is recorded, so that nothing may be written into a tensor made before."""
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recorded or is_recorded_by_autograd_alone(*tensors)
 
 
 def _groups(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
