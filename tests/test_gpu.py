@@ -198,6 +198,42 @@ def test_a_cuda_graph_of_the_inference() -> None:
         torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"exact": False}, {"exact": True}, {"exact": True, "amp": True}], ids=str)
+def test_a_cuda_graph_of_a_training_step(options: dict[str, Any]) -> None:
+    """Its replay on other images gives what a step on these gives; values beyond the grid of `exact` give NaN."""
+    options = dict(options)
+    amp = options.pop("amp", False)
+    net, static = network("invert", **options), torch.zeros_like(image())
+
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            loss = net(x).float().square().mean()
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(static)
+    torch.cuda.current_stream().wait_stream(side)
+    net.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(static)
+    static.copy_(image())
+    graph.replay()
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    torch.testing.assert_close(loss, step(image()))
+    expected = [parameter.grad for parameter in net.parameters()]
+    assert max(relative_errors(*([torch.cat([each.flatten() for each in g])[None]] for g in (found, expected)))) < 0.01
+    if net.exact:
+        static.copy_(1e6 * image())
+        graph.replay()
+        assert loss.isnan()
+
+
 def logits(network: nn.Module, task: Task) -> Tensor:
     with torch.no_grad():
         return network(torch.rand(1, 1, *task.roi_size, generator=torch.Generator().manual_seed(0)).cuda()).float()

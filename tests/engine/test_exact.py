@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.networks.blocks import grid
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.blocks.grid import INTEGER_STEP, LIMIT, STEP, add_, enter, pack, round_to_grid, unpack, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
@@ -151,6 +152,22 @@ def test_values_beyond_the_grid_are_reported(where: str) -> None:
             with pytest.raises(OverflowError, match="must stay below 256, but they reach"):
                 direction(x)
         net(torch.zeros(1, 4, 8, 8))  # what was out of range is not held against the next image
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_in_a_cuda_graph_outputs_beyond_the_grid_are_nan(amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error can be raised there, and no value looked at."""
+    net, x = IUNet(2, (4, 8), couplings=2, exact=True), torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        expected = net(x)
+        monkeypatch.setattr(grid, "is_captured", lambda tensor: True)
+        assert torch.equal(net(x), expected)
+        x[0, 0, 3, 3] = 2 * LIMIT
+        for tensors in ([net(x)], [net.inverse(x)], net.encode(x), net.decode_inverse(x)):
+            assert all(tensor.isnan().all() for tensor in tensors)
+        codes = [2 * LIMIT * torch.ones_like(code) for code in net.encode(x)]
+        assert net.decode(codes).isnan().all()
+        assert net.encode_inverse(codes).isnan().all()
 
 
 def test_what_it_cannot_do_is_refused() -> None:

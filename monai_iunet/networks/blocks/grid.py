@@ -35,6 +35,7 @@ from torch import Tensor
 
 from monai_iunet.engine.reversible import is_transformed
 from monai_iunet.engine.slabs import slabs
+from monai_iunet.networks.layers.cuda_graph import is_captured
 
 __all__ = [
     "INTEGER_STEP",
@@ -89,7 +90,18 @@ def write_steps(stream: Tensor, steps: Tensor) -> None:
 
 def read(stream: Tensor) -> Tensor:
     """Return the values of a piece of a stream, without a gradient: in float32 or better, a contiguous copy."""
-    return read_steps(stream).mul_(step_of(stream))
+    if is_integer(stream):
+        return _scaled(stream, torch.float32)
+    return stream.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _scaled(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of a stream of integers, rounded to a type, a contiguous copy."""
+    steps = stream.view(torch.int16)
+    if steps.is_cuda:  # a CPU would keep a copy in float32 on the way
+        numbers = torch.empty_like(steps, dtype=dtype, memory_format=torch.contiguous_format)
+        return torch.mul(steps, INTEGER_STEP, out=numbers)
+    return steps.to(dtype, memory_format=torch.contiguous_format).mul_(INTEGER_STEP)
 
 
 def write(stream: Tensor, numbers: Tensor) -> None:
@@ -116,7 +128,7 @@ def add_(stream: Tensor, shift: Tensor, sign: int, out: Tensor, check: bool) -> 
         before, after = stream[:, :, slab], out[:, :, slab]
         steps = shift[:, :, slab].to(precision, copy=True).div_(step).round_()
         if integers:
-            total = steps.mul_(sign).add_(before.view(torch.int16))
+            total = torch.add(before.view(torch.int16), steps, alpha=sign, out=steps)
             after.view(torch.int16).copy_(total)
         else:
             total = torch.add(before, steps, alpha=sign * step, out=after)
@@ -159,7 +171,7 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = stream.dtype
-        return stream.view(torch.int16).to(dtype).mul_(INTEGER_STEP)
+        return _scaled(stream, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -267,15 +279,15 @@ def unpack(packed: Tensor, stream: Tensor, channels: int) -> Tensor:
 
 
 class _Noted:
-    """Keeps the largest of some numbers, as shares of what they may be, until they are checked.
+    """Keeps the bounds of some numbers until their sizes are checked.
 
     Args:
-        message: of the error when a share is not below 1.
+        message: of the error when the share that a number has of what it may be is not below 1.
     """
 
     def __init__(self, message: str) -> None:
         self.message = message
-        self.shares: ContextVar[list[Tensor] | None] = ContextVar("shares", default=None)
+        self.bounds: ContextVar[dict[float, list[Tensor]] | None] = ContextVar("bounds", default=None)
 
     def check(self, share: Tensor) -> None:
         largest = float(share)
@@ -293,25 +305,51 @@ _residues = _Noted(
 )
 
 
+class _Checked:
+    """Returns outputs as they are, or as NaN where an error could not be raised.
+
+    Attributes:
+        doubt: NaN if values have left the range, else 0; None where this is known already.
+    """
+
+    doubt: Tensor | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output if self.doubt is None else output + self.doubt.to(output.dtype)
+
+
 @contextmanager
-def check_range() -> Iterator[None]:
+def check_range() -> Iterator[_Checked]:
     """Raise an error, on leaving, if values within have left the range of the grid: one wait for a GPU, not one each.
+
+    While a CUDA graph is recorded nothing has values, and its replay can raise no error. There the outputs become NaN:
+    what this yields is called with each of them, after leaving.
 
     Raises:
         OverflowError: when a value is not below `LIMIT` in size, or no number, or a residue does not fit its place.
     """
-    tokens = [(kind, kind.shares.set([])) for kind in (_values, _residues)]
+    checked = _Checked()
+    tokens = [(kind, kind.bounds.set({})) for kind in (_values, _residues)]
     try:
-        yield
-        noted = [(kind, kind.shares.get()) for kind, _ in tokens]
+        yield checked
+        noted = [(kind, scale, bounds) for kind, _ in tokens for scale, bounds in (kind.bounds.get() or {}).items()]
     finally:
         for kind, token in tokens:
-            kind.shares.reset(token)
-    found = [(kind, torch.stack(shares).amax()) for kind, shares in noted if shares]
+            kind.bounds.reset(token)
+    found = [(kind, _share(bounds, scale)) for kind, scale, bounds in noted]
+    if not found:
+        return
+    largest = torch.stack([share for _, share in found]).amax()
+    if is_captured(largest):
+        checked.doubt = torch.zeros_like(largest).masked_fill_(~(largest < 1), torch.nan)
     # As numbers: to compare tensors that only pretend to have values would say no.
-    if found and not float(torch.stack([share for _, share in found]).amax()) < 1:
+    elif not float(largest) < 1:
         for kind, share in found:
             kind.check(share)
+
+
+def _share(bounds: list[Tensor], scale: float) -> Tensor:
+    return torch.stack(bounds).abs().amax() * scale
 
 
 def note_largest(x: Tensor, scale: float = 1.0) -> None:
@@ -325,10 +363,9 @@ def note_largest(x: Tensor, scale: float = 1.0) -> None:
 def _note(kind: _Noted, x: Tensor, scale: float) -> None:
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(x):
         return
-    low, high = x.detach().aminmax()
-    share = torch.maximum(-low, high) * scale
-    noted = kind.shares.get()
+    bounds = list(x.detach().aminmax())
+    noted = kind.bounds.get()
     if noted is None:
-        kind.check(share)
+        kind.check(_share(bounds, scale))
     else:
-        noted.append(share)
+        noted.setdefault(scale, []).extend(bounds)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
+from monai_iunet.networks.layers.cuda_graph import is_captured
 from monai_iunet.networks.layers.full_precision import full_precision
 
 __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
@@ -146,7 +147,7 @@ class OrthogonalMatrix(nn.Module):
                 made_of, values, matrices = self._constant
                 same = len(made_of) == len(sources) and all(a is b for a, b in zip(made_of, sources))
                 # Values cannot be compared while a CUDA graph is recorded; its warm-up has compared them.
-                if same and (_is_captured(sources[0]) or all(map(_equal, values, sources))):
+                if same and (is_captured(sources[0]) or all(map(_equal, values, sources))):
                     return matrices
             matrices = self._compute(*sources)
             self._constant = sources, [source.detach().clone() for source in sources], matrices
@@ -193,10 +194,6 @@ def _checked(base: Tensor, size: int, shape: tuple[int, ...]) -> Tensor | None:
     if not defect < 1e-4:
         raise ValueError(f"base must be orthogonal, but B^T B differs from the identity by up to {defect:.3g}.")
     return base
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -259,10 +259,11 @@ class IUNet(ChosenActivations):
         """
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "inverse", "Pass the output of forward(x, crop=False).")
-        with self._walk(y.device):
+        with self._walk(y.device) as checked:
             codes = self._decode_inverse(self._enter(y))
             codes.append(self._turn.inverse(*codes.pop()))
-            x = self._leave(self._encode_inverse(codes), y)
+            x = self._encode_inverse(codes)
+        x = checked(self._leave(x, y))
         return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
@@ -271,39 +272,41 @@ class IUNet(ChosenActivations):
         Sizes that do not divide are padded.
         """
         self.design.check_images(x, "x", self.channels[0])
-        with self._walk(x.device):
+        with self._walk(x.device) as checked:
             *skips, state = self._encode([self._pad(x)])
             codes = *skips, *self._bottom(*state, keep=True)
-        return tuple(self._leave(code, x) for code in codes)
+        return tuple(checked(self._leave(code, x)) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image of codes as `encode` returns them, through the decoder."""
         self.design.check_codes(codes)
-        with self._walk(codes[0].device):
+        with self._walk(codes[0].device) as checked:
             *skips, deepest = map(self._enter, codes)
-            return self._leave(self._decode([*skips, self._bottom_up(deepest)]), codes[0])
+            y = self._decode([*skips, self._bottom_up(deepest)])
+        return checked(self._leave(y, codes[0]))
 
     def encode_inverse(self, codes: Sequence[Tensor]) -> Tensor:
         """Return the image with these codes: the inverse of `encode`."""
         self.design.check_codes(codes)
-        with self._walk(codes[0].device):
+        with self._walk(codes[0].device) as checked:
             *skips, deepest = map(self._enter, codes)
-            return self._leave(self._encode_inverse([*skips, self._bottom.inverse(deepest)]), codes[0])
+            x = self._encode_inverse([*skips, self._bottom.inverse(deepest)])
+        return checked(self._leave(x, codes[0]))
 
     def decode_inverse(self, y: Tensor) -> Tensors:
         """Return the codes that the decoder takes to this image: the inverse of `decode`."""
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
-        with self._walk(y.device):
+        with self._walk(y.device) as checked:
             *skips, state = self._decode_inverse(self._enter(y))
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
-        return tuple(self._leave(code, y) for code in codes)
+        return tuple(checked(self._leave(code, y)) for code in codes)
 
     def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
         like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
-        with self._walk(x.device):
+        with self._walk(x.device) as checked:
             images.append(self._pad(x))
             del x
             codes = self._encode(images)
@@ -311,10 +314,10 @@ class IUNet(ChosenActivations):
             tapped: list[Tensor] | None = [] if levels else None
             y = self._decode(codes, tapped)
         compact = is_integer(like)  # as what is behind a convolution under autocast
-        y = self._leave(y, like, compact)
+        y = checked(self._leave(y, like, compact))
         return [
             crop_like(y, like, list(self.factors)) if crop else y,
-            *(self._leave(level, like, compact) for level in reversed(tapped or [])),
+            *(checked(self._leave(level, like, compact)) for level in reversed(tapped or [])),
         ]
 
     _forward_uncompiled = torch.compiler.disable(_forward)
@@ -417,16 +420,17 @@ class IUNet(ChosenActivations):
         )
 
     @contextmanager
-    def _walk(self, device: torch.device) -> Iterator[None]:
+    def _walk(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
         """Surround a walk through the layers, except in an export.
 
-        What autocast casts is not kept, and values that leave the range of the grid raise an error.
+        What autocast casts is not kept, and values that leave the range of the grid raise an error. Outputs have to go
+        through what this yields, see `check_range`.
         """
         if torch.compiler.is_compiling():
-            yield
+            yield _unchanged
         else:
-            with without_cast_copies(device), check_range() if self.exact else nullcontext():
-                yield
+            with without_cast_copies(device), check_range() if self.exact else nullcontext(_unchanged) as checked:
+                yield checked
 
     def __prepare_scriptable__(self) -> nn.Module:
         return Traced(self, self.channels[0], self.factors)
@@ -452,6 +456,10 @@ class IUNet(ChosenActivations):
                 "torch.onnx.export, its default from PyTorch 2.9 on; to MONAI's onnx_export in converter_kwargs."
             )
         return pad(x, list(self.factors), self.padding_mode)
+
+
+def _unchanged(output: Tensor) -> Tensor:
+    return output
 
 
 def _branches(
