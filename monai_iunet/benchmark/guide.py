@@ -252,6 +252,40 @@ def _whole_volume(sections: Sections) -> str:
     return _table(headings, rows)
 
 
+def _small_gpus(sections: Sections) -> str:
+    headings = ["", "", "", "planned, GiB", "allocated", "runs on a GPU of, GiB", "s"]
+    rows = [
+        [
+            *(row[key] for key in ("network", "dtype", "action")),
+            *(write(row[key]) if key in row else "" for key, write in SMALL_GPUS.items()),
+        ]
+        for row in sections.get("small_gpus", [])
+    ]
+    return _table(headings, rows)
+
+
+SMALL_GPUS: dict[str, Callable[[Any], str]] = {
+    "planned": number(1),
+    "allocated": number(1),
+    "gpu": number(0),
+    "seconds": spread(digits=1),
+}
+
+
+def _convolutions(sections: Sections) -> str:
+    headings = ["channels", "", "", "tensors beside input and gradient", "ms", "time over at once"]
+    rows = [
+        [
+            *(str(row[key]) for key in ("channels", "dtype", "way")),
+            number(1)(row["tensors"]),
+            spread(digits=0)(row["milliseconds"]),
+            spread()(row["over_at_once"]),
+        ]
+        for row in sections.get("convolutions", [])
+    ]
+    return _table(headings, rows)
+
+
 def _exactness(sections: Sections) -> str:
     found = sections.get("exactness", [])
     headings = ["settings", "", "stored twice: equal", "`exact` and stored: equal", "not `exact`: relative difference"]
@@ -292,6 +326,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Sections], str]]] = {
     "equal cost on a GPU": ("gpu", _equal_cost_on_gpu),
     "voxels on a GPU": ("gpu", partial(_voxels, key="training_allocated_per_voxel")),
     "whole volume": ("gpu", _whole_volume),
+    "small GPUs": ("gpu", _small_gpus),
+    "convolutions": ("gpu", _convolutions),
     "budgets on a GPU": ("gpu", partial(_budgets, unit="ns", of_microsecond=1e3, digits=0)),
     "exactness": ("gpu", _exactness),
     "resampling": ("gpu", _resampling),
