@@ -26,6 +26,7 @@ __all__ = [
     "graph_is_retained",
     "has_hooks",
     "has_values",
+    "hooks_of",
     "is_exporting",
     "is_view",
     "keep_versions",
@@ -35,6 +36,16 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def can_pack_saved_tensors() -> bool:
@@ -70,6 +81,11 @@ def has_hooks(module: nn.Module) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Return whether a tensor has values that can be looked at: no fake, sharded or functional one, none on "meta"."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and can_pack_saved_tensors()
+
+
+def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """Return the hooks that a call of a module runs, copies of its dictionaries by their names."""
+    return {name: getattr(module, name).copy() for name in HOOKS}
 
 
 def is_exporting() -> bool:

@@ -1,13 +1,15 @@
 """Evaluating a module a second time with the result of the first.
 
-A result depends on more than the inputs: on the autocast setting, the random numbers, the mode of each part (training
-or evaluation), the parameters, and the buffers, which an evaluation may change. `Conditions` records all of it around
-the first evaluation and has it again around the second, after which everything is as it was before that: running
-statistics move once, random numbers are drawn once.
+A result depends on more than the inputs: on the autocast setting, the random numbers, the parameters, the buffers,
+which an evaluation may change, the hooks, and the settings of each part: attributes that are numbers, texts or
+switches, such as the mode (training or evaluation) and the rate of a dropout. `Conditions` records all of it around the
+first evaluation and has it again around the second, after which everything is as it was before that: running statistics
+move once, random numbers are drawn once.
 
-The module itself is never changed for this, because another thread may be using it: where a mode, a parameter or a
-buffer is another one by then, the second evaluation is that of a replica that has the parts of the first. The exception
-are buffers that the module writes to: their values are put back for the time of the second evaluation, and afterwards.
+The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
+parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
+first. The exception are buffers that the module writes to: their values are put back for the time of the second
+evaluation, and afterwards.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import keep_versions, version, without_modes
+from monai_iunet.engine.pytorch_private import hooks_of, keep_versions, version, without_modes
 
 __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+SETTINGS = (bool, int, float, complex, str, type(None), torch.dtype)
 
 
 class Conditions:
@@ -93,16 +96,23 @@ class Conditions:
         """
         if all(part.is_as_it_was() for part in self._parts):
             return self._parts[0].module
-        replicas = {part.module: part.replica() for part in self._parts}
-        for part in self._parts:
-            replicas[part.module]._modules = {
-                name: child if child is None else replicas[child] for name, child in part.children.items()
-            }
-        return replicas[self._parts[0].module]
+        parts, then = {part.module: part for part in self._parts}, dict[nn.Module, nn.Module]()
+
+        def as_it_was(module: nn.Module) -> nn.Module:
+            if module not in then:
+                part = parts[module]
+                children = {name: child and as_it_was(child) for name, child in part.children.items()}
+                changed = children != part.children or not part.is_as_it_was()
+                then[module] = part.replica(children) if changed else module
+            return then[module]
+
+        return as_it_was(self._parts[0].module)
 
     def _check_random_numbers(self) -> None:
         """Raise an error if another thread drew from the generator while a dropout did."""
-        if self._random is None or not any(part.training and isinstance(part.module, DROPOUT) for part in self._parts):
+        if self._random is None or not any(
+            part.settings["training"] and isinstance(part.module, DROPOUT) for part in self._parts
+        ):
             return
         if _bytes(_generator_states(self._device)) != _bytes(self._random[1]):
             raise RuntimeError(
@@ -124,7 +134,8 @@ class _Part:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.training = module.training
+        self.settings = {name: value for name, value in module.__dict__.items() if _is_setting(value)}
+        self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
         self.buffers = dict(module._buffers)
         self.children = dict(module._modules)
@@ -138,29 +149,46 @@ class _Part:
         return (buffer for buffer in self.buffers.values() if buffer is not None)
 
     def is_as_it_was(self) -> bool:
+        now = self.module.__dict__
         return (
-            self.module.training == self.training
+            all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
+            and hooks_of(self.module) == self.hooks
             and _same(self.module._parameters, self.parameters)
             and _same(self.module._buffers, self.buffers)
             and self.module._modules == self.children
         )
 
-    def replica(self) -> Any:
-        """Return a module that shares everything with this one except for what has changed since."""
+    def replica(self, children: dict[str, nn.Module | None]) -> Any:
+        """Return a module that shares everything with this one except for what has changed since.
+
+        Args:
+            children: of the replica.
+        """
         if "forward" in self.module.__dict__:  # as of `torch.compile(module)`, which runs the module itself
             raise RuntimeError(
-                f"{type(self.module).__name__} has another mode, or other parameters, in the backward pass than it had "
-                "in the forward pass, and cannot be evaluated as it was then, because its `forward` was replaced. "
-                'Leave it as it is until after the backward pass, or store activations (activations="store").'
+                f"{type(self.module).__name__} has another mode, other parameters, settings or hooks in the backward "
+                "pass than it had in the forward pass, and cannot be evaluated as it was then, because its `forward` "
+                "was replaced. Leave it as it is until after the backward pass, or store activations "
+                '(activations="store").'
             )
         replica: Any = object.__new__(type(self.module))  # not that of the class, which may build a new module
-        # Without what `module.compile()` made, which runs the module itself.
-        replica.__dict__ = dict(self.module.__dict__, training=self.training, _compiled_call_impl=None)
+        replica.__dict__ = {**self.module.__dict__, **self.settings, **self.hooks, "_modules": children}
+        replica.__dict__["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):
             replica._parameters = dict(self.parameters)
         if not _same(self.module._buffers, self.buffers):
             replica._buffers = dict(self.buffers)
         return replica
+
+
+def _is_setting(value: Any) -> bool:
+    """Return whether an attribute of a module is a number, a text, a switch or nothing, or a tuple of them."""
+    return isinstance(value, SETTINGS) or (type(value) is tuple and all(map(_is_setting, value)))
+
+
+def _is_equal(now: Any, then: Any) -> bool:
+    """Return whether a setting has the same value; what it became need not be a setting."""
+    return now is then or (_is_setting(now) and bool(now == then))
 
 
 def _same(now: Any, then: dict[str, Any]) -> bool:

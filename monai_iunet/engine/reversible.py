@@ -33,8 +33,10 @@ What the engine does not do:
   them rebuilt with that rounding: shard branches, or the whole.
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
   and again. Threads with graphs of their own are independent.
-- What a module keeps outside of its parameters, buffers and random generators is not put back for the second
-  evaluation: a layer that counts its calls in an attribute counts two in each step.
+- What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of PyTorch's
+  random generators is not put back for the second evaluation: a layer that lists its calls lists two in each step.
+- A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
+  free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
 Sources: Gomez et al., The Reversible Residual Network, 2017 (arXiv 1707.04585); Etmann, Ke, Schönlieb, iUNets, 2020
 (arXiv 2005.05220). PyTorch's `torch/utils/checkpoint.py` repeats evaluations in the same way, from stored inputs.

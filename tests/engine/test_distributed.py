@@ -65,9 +65,9 @@ def order_of_events(images: torch.Tensor) -> list[str]:
 
     wrapped.register_comm_hook(None, send)
     for _ in range(2):  # the first step finds the order of the buckets
+        handle = net.iunet.encoder[0][0].branch.register_forward_hook(lambda *_: events.append("first coupling"))
         loss = wrapped(images).square().mean()
         events.clear()
-        handle = net.iunet.encoder[0][0].branch.register_forward_hook(lambda *_: events.append("first coupling"))
         loss.backward()
         handle.remove()
     return events

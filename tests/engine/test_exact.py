@@ -130,6 +130,27 @@ def test_the_segmentation_network_takes_it_along() -> None:
     assert not net.iunet.exact
 
 
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("activations", ["invert", "store"])
+def test_it_may_be_set_between_the_passes(exact: bool, amp: bool, activations: str) -> None:
+    """The backward pass is that of the forward pass that was."""
+    net = IUNet(2, (4, 8), couplings=2, activations=activations)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 4, 8, 8)
+    found = []
+    for changes in (False, True):
+        net.zero_grad()
+        net.exact = exact
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = net(x)
+        net.exact = exact != changes
+        y.square().mean().backward()
+        found.append([parameter.grad for parameter in net.parameters() if parameter.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_rounding_is_straight_through() -> None:
     x = torch.tensor([0.3, -100.7], requires_grad=True)
     y = round_to_grid(x)

@@ -291,6 +291,108 @@ def test_a_mode_that_changes_between_the_passes(options: dict[str, Any], modes: 
     assert max(relative_errors(*found)) < 1e-10
 
 
+def set_all(net: nn.Module, kind: type, **settings: Any) -> None:
+    for module in net.modules():
+        if isinstance(module, kind):
+            for name, value in settings.items():
+                setattr(module, name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: set_all(net, nn.Dropout, p=0.0),
+        lambda net: set_all(net, nn.InstanceNorm2d, eps=1.0),
+        lambda net: set_all(net, nn.LeakyReLU, negative_slope=1.0),
+        lambda net: set_all(net, nn.Conv2d, padding=(1, 1), dilation=(1, 1)),  # as before, in other words
+        lambda net: net.requires_grad_(False).requires_grad_(True),
+        lambda net: setattr(net, "activations", "store"),
+    ],
+    ids=["dropout", "eps", "slope", "padding", "requires_grad", "activations"],
+)
+def test_settings_that_change_between_the_passes(change: Any) -> None:
+    def run(net: nn.Module, x: Tensor) -> None:
+        value = loss(net(x))
+        change(net)
+        value.backward()
+
+    compare(run, dropout=0.3, act="LEAKYRELU")
+
+
+def test_settings_that_a_branch_changes_itself() -> None:
+    """A branch that depends on how often it was called, and counts."""
+
+    class Alternating(nn.Conv2d):
+        calls, last = 0, ""
+
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__(inputs, outputs, 3, padding=1)
+            self.calls, self.last = 0, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = self.calls * super().forward(x).tanh()
+            return self.last
+
+    found, counts = [], []
+    for activations in MODES:
+        net = network(
+            activations=activations, make_branch=lambda dims, inputs, outputs, *_: Alternating(inputs, outputs)
+        )
+        for _ in range(2):
+            net.zero_grad()
+            x = image().requires_grad_()
+            (loss(net(x)) + loss(net(2 * x))).backward()
+        found.append([tensor.grad for tensor in (x, *net.parameters())])
+        counts.append([module.calls for module in net.modules() if isinstance(module, Alternating)])
+    assert max(relative_errors(*found)) < 1e-10
+    assert counts[0] == counts[1] == [4] * len(counts[0])
+
+
+def hook_all(net: nn.Module) -> list[Any]:
+    convolutions = [module for module in net.iunet.modules() if isinstance(module, nn.Conv2d)]
+    return [
+        handle
+        for module in convolutions
+        for handle in (
+            module.register_forward_hook(lambda module, args, y: 2 * y),
+            module.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True),
+        )
+    ]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_come_or_go_between_the_passes(before: bool) -> None:
+    def run(net: nn.Module, x: Tensor) -> None:
+        handles = hook_all(net) if before else []
+        value = loss(net(x))
+        if before:
+            for handle in handles:
+                handle.remove()
+        else:
+            hook_all(net)
+        value.backward()
+
+    compare(run, dropout=0.3)
+
+
+def test_a_branch_that_was_compiled_is_left_alone_where_something_else_changes() -> None:
+    """Only what has changed, and what contains it, is replicated: a replaced `forward` elsewhere is no obstacle."""
+    fixed = nn.Conv1d(2, 2, 1)
+    forward = fixed.forward
+    fixed.forward = lambda x: forward(x).tanh()
+    found = []
+    for rebuilds in (True, False):
+        layer = AdditiveCoupling(nn.Sequential(fixed, nn.Dropout(0.5))).double()
+        layer.rebuilds = rebuilds
+        torch.manual_seed(3)
+        inputs = [torch.ones(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+        value = sum(map(loss, layer(*inputs)))
+        layer.branch[1].p = 0.1
+        found.append(torch.autograd.grad(value, [*inputs, *layer.parameters()]))
+    assert max(relative_errors(*found)) < 1e-10
+
+
 def spectral(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.Tanh())
 
@@ -543,9 +645,10 @@ def test_two_backward_passes_over_one_graph_in_two_threads() -> None:
 
 def test_a_dropout_whose_generator_another_thread_used_is_noticed() -> None:
     layer = AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Dropout(0.5)))
-    layer.branch.register_forward_hook(lambda *_: work_in_threads([lambda: torch.rand(3)]) and None)
+    to_draw = [lambda: torch.rand(3)]
+    layer.branch.register_forward_hook(lambda *_: work_in_threads(to_draw) and None)
     outputs = layer(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
-    layer.branch._forward_hooks.clear()
+    to_draw[0] = int
     with pytest.raises(RuntimeError, match="another thread has drawn"):
         outputs[1].sum().backward()
 

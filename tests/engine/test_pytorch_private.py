@@ -133,3 +133,21 @@ def test_has_hooks() -> None:
         assert private.has_hooks(module)
         handle.remove()
         assert not private.has_hooks(module)
+
+
+def test_hooks_of() -> None:
+    module = torch.nn.Linear(1, 1)
+    before = private.hooks_of(module)
+    assert not any(before.values())
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        lambda hook: module.register_forward_hook(hook, with_kwargs=True, always_call=True),
+        lambda hook: module.register_forward_pre_hook(hook, with_kwargs=True),
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert private.hooks_of(module) != before
+        handle.remove()
+        assert private.hooks_of(module) == before

@@ -87,7 +87,7 @@ class OrthogonalLayer(InvertibleLayer):
         return (packed,)
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
-        if not self.exact:
+        if not remembered:  # not by `exact`, which may have been set since
             return self.multiply(outputs, weights[0], not inverse)
         (packed,) = remembered
         inputs = self._empty(outputs, not inverse)
@@ -149,7 +149,7 @@ class _Product(torch.autograd.Function):
                     write(piece, product)
         else:
             outputs = layer.multiply(pieces, matrix, inverse)
-        ctx.layer, ctx.inverse = layer, inverse
+        ctx.layer, ctx.inverse, ctx.integers = layer, inverse, layer.exact and is_integer(pieces[0])
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
@@ -158,7 +158,7 @@ class _Product(torch.autograd.Function):
         matrix, *states = ctx.saved_tensors
         layer, inverse = ctx.layer, ctx.inverse
         wanted = ctx.needs_input_grad[2]
-        if not (layer.exact and is_integer(grad_outputs[0])):
+        if not ctx.integers:
             grad_inputs = layer.multiply(grad_outputs, matrix, not inverse)
             grad_matrix = None
             if wanted:
