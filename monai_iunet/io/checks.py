@@ -16,6 +16,7 @@ from monai_iunet.io.channels import CHANNEL_FILES
 
 __all__ = [
     "DAMAGED",
+    "check_compressed",
     "check_extent",
     "check_image",
     "check_not_constant",
@@ -31,6 +32,7 @@ LARGEST_COMPRESSION = 1032
 LARGEST_VOXEL = 50.0  # mm
 LARGEST_EXTENT = 2500.0  # mm, a tall person with some air around
 SMALLEST_EXTENT = 1.0  # mm, of the longest axis
+COMPRESSED_PART = 2**14  # bytes that are decompressed at a time, to 16 MiB at most
 SMALL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16))  # which PyTorch computes with too
 DAMAGED = (
     nibabel.filebasedimages.ImageFileError,
@@ -208,6 +210,35 @@ def check_size(path: Path, claimed: int, stored: int) -> None:
         raise InputError(
             f"{path}: its header promises {claimed} bytes, the file has {stored}: truncated or damaged. Copy it again."
         )
+
+
+def check_compressed(path: Path, data: Path, start: int = 0) -> None:
+    """Decompress a file to its end, where its check sum tells whether a bit has changed; readers of images stop before.
+
+    Args:
+        path: of the image, for errors.
+        data: file that is compressed by gzip or zlib; what follows the compressed data is left alone.
+        start: byte where the compressed data begin.
+
+    Raises:
+        InputError: when the sum is another one, or the data end too early.
+    """
+    inflater, wrong = zlib.decompressobj(zlib.MAX_WBITS | 32), "it ends too early"
+    with data.open("rb") as file:
+        file.seek(start)
+        while part := file.read(COMPRESSED_PART):
+            try:
+                inflater.decompress(part)
+                while inflater.eof:
+                    following = inflater.unused_data or file.read(COMPRESSED_PART)
+                    if not following.startswith(b"\x1f"):
+                        return
+                    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip may write several parts
+                    inflater.decompress(following)
+            except zlib.error as error:
+                wrong = first_line(error)
+                break
+    raise InputError(f"{path}: truncated or damaged ({wrong}). Copy it again.")
 
 
 def _times(values: Iterable[float]) -> str:

@@ -12,7 +12,15 @@ import numpy as np
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import CHANNEL_FILES
-from monai_iunet.io.checks import DAMAGED, check_image, check_same_grid, check_size, first_line, raw_voxels
+from monai_iunet.io.checks import (
+    DAMAGED,
+    check_compressed,
+    check_image,
+    check_same_grid,
+    check_size,
+    first_line,
+    raw_voxels,
+)
 from monai_iunet.io.files import NIFTI, SUFFIXES, image_name
 from monai_iunet.io.formats import read_format
 from monai_iunet.io.untrusted import try_in_a_process
@@ -85,4 +93,6 @@ def _read_nifti(path: Path) -> nibabel.Nifti1Image:
     if not isinstance(image, nibabel.Nifti1Image):
         raise InputError(f"{path}: {type(image).__name__} with the name of a NIfTI file. Convert it to NIfTI first.")
     check_size(path, math.prod(image.shape) * image.get_data_dtype().itemsize, path.stat().st_size)
+    if path.suffix.lower() == ".gz":
+        check_compressed(path, path)
     return image

@@ -12,7 +12,7 @@ import nibabel
 import SimpleITK
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import check_size
+from monai_iunet.io.checks import check_compressed, check_size
 from monai_iunet.io.geometry import from_simpleitk
 
 __all__ = ["read_with_simpleitk"]
@@ -43,6 +43,7 @@ def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
         parts = path.parent.iterdir() if path.suffix.lower() in (".nhdr", ".mhd") else [path]
         check_size(path, math.prod(size), sum(part.stat().st_size for part in parts if part.is_file()))
         _check_orientation(path)
+        _check_data(path)
         return from_simpleitk(reader.Execute())
     except RuntimeError as error:
         raise InputError(f"{path}: not readable, damaged or of another format. Export or copy it again.") from error
@@ -56,11 +57,11 @@ def _check_orientation(path: Path) -> None:
     """
     suffix = path.suffix.lower()
     if suffix in (".nrrd", ".nhdr"):
-        fields = _header_fields(path, ":")
+        fields, _ = _read_header(path)
         known = fields.get("space", "").lower() in PATIENT_SPACES and "space directions" in fields
         advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
     elif suffix in (".mha", ".mhd"):
-        fields = _header_fields(path, "=")
+        fields, _ = _read_header(path)
         known = bool(fields.keys() & {"transformmatrix", "rotation", "orientation"})
         advice = "Write it again with a TransformMatrix, for example with SimpleITK."
     else:
@@ -69,15 +70,34 @@ def _check_orientation(path: Path) -> None:
         raise InputError(f"{path}: has no orientation, so left and right cannot be told apart. {advice}")
 
 
-def _header_fields(path: Path, separator: str) -> dict[str, str]:
-    """Return the fields of a header in text; their names are in lower case."""
+def _check_data(path: Path) -> None:
+    """Check the compressed data of a NRRD or MetaImage, of whose damage SimpleITK says nothing.
+
+    Sources: the specifications of NRRD ("encoding", "data file", "line skip") and of MetaImage ("CompressedData",
+    "ElementDataFile"). Data in several files are left to SimpleITK.
+    """
+    fields, end = _read_header(path)
+    if "elementdatafile" in fields:
+        is_compressed = fields.get("compresseddata", "").lower() in ("true", "1")
+        file = "" if fields["elementdatafile"].upper() == "LOCAL" else fields["elementdatafile"]
+    else:
+        is_compressed = fields.get("encoding", "").lower() in ("gzip", "gz") and fields.get("line skip", "0") == "0"
+        file = fields.get("data file", fields.get("datafile", ""))
+    data = path.parent / file if file else path
+    if is_compressed and data.is_file():
+        check_compressed(path, data, 0 if file else end)
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], int]:
+    """Return the fields of a header in text, their names in lower case, and the byte where it ends."""
+    separator = ":" if path.suffix.lower() in (".nrrd", ".nhdr") else "="
     fields = {}
     with path.open("rb") as file:
         for _ in range(LARGEST_HEADER):
-            line = file.readline(LARGEST_LINE).decode("latin-1").strip()
+            line = file.readline(LARGEST_LINE).decode("utf-8", "surrogateescape").strip()
             name, sign, value = line.partition(separator)
             if sign and not value.startswith("="):  # `name:=value` is no field of NRRD
                 fields[name.strip().lower()] = value.strip()
             if not line or name.strip().lower() == "elementdatafile":
                 break
-    return fields
+        return fields, file.tell()

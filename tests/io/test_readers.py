@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,35 @@ def test_every_format_gives_the_same_volume(suffix: str, volume: np.ndarray, tmp
     image = read_image(tmp_path / f"image{suffix}")
     np.testing.assert_allclose(image.affine, oblique(), atol=1e-5)
     np.testing.assert_array_equal(image.get_fdata(), volume)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("place", [0.2, 0.6, 0.95])
+def test_a_bit_that_changed_in_compressed_data_is_noticed(
+    place: float, suffix: str, volume: np.ndarray, tmp_path: Path
+) -> None:
+    image, path = nibabel.Nifti1Image(np.tile(volume, (3, 3, 3)), oblique()), tmp_path / f"übel{suffix}"
+    SimpleITK.WriteImage(to_simpleitk(image), path, useCompression=True)
+    assert np.array_equal(read_image(path).get_fdata(), image.get_fdata())
+    data = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    start = len(content) - len(content.split(b"\n\n" if suffix == ".nrrd" else b"LOCAL\n", 1)[-1])
+    content[start + int(place * (len(content) - start))] ^= 4
+    data.write_bytes(content)
+    with pytest.raises(InputError, match=f"{re.escape(path.name)}: (truncated or damaged|not a readable)"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("following", [b"", b"\0" * 512, b"from a tape"])
+def test_gzip_files_in_several_parts_are_read(following: bytes, volume: np.ndarray, tmp_path: Path) -> None:
+    image, path = nibabel.Nifti1Image(volume, oblique()), tmp_path / "image.nii.gz"
+    image.set_sform(oblique(), code=1)
+    content = image.to_bytes()
+    path.write_bytes(gzip.compress(content[:600]) + gzip.compress(content[600:]) + following)
+    assert np.array_equal(read_image(path).get_fdata(), image.get_fdata())
+    path.write_bytes(gzip.compress(content[:600]) + gzip.compress(content[600:])[:-3])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read_image(path)
 
 
 def test_to_simpleitk_and_back(volume: np.ndarray) -> None:
