@@ -94,6 +94,7 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
     else:
         training, problems = _paired(folder)
         validation = None
+    problems += _take_out_repeated(training, validation or [])
     counts = {len(case["image"]) if isinstance(case["image"], list) else 1 for case in training}
     if len(counts) == 1:
         count = counts.pop()
@@ -277,7 +278,8 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
     )
     if found is None:
         raise InputError(f"{folder}: not a data set. It must have {LAYOUTS}.")
-    images, labels = (_files(part) for part in found)
+    problems: list[str] = []
+    images, labels = (_files(part, problems) for part in found)
     of_case: dict[str, dict[int, Path]] = {}
     channels = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
     # Names that end in four digits are channels where the labels are named without them.
@@ -289,7 +291,7 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
             of_case.setdefault(name, {})[0] = path
     counts = [len(parts) for parts in of_case.values()]
     usual = max(set(counts), key=counts.count) if counts else 1
-    cases, problems = [], []
+    cases = []
     for name, parts in sorted(of_case.items()):
         paths = [str(parts[number]) for number in sorted(parts)]
         if name not in labels:
@@ -302,8 +304,45 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
     return cases, problems
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by their names without suffix."""
-    # Files that begin with a dot are not images: macOS adds `._scan.nii.gz` to a copied `scan.nii.gz`.
-    files = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
-    return {image_name(path, SUFFIXES): path for path in files if path.name.lower().endswith(SUFFIXES)}
+def _files(folder: Path, problems: list[str]) -> dict[str, Path]:
+    """Return the image files of a folder by their names without suffix; a name that is there twice is a problem."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        # Files that begin with a dot are not images: macOS adds `._scan.nii.gz` to a copied `scan.nii.gz`.
+        if path.name[0] == "." or not path.name.lower().endswith(SUFFIXES):
+            continue
+        first = files.setdefault(image_name(path, SUFFIXES), path)
+        if first != path:
+            problems.append(f"{path}: is there as {first.name} too. Leave one of them in the folder.")
+    return files
+
+
+def _take_out_repeated(*sections: list[Case]) -> list[str]:
+    """Take cases out whose image or label has the file name of an earlier one's, and return a problem for each.
+
+    Cases are told apart by these names: results would overwrite each other, and a case that is listed twice would be
+    trained and validated on.
+    """
+    first: dict[tuple[str, str], str] = {}
+    problems = []
+    for cases in sections:
+        kept = []
+        for case in cases:
+            files = {"image": _channels_of(case)[0], "label": case["label"]}
+            names = {(kind, _stem(file)): file for kind, file in files.items()}
+            taken = next((key for key in names if key in first), None)
+            if taken is None:
+                first |= names
+                kept.append(case)
+            else:
+                problems.append(
+                    f"{files['image']}: its {' has the name '.join(taken)}, as that of an earlier case, "
+                    f"{first[taken]}. List each case once, and give each file a name of its own."
+                )
+        cases[:] = kept
+    return problems
+
+
+def _stem(file: str) -> str:
+    name = Path(file).name
+    return next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)

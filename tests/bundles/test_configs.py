@@ -43,9 +43,10 @@ def test_the_configs_have_the_properties_that_monai_asks_for(
     task: Task, name: str, purpose: str, tmp_path: Path
 ) -> None:
     volume = nibabel.Nifti1Image(np.arange(512, dtype=np.float32).reshape(8, 8, 8), np.eye(4))
-    nibabel.save(volume, tmp_path / "a.nii.gz")
-    case = {"image": "a.nii.gz", "label": "a.nii.gz"}
-    sections = {"training": [case], "validation": [case], "test": ["a.nii.gz"]}
+    for name_of_case in "ab":
+        nibabel.save(volume, tmp_path / f"{name_of_case}.nii.gz")
+    training, validation = ({"image": file, "label": file} for file in ("a.nii.gz", "b.nii.gz"))
+    sections = {"training": [training], "validation": [validation], "test": ["a.nii.gz"]}
     (tmp_path / "dataset.json").write_text(json.dumps(sections))
     folder = BUNDLES / task.name / "configs"
     workflow = ConfigWorkflow(
@@ -123,8 +124,8 @@ def test_the_readme_shows_what_was_measured(task: Task) -> None:
 
 @BY_NAME
 def test_a_bad_case_stops_the_training_before_it_begins(task: Task, tmp_path: Path) -> None:
-    cases = [{"image": "gone.nii.gz", "label": "gone_too.nii.gz"}]
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases, "validation": cases}))
+    training, validation = ([{"image": f"{name}.nii.gz", "label": f"{name}_too.nii.gz"}] for name in ("gone", "away"))
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": training, "validation": validation}))
     parser = ConfigParser()
     parser.read_config(BUNDLES / task.name / "configs" / "train.json")
     parser.update({"bundle_root": str(BUNDLES / task.name), "dataset_dir": str(tmp_path)})

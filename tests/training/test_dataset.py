@@ -73,6 +73,32 @@ def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:
     assert data.problems == ()
 
 
+@pytest.mark.parametrize(
+    ("image", "label", "named"),
+    [
+        ("imagesTr/c01.nii.gz", "labelsTr/c01.nii.gz", "image has the name c01"),  # the same case
+        ("second/c01.nii", "labelsTr/other.nii.gz", "image has the name c01"),
+        ("imagesTr/other.nii.gz", "second/c01.nii.gz", "label has the name c01"),
+    ],
+)
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_cases_that_are_not_told_apart_are_problems(
+    section: str, image: str, label: str, named: str, tmp_path: Path
+) -> None:
+    description = decathlon(5)
+    description.setdefault(section, []).append({"image": image, "label": label})
+    data = read_labeled_data(make(tmp_path, [], description))
+    assert names([*data.training, *(data.validation or [])]) == [f"c{n:02}" for n in range(5)]
+    assert [problem.startswith(str(tmp_path / image)) and named in problem for problem in data.problems] == [True]
+
+
+def test_an_image_in_two_formats_is_a_problem(tmp_path: Path) -> None:
+    files = [f"{part}/{name}.nii.gz" for part in ("images", "labels") for name in "ab"]
+    data = read_labeled_data(make(tmp_path, [*files, "images/a.nrrd", "labels/b.nii"]))
+    assert names(data.training) == ["a", "b"]
+    assert [Path(problem.split(":")[0]).name for problem in data.problems] == ["a.nrrd", "b.nii.gz"]
+
+
 def test_two_folders_of_files_are_read(tmp_path: Path) -> None:
     files = [f"{part}/scan_{n:04}.nii.gz" for part in ("images", "labels") for n in range(3)]
     data = read_labeled_data(make(tmp_path, [*files, "images/._scan_0000.nii.gz", "labels/notes.txt"]))
