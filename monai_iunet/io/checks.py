@@ -138,12 +138,17 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
     try:
         forms = [form for form, code in (image.get_sform(coded=True), image.get_qform(coded=True)) if code > 0]
         axes = ["".join(map(str, nibabel.aff2axcodes(form))) for form in forms]
-        header.get_xyzt_units()
+        unit = header.get_xyzt_units()[0]
     except DAMAGED as error:
         raise InputError(
             f"{name}: its header is damaged ({first_line(error)}). Set a valid one with nibabel: "
             "`image.set_qform(image.affine, code=1)`, `image.header.set_xyzt_units('mm')`."
         ) from error
+    if unit not in ("mm", "unknown"):
+        raise InputError(
+            f"{name}: its header gives voxels of {_times(header.get_zooms()[:3])} in the unit {unit}, millimeters are "
+            "needed. Set the affine in millimeters with nibabel's `set_sform`, and `image.header.set_xyzt_units('mm')`."
+        )
     if len(set(axes)) > 1:
         raise InputError(
             f"{name}: its axes run to {axes[0]} by its sform, to {axes[1]} by its qform, so left and right are in "

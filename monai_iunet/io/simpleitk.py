@@ -6,6 +6,7 @@ SimpleITK takes a file that says nothing of its orientation for one in LPS. Here
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import nibabel
@@ -50,7 +51,7 @@ def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
 
 
 def _check_orientation(path: Path) -> None:
-    """Check that the header of a NRRD or MetaImage names the directions of the axes.
+    """Check that the header of a NRRD or MetaImage names the directions of the axes, in millimeters.
 
     Sources: the specifications of NRRD ("space", "space directions") and of MetaImage ("TransformMatrix", which has the
     older names "Rotation" and "Orientation").
@@ -59,6 +60,12 @@ def _check_orientation(path: Path) -> None:
     if suffix in (".nrrd", ".nhdr"):
         fields, _ = _read_header(path)
         known = fields.get("space", "").lower() in PATIENT_SPACES and "space directions" in fields
+        units = set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"", "mm", "millimeter", "millimeters"}
+        if units:
+            raise InputError(
+                f"{path}: its voxels are given in the unit {', '.join(sorted(units))}, millimeters are needed. Write "
+                "it again with `space units` mm and `space directions` in millimeters."
+            )
         advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
     elif suffix in (".mha", ".mhd"):
         fields, _ = _read_header(path)

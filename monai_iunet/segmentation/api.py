@@ -116,6 +116,7 @@ def _checked_affine(affine: Any, name: str) -> np.ndarray:
     try:
         matrix = np.asarray(affine, dtype=float)
         valid = matrix.shape == (4, 4) and np.isfinite(matrix).all() and bool(np.linalg.det(matrix))
+        valid = valid and np.allclose(matrix[3], [0, 0, 0, 1])  # of a transposed matrix it is the translation
     except (TypeError, ValueError):
         valid = False
     if not valid:

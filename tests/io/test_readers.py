@@ -241,6 +241,23 @@ def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> N
         read_image(tmp_path / "image.nii.gz")
 
 
+@pytest.mark.parametrize("unit", ["meter", "micron"])
+def test_sizes_in_another_unit_are_refused(unit: str, volume: np.ndarray, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(volume, oblique())
+    SimpleITK.WriteImage(to_simpleitk(image), tmp_path / "image.nrrd")
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "image.nii.gz")
+    with pytest.raises(InputError, match=rf"in the unit {unit}, millimeters are needed"):
+        read_image(tmp_path / "image.nii.gz")
+    content = (tmp_path / "image.nrrd").read_bytes()
+    units = " ".join([f'"{unit}"'] * 3).encode()
+    (tmp_path / "image.nrrd").write_bytes(content.replace(b"sizes:", b"space units: " + units + b"\nsizes:"))
+    with pytest.raises(InputError, match=rf"in the unit {unit}, millimeters are needed"):
+        read_image(tmp_path / "image.nrrd")
+    (tmp_path / "image.nrrd").write_bytes(content.replace(b"sizes:", b'space units: "mm" "mm" "mm"\nsizes:'))
+    assert read_image(tmp_path / "image.nrrd").shape == volume.shape
+
+
 def without_lines(path: Path, *beginnings: bytes) -> Path:
     """Take lines out of the header of a file."""
     header, separator, data = path.read_bytes().partition(b"LOCAL\n" if path.suffix == ".mha" else b"\n\n")

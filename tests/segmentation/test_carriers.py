@@ -145,6 +145,7 @@ def test_tensors_of_all_types(dtype: torch.dtype, segmenter: BundleSegmenter, cr
         (lambda data: (data, np.zeros((4, 4))), "no valid affine"),
         (lambda data: (data, np.eye(3)), "no valid affine"),
         (lambda data: (data, "affine"), "no valid affine"),
+        (lambda data: (data, nibabel.affines.from_matvec(np.eye(3), [1, 2, 3]).T), "no valid affine"),
         (lambda data: (data, None), "no valid affine"),
         (lambda data: (data[0], np.eye(4)), "a 3D volume is needed"),
         (lambda data: (np.stack([data, data]), np.eye(4)), "a 3D volume is needed"),
