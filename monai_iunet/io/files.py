@@ -55,9 +55,11 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     """Create a folder, or check that files can be written into it.
 
     Raises:
-        InputError: when it cannot.
+        InputError: when it cannot, or ~ stands for the home folder, which only a shell knows.
     """
     path = Path(str(path))  # the command line of MONAI makes a number of a folder that is named 2024
+    if "~" in path.parts:
+        raise InputError(f"{path}: a folder of the name ~ would be made. Write the path of your home folder out.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

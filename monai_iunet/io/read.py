@@ -85,7 +85,7 @@ def _read(path: Path, series: str | None, channels: int) -> nibabel.Nifti1Image:
 
 def _read_nifti(path: Path) -> nibabel.Nifti1Image:
     try:
-        image = nibabel.load(path)
+        image = nibabel.load(path.absolute())  # since nibabel looks for the folder ~ elsewhere
     except DAMAGED as error:
         raise InputError(
             f"{path}: not a readable NIfTI file ({first_line(error)}). Export or copy it again."

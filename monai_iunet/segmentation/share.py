@@ -49,6 +49,11 @@ class Share:
         if text == "auto":
             array, processes = cls._of_array(environment), cls._of_processes(environment)
             share = cls(array.index * processes.count + processes.index, array.count * processes.count)
+            for part in (array, processes):
+                if not 0 <= part.index < part.count:
+                    raise InputError(
+                        f"--share auto: this is number {part} by torchrun or SLURM. Pass K/N, such as 1/4."
+                    )
             if "RANK" not in environment and "SLURM_ARRAY_TASK_ID" not in environment and share.count == 1:
                 raise InputError("--share auto: neither torchrun nor SLURM started this. Pass K/N, such as 1/4.")
             return share
@@ -65,9 +70,9 @@ class Share:
     def _of_processes(cls, environment: Mapping[str, str]) -> Share:
         """Return the share of a process of torchrun, or of a step that srun started."""
         if "RANK" in environment and "WORLD_SIZE" in environment:
-            return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+            return cls(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
         if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-            return cls(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
+            return cls(_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS"))
         return cls()
 
     @classmethod
@@ -76,9 +81,17 @@ class Share:
         if "SLURM_ARRAY_TASK_ID" not in environment:
             return cls()
         task, first, last, step, count = (
-            int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+            _number(environment, f"SLURM_ARRAY_TASK_{name}", default)
             for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("STEP", "1"), ("COUNT", "1"))
         )
         if (last - first) // step + 1 != count:
             raise InputError("--share auto: the SLURM array leaves numbers out. Start an array such as 1-8.")
         return cls((task - first) // step, count)
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    value = environment.get(name, default)
+    try:
+        return int(value)
+    except ValueError as error:
+        raise InputError(f"{name}={value}: must be a number, as torchrun and SLURM set it. Unset it.") from error

@@ -218,6 +218,17 @@ def test_every_file_name_will_do(name: str, tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_a_home_folder_that_no_shell_has_put_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "out").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    code, _, error = call("segment", save(tmp_path / "scan.nii.gz"), "--output", "~/out")
+    assert code == 2
+    assert "Write the path of your home folder out" in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "scan.nii.gz"]
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:
     data = np.random.default_rng(0).random((35, 51, 1)).astype(np.float32)
     code, _, error = call("segment", save(tmp_path / "thin.nii.gz", data), "--output", tmp_path / "out")

@@ -53,3 +53,17 @@ def test_arrays_of_slurm() -> None:
 def test_auto_needs_somebody_who_starts_processes() -> None:
     with pytest.raises(InputError, match="neither torchrun nor SLURM"):
         Share.parse("auto", {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "two"},
+        {**array(1, 1, 4), "SLURM_ARRAY_TASK_ID": "5"},
+    ],
+)
+def test_variables_that_say_nonsense_are_one_line(environment: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"Unset it\.|Pass K/N"):
+        Share.parse("auto", environment)
