@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["autocast_type", "without_cast_copies"]
+__all__ = ["autocast_type", "without_autocast", "without_cast_copies"]
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -19,11 +19,24 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
         torch.bfloat16
     """
     kind = device.type
-    # What is compiled is on a device with autocast, and the compiler of PyTorch 2.8 does not know this question.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    if not available or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if _is_available(kind) and torch.is_autocast_enabled(kind) else None
+
+
+def _is_available(kind: str) -> bool:
+    """Return whether a kind of devices has autocast, as "meta" has not."""
+    # What is compiled is on one that has, and the compiler of PyTorch 2.8 does not know this question.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[None]:
+    """Return a context without autocast on a kind of devices, which may know none.
+
+    Example:
+        >>> with torch.autocast("cpu"), without_autocast("cpu"):
+        ...     torch.is_autocast_enabled("cpu")
+        False
+    """
+    return torch.autocast(kind, enabled=False) if _is_available(kind) else nullcontext()
 
 
 @contextmanager

@@ -29,10 +29,12 @@ from torch.nn import functional
 from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
+from monai_iunet.networks.layers.autocast import without_autocast
 
 __all__ = ["can_be_joined", "normalized_activation"]
 
 ROWS = 256  # that keep every multiprocessor of a GPU busy
+AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}  # of a batch
 LARGE = 2**18  # values of a row that take one of them longer than it takes to start what works on parts
 
 
@@ -42,7 +44,7 @@ def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:
     Not if somebody looks between them, by hooks, nor where it saves nothing: neither memory nor time.
     """
     joined: bool = (
-        type(norm) in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+        AXES.get(type(norm)) == x.ndim  # these layers take a single image, too
         and norm.affine
         and not norm.track_running_stats
         and type(act) in (nn.LeakyReLU, nn.ReLU)
@@ -87,7 +89,7 @@ class _NormalizedActivation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias, means, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 y = functional.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
                 y = functional.leaky_relu(y, ctx.slope)
             wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]

@@ -21,7 +21,7 @@ from torch.nn import functional
 from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
-from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.networks.layers.autocast import autocast_type, without_autocast
 
 __all__ = ["convolve"]
 
@@ -41,7 +41,7 @@ def convolve(x: Tensor, layer: nn.Module) -> Tensor:
     if not _is_large(x, layer):
         y: Tensor = layer(x)
         return y
-    dtype = autocast_type(x.device) or x.dtype
+    dtype = (None if x.dtype == torch.float64 else autocast_type(x.device)) or x.dtype  # which autocast leaves alone
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (layer.weight, layer.bias))
     y = _SlabConvolution.apply(x.to(dtype), weight, bias, layer.dilation, layer.groups)  # type: ignore[no-untyped-call]
     return y
@@ -51,6 +51,7 @@ def _is_large(x: Tensor, layer: Any) -> bool:
     return (
         type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and x.is_cuda
+        and x.ndim == layer.weight.ndim  # a convolution takes a single image, too
         and max(x.numel(), x.numel() // layer.in_channels * layer.out_channels) > LARGE
         and _keeps_size(layer)
         and not (has_hooks(layer) or "forward" in layer.__dict__)
@@ -74,7 +75,7 @@ class _SlabConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 y = _convolve(x, weight, bias, ctx.dilation, ctx.groups)
             wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))

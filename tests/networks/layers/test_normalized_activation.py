@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import monai_iunet.networks.layers.normalized_activation as normalization
+from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.layers.normalized_activation import can_be_joined, normalized_activation
 
 NORMS: dict[int, type[nn.Module]] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -100,6 +101,15 @@ def test_who_looks_between_them_is_not_passed_over() -> None:
         assert can_be_joined(x, norm, act)
         look(norm)
         assert not can_be_joined(x, norm, act)
+
+
+@pytest.mark.parametrize("channels", [4, 6])
+def test_a_single_image_is_no_batch(channels: int) -> None:
+    """As many rows as channels make it look like one."""
+    layers = nn.Conv2d(4, channels, 3, padding=1), nn.InstanceNorm2d(channels, affine=True), nn.LeakyReLU()
+    image = torch.randn(4, channels, 6)
+    torch.testing.assert_close(Branch(*layers)(image), nn.Sequential(*layers)(image))
+    torch.testing.assert_close(Branch(*layers)(image[None])[0], nn.Sequential(*layers)(image))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])

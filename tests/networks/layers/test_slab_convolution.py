@@ -104,6 +104,21 @@ def test_hooks_of_a_layer_see_it(in_slabs: None) -> None:
     assert seen
 
 
+@pytest.mark.parametrize("name", ["2D, dilated", "3D"])
+def test_a_single_image_is_no_batch(name: str, in_slabs: None) -> None:
+    layer = LAYERS[name]()
+    x = torch.randn(3, *[12] * (layer.weight.ndim - 2), dtype=torch.float64)
+    assert torch.equal(convolve(x, layer), layer(x))
+
+
+def test_autocast_leaves_double_precision_alone(in_slabs: None) -> None:
+    layer, x = LAYERS["3D"](), torch.randn(1, 3, 12, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = convolve(x, layer), layer(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
 def test_autocast_as_of_the_whole(monkeypatch: pytest.MonkeyPatch, in_slabs: None) -> None:
     layer, x = nn.Conv3d(2, 3, 3, padding=1), torch.randn(1, 2, 12, 8, 8, requires_grad=True)
     found = []
