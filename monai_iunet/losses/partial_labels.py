@@ -113,7 +113,7 @@ class MarginalLoss(nn.Module):
             )
         losses = []
         for logits, truth in zip(input, target):
-            known = truth.flatten(1).amin(1) > UNKNOWN
+            known = truth.flatten(1).amin(1) >= 0  # resampling may have changed the last digit of -1
             known[0] = False
             if not known.any():
                 # A single class is certain: no loss, and no gradient, whatever the logits are.

@@ -54,6 +54,16 @@ def test_an_unknown_class_may_stand_for_the_background_but_not_for_another_class
     assert loss(unknown_for_known, target) > loss(right, target) + 1
 
 
+def test_a_class_whose_marks_were_resampled_stays_unknown() -> None:
+    loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
+    target = ENCODE({"label": label_map(0, 2, 3)})["label"][None]
+    logits = torch.randn(1, 4, 4, 4, 4)
+    resampled = target.clone()
+    resampled[:, 1] = torch.nextafter(target[:, 1], torch.zeros(()))
+    resampled[:, 1, 0] = -0.3  # at the border, towards padding with zeros
+    assert loss(logits, resampled) == loss(logits, target)
+
+
 def test_logits_of_unknown_classes_get_the_gradient_of_the_background() -> None:
     logits = torch.randn(1, 4, 4, 4, 4, dtype=torch.double, requires_grad=True)
     target = ENCODE({"label": label_map(0, 2, 3)})["label"][None].double()
