@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monai_iunet.engine.pytorch_private import graph_is_retained, has_values
+from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.networks.layers.autocast import without_autocast
 
 __all__ = ["ChunkedDiceCELoss"]
 
@@ -44,8 +46,8 @@ class ChunkedDiceCELoss(DiceCELoss):
     """`monai.losses.DiceCELoss`, in little more memory than the logits and their gradient.
 
     Takes its arguments; value and gradient agree to rounding, and are taken in float32 whatever the type of the logits.
-    With an `other_act`, with a single channel, or for a target that needs a gradient it is the loss of MONAI, which is
-    logged once.
+    With an `other_act`, with a single channel, for a target that needs a gradient, and under `torch.func` it is the
+    loss of MONAI, which is logged once.
 
     Example:
         >>> loss = ChunkedDiceCELoss(to_onehot_y=True, softmax=True)
@@ -95,6 +97,8 @@ class ChunkedDiceCELoss(DiceCELoss):
             return "a single channel needs little memory"
         if target.requires_grad:
             return "the target needs a gradient"
+        if is_transformed(input, target):
+            return "torch.func, or forward-mode differentiation, knows PyTorch's own operators only"
         return None
 
     def _is_usual(self, logits: Tensor) -> bool:
@@ -193,7 +197,7 @@ class _LabelSums(torch.autograd.Function):
         gradient, labels = ctx.saved_tensors
         if graph_is_retained(ctx):
             gradient = gradient.clone()
-        with torch.autocast(gradient.device.type, enabled=False):
+        with without_autocast(gradient.device.type):
             for place, label in _chunks(LABEL_CHUNKS, gradient, labels):
                 label = label.long()
                 entropy = grad_entropy if ctx.weight is None else grad_entropy * ctx.weight[label]
@@ -211,7 +215,7 @@ class _ChunkedSums(torch.autograd.Function):
     def forward(ctx: Any, loss: ChunkedDiceCELoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         ctx.loss = loss
         ctx.save_for_backward(logits, labels)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device.type):
             sums = [loss._sums(*chunk) for chunk in _chunks(CHUNKS, logits, labels)]
         totals = tuple(torch.stack(parts).sum(0) for parts in zip(*sums))
         ctx.mark_non_differentiable(totals[2])
@@ -224,7 +228,7 @@ class _ChunkedSums(torch.autograd.Function):
     ) -> tuple[None, Tensor, None]:
         logits, labels = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device.type):
             for part, label, place in _chunks(CHUNKS, logits, labels, gradient):
                 place.copy_(ctx.loss._gradient(part, label, grad_overlap, grad_size, grad_entropy))
         return None, gradient, None

@@ -136,6 +136,21 @@ def test_what_cannot_be_chunked_falls_back_and_says_so(
     assert caplog.text.count("computes in one piece") == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"squared_pred": True}], ids=str)
+def test_functional_transforms(options: dict[str, bool]) -> None:
+    logits, target = data(one_hot=False)
+    loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True, **options)
+    value, gradient = value_and_gradient(loss, logits, target)
+    torch.testing.assert_close(torch.func.grad(loss)(logits, target), gradient / 2)
+    direction = torch.randn_like(logits)
+    found, change = torch.func.jvp(lambda x: loss(x, target), (logits,), (direction,))
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(change.float(), (gradient / 2 * direction).sum())  # float64 as MONAI's
+    several = torch.stack([logits, 2 * logits])
+    expected = torch.stack([loss(each, target) for each in several])
+    torch.testing.assert_close(torch.func.vmap(loss, (0, None))(several, target), expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 6, 6), (2, 3, 6, 5), (2, 3, 6)])
 def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"target must have the shape \(2, 3, 6, 6\)"):
