@@ -212,10 +212,17 @@ class _WithValues(TorchDispatchMode):
 
 
 def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Copy a network so that its parameters and buffers have no values; the network's own are not touched."""
+    """Copy a network so that its parameters and buffers have no values; the network's own are not touched.
+
+    One that was built on meta is copied as to a CPU.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
-        fake = mode.from_tensor(tensor.detach())
+        if tensor.is_meta:
+            with mode:
+                fake: Tensor = torch.empty_like(tensor.detach(), device="cpu")
+        else:
+            fake = mode.from_tensor(tensor.detach())
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(network, memo)
 

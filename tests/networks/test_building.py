@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from monai_iunet import IUNet, SegIUNet
+from monai_iunet import ChunkedDiceCELoss, IUNet, SegIUNet
 from monai_iunet.engine.pytorch_private import FakeTensorMode
 from monai_iunet.networks.layers.orthogonal import ORTHOGONAL_MAPS
 from tests.helpers import randomize
@@ -59,8 +59,21 @@ def test_built_on_meta_fake_and_real_the_state_has_the_same_keys(options: dict[s
     assert all(tensor.is_meta for tensor in meta.state_dict().values())
 
 
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "norm": "BATCH"}], ids=str)
+def test_on_meta_it_runs_without_values(options: dict[str, Any], exact: bool) -> None:
+    with torch.device("meta"):
+        net, images = SegIUNet(3, 1, 2, (4, 8), couplings=1, exact=exact, **options), torch.empty(2, 1, 8, 7, 8)
+        logits = net(images)
+        ChunkedDiceCELoss(softmax=True, to_onehot_y=True)(logits, images).backward()
+    assert logits.shape == (2, 2, 8, 7, 8)
+    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in net.parameters())
+    with torch.no_grad():
+        assert net.eval()(images).shape == logits.shape
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("assign", [False, True])
 def test_built_on_meta_and_loaded_it_is_the_original(options: dict[str, Any], assign: bool) -> None:
     original = trained(**options)
     with torch.device("meta"):

@@ -55,6 +55,12 @@ def test_auto_chooses_for_each_size() -> None:
     assert network.chosen_activations.count("store") == chosen[2]
 
 
+def test_auto_chooses_without_values_too() -> None:
+    network = seg(activations="auto", memory_budget="12 MiB").to("meta")
+    network(torch.empty(1, 1, 32, 32, 32, device="meta"))
+    assert network.chosen_activations == network.activations_for((1, 1, 32, 32, 32))
+
+
 def test_auto_gives_the_gradients_of_plain_autograd() -> None:
     network = IUNet(2, (4, 8, 16), activations="auto", memory_budget="100 KiB")
     x = torch.randn(1, 4, 32, 32)

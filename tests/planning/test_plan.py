@@ -82,6 +82,16 @@ def test_two_slabs_stand_for_all(exact: bool, dtype: torch.dtype, monkeypatch: p
     assert short.inference_peak == pytest.approx(whole.inference_peak, rel=1e-4)
 
 
+def test_a_network_on_meta_is_planned_as_on_a_cpu() -> None:
+    def network() -> SegIUNet:
+        return SegIUNet(3, 1, 2, (4, 8), couplings=1, exact=True)
+
+    with torch.device("meta"):
+        without_values = network()
+    assert plan_training(without_values, (16, 16, 16)) == plan_training(network(), (16, 16, 16))
+    assert all(parameter.is_meta for parameter in without_values.parameters())
+
+
 def test_a_network_is_left_as_it_was() -> None:
     network = seg()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -355,13 +355,13 @@ def _share(bounds: list[Tensor], scale: float) -> Tensor:
 def note_largest(x: Tensor, scale: float = 1.0) -> None:
     """Have the size of the largest value, times a scale, checked by `check_range`; at once where that is not around.
 
-    In an export nothing is checked: what is exported has no place for errors.
+    In an export nothing is checked: what is exported has no place for errors. On meta there is nothing to check.
     """
     _note(_values, x, scale / LIMIT)
 
 
 def _note(kind: _Noted, x: Tensor, scale: float) -> None:
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(x):
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or x.is_meta or is_transformed(x):
         return
     bounds = list(x.detach().aminmax())
     noted = kind.bounds.get()

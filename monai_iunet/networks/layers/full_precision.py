@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from monai_iunet.networks.layers.autocast import without_autocast
+
 __all__ = ["full_precision"]
 
 # What products ask for is a setting of the process, not of a thread. The first to enter sets it and the last to leave
@@ -37,7 +39,7 @@ def full_precision(device_type: str) -> Iterator[None]:
         ...     torch.is_autocast_enabled("cpu")
         False
     """
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(device_type):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             yield
             return

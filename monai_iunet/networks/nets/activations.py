@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.planning.budget import best_activations, parse_bytes
 
 __all__ = ["ChosenActivations"]
@@ -98,8 +99,7 @@ class ChosenActivations(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fit_uncompiled(self, x: Tensor) -> None:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = autocast_type(x.device) or torch.float32
         key = (tuple(x.shape), dtype, self.memory_budget)
         if key != self._chosen_for:
             self._choose(self.activations_for(x.shape, dtype))
