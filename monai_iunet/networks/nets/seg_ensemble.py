@@ -18,7 +18,8 @@ class SegEnsemble(nn.Module):
     """Networks of one kind, trained on different cases, that are asked together.
 
     It returns logits whose softmax is the mean of the members' probabilities, so it is used as any one of them. The
-    members are run one after another: memory grows by what the logits take.
+    members are run one after another: memory grows by what the logits take. Of members with `deep_supervision` it takes
+    the finest logits, in training too.
 
     Args:
         members: number of networks.
@@ -55,6 +56,9 @@ class SegEnsemble(nn.Module):
         """Return the logits of the ensemble, `(batch, classes, *spatial)`, float32."""
         sums: list[Tensor] = []
         for member in self.members:
-            logs = torch.log_softmax(member(x).float(), 1)
+            logits = member(x)
+            if isinstance(logits, list):
+                logits = logits[0]
+            logs = torch.log_softmax(logits.float(), 1)
             sums = [torch.logaddexp(sums[0], logs) if len(sums) > 0 else logs]
         return sums[0] - math.log(len(self.members))

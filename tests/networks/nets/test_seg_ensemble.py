@@ -22,6 +22,14 @@ def test_the_probabilities_are_the_mean_of_those_of_the_members() -> None:
         torch.testing.assert_close(scripted(images).softmax(1), expected)
 
 
+def test_of_deep_supervision_the_finest_logits_count() -> None:
+    options = {**OPTIONS, "channels": (8, 16, 16), "deep_supervision": True}
+    ensemble = SegEnsemble(2, **options).eval()
+    images = torch.rand(1, 2, 8, 8, 8)
+    expected = ensemble(images)
+    torch.testing.assert_close(ensemble.train()(images), expected)
+
+
 def test_a_probability_of_zero_is_no_hole() -> None:
     ensemble = SegEnsemble(2, **OPTIONS).eval()
     with torch.no_grad():
