@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks import grid
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.blocks.grid import INTEGER_STEP, LIMIT, STEP, add_, enter, pack, round_to_grid, unpack, values
@@ -128,6 +129,24 @@ def test_the_segmentation_network_takes_it_along() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
     net.exact = False
     assert not net.iunet.exact
+
+
+def test_a_layer_of_one_s_own_is_refused_or_sees_values() -> None:
+    class Double(InvertibleLayer):
+        def transform(self, inputs, weights):
+            return tuple(2 * each for each in inputs)
+
+        def restore(self, outputs, weights):
+            return tuple(each / 2 for each in outputs)
+
+    net, x = IUNet(2, (4, 8), couplings=1, exact=True), torch.randn(1, 4, 8, 8)
+    net.encoder[0].append(Double())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = net(x)
+        net.exact = False
+        torch.testing.assert_close(found, net(x), atol=0.2, rtol=0)
+    with pytest.raises(ValueError, match=r"no invertible layers of one's own\. Here are Double\."):
+        net.exact = True
 
 
 @pytest.mark.parametrize("amp", [False, True])

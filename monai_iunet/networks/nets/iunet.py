@@ -20,6 +20,7 @@ from monai_iunet.networks.blocks.branch import named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
+from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.layers.autocast import autocast_type, without_cast_copies
@@ -31,6 +32,8 @@ from monai_iunet.networks.nets.scripting import Traced
 __all__ = ["IUNet"]
 
 MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
+ON_THE_GRID = (AdditiveCoupling, OrthogonalLayer, ChannelPartition)  # layers that know how to be exact
+
 MakePartition = Callable[[tuple[int, ...], tuple[int, ...]], InvertibleLayer]
 
 
@@ -189,8 +192,12 @@ class IUNet(ChosenActivations):
     def exact(self, value: bool) -> None:
         if not isinstance(value, bool):  # a config may well bring the text "false", which would count as true
             raise ValueError(f"exact must be True or False, got {value!r}.")
-        if value and any(isinstance(module, WholeCoupling) for module in self.modules()):
-            raise ValueError("exact=True needs additive couplings: branches without a method `inverse`.")
+        others = {type(layer).__name__ for layer in self._layers() if not isinstance(layer, ON_THE_GRID)}
+        if value and others:
+            raise ValueError(
+                "exact=True needs additive couplings: branches without a method `inverse`, and no invertible layers of "
+                f"one's own. Here are {', '.join(sorted(others))}."
+            )
         self._exact = value
         for layer in self._layers():
             layer.exact = value
@@ -412,9 +419,13 @@ class IUNet(ChosenActivations):
         return y.to(x.dtype) if autocast_type(x.device) is None else y
 
     def _may_use_integers(self, x: Tensor) -> bool:
-        """Return whether nobody looks at what is between the layers, nor needs more digits."""
+        """Return whether nobody looks at what is between the layers, nor needs more digits.
+
+        A layer of one's own, which may have come since `exact` was set, looks at it, too.
+        """
         return (
             x.dtype != torch.float64
+            and all(isinstance(layer, ON_THE_GRID) for layer in self._layers())
             and not is_recorded_by_autograd_alone(x, *self.parameters())
             and not any(map(has_hooks, self._layers()))
         )
