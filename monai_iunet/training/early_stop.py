@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -13,7 +14,8 @@ __all__ = ["EarlyStop"]
 class EarlyStop(EarlyStopping):
     """Stops a trainer when a metric of its validator has not grown for a number of validations.
 
-    It is ignite's `EarlyStopping`, whose state can be saved and loaded, with an `attach` as MONAI's handlers have.
+    A metric that is no number has not grown. It is ignite's `EarlyStopping`, whose state can be saved and loaded, with
+    an `attach` as MONAI's handlers have.
 
     Args:
         patience: validations without a better metric after which the training stops.
@@ -50,7 +52,8 @@ class EarlyStop(EarlyStopping):
         super().__call__(engine)
 
     def _score(self, engine: Engine) -> float:
-        return float(engine.state.metrics[self.metric])
+        score = float(engine.state.metrics[self.metric])
+        return -math.inf if math.isnan(score) else score
 
 
 def _nothing(engine: Engine, batch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,18 @@ def test_an_early_stop_comes_as_early_after_a_kill(killed_in: int, tmp_path: Pat
     assert whole == 4
     assert stopping(tmp_path / "killed", killed_in=killed_in) == -1
     assert stopping(tmp_path / "killed", resume=True) == whole
+
+
+@pytest.mark.parametrize("scores", [[math.nan] * 4, [0.5, math.nan, 0.4, 0.6], [math.nan, 0.5, math.nan, 0.4]], ids=str)
+def test_an_early_stop_counts_metrics_that_are_no_number(scores: list[float]) -> None:
+    trainer, validator = Engine(lambda *_: None), Engine(lambda *_: None)
+    EarlyStop(patience=2, metric="dice", trainer=trainer).attach(validator)
+    stops = []
+    for score in scores:
+        validator.state.metrics = {"dice": score}
+        validator.fire_event(Events.EPOCH_COMPLETED)
+        stops.append(trainer.should_terminate)
+    assert stops.index(True) == (3 if scores[1] == 0.5 else 2)
 
 
 def test_an_early_stop_without_a_trainer_says_so() -> None:
