@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from monai_iunet.engine.pytorch_private import graph_is_retained, has_values
 from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.losses.class_numbers import check_labels
 from monai_iunet.networks.layers.autocast import without_autocast
 
 __all__ = ["ChunkedDiceCELoss"]
@@ -84,7 +85,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         plain = (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor for tensor in (input, target))
         logits, labels = map(_with_flat_view, plain)
         if self.dice.to_onehot_y and has_values(labels) and not torch.compiler.is_compiling():
-            _check_labels(labels, logits.shape[1])
+            check_labels(labels, logits.shape[1], "target")
         sums = _LabelSums if self._is_usual(logits) else _ChunkedSums
         *sizes, entropy = sums.apply(self, logits, labels)  # type: ignore[no-untyped-call]
         entropy = entropy / self._entropy_weight(logits, sizes[2])
@@ -239,19 +240,6 @@ def _chunks(least: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [_flat(tensor) for tensor in tensors]
     count = max(least, tensors[0].numel() // CHUNK_ELEMENTS)
     yield from zip(*(tensor.chunk(count, 2) for tensor in flat))
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    """Raise an error for labels that are not whole numbers from 0 to `classes - 1`."""
-    wrong = (labels < 0) | (labels >= classes)
-    if labels.is_floating_point():
-        wrong |= labels != labels.floor()  # NaN too
-    if wrong.any():
-        values = ", ".join(f"{value:g}" for value in labels[wrong].unique()[:5].tolist())
-        raise ValueError(
-            f"target must hold the numbers of {classes} classes, 0 to {classes - 1}, got {values}. Map the labels, for "
-            "example by MONAI's MapLabelValued, or give the network more classes."
-        )
 
 
 def _with_flat_view(tensor: Tensor) -> Tensor:

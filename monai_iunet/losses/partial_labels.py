@@ -23,6 +23,8 @@ from monai.networks import one_hot
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
+from monai_iunet.losses.class_numbers import check_labels
+
 __all__ = ["MarginalLoss", "NoteContouredd", "OneHotContouredd"]
 
 UNKNOWN = -1
@@ -34,6 +36,9 @@ class NoteContouredd(MapTransform):
     Args:
         keys: label maps `(1, *spatial)` of class numbers.
         num_classes: number of classes, background included, which always counts as contoured.
+
+    Raises:
+        ValueError: for labels that are not the number of a class.
 
     Example:
         >>> labels = torch.tensor([[[0, 2], [0, 2]]])
@@ -48,6 +53,7 @@ class NoteContouredd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
+            check_labels(torch.as_tensor(item[key]), self.num_classes, str(key))
             contoured = torch.bincount(item[key].long().flatten(), minlength=self.num_classes) > 0
             contoured[0] = True
             item[f"{key}_contoured"] = contoured
@@ -60,6 +66,9 @@ class OneHotContouredd(MapTransform):
     Args:
         keys: label maps `(1, *spatial)`, whose contoured classes `NoteContouredd` has noted.
 
+    Raises:
+        ValueError: for labels that are not the number of a class, as if they were resampled linearly.
+
     Example:
         >>> data = NoteContouredd("label", num_classes=3)({"label": torch.tensor([[0, 2]])})
         >>> OneHotContouredd("label")(data)["label"].tolist()
@@ -70,6 +79,7 @@ class OneHotContouredd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             contoured = item[f"{key}_contoured"]
+            check_labels(torch.as_tensor(item[key]), len(contoured), str(key))
             channels = one_hot(item[key], num_classes=len(contoured), dim=0)
             channels[~contoured] = UNKNOWN
             item[key] = channels

@@ -26,6 +26,16 @@ def test_classes_without_voxels_are_unknown() -> None:
     assert torch.equal(case["label"], expected)
 
 
+@pytest.mark.parametrize("value", [4.0, -1.0, 0.4, float("nan")])
+def test_labels_that_are_no_class_are_refused(value: float) -> None:
+    labels = label_map(0, 2, 3).float()
+    case = ENCODE.transforms[0]({"label": labels.clone()})
+    case["label"][0, 1, 2, 3] = value  # resampled linearly, say
+    for transform in ENCODE.transforms:
+        with pytest.raises(ValueError, match=rf"label must hold the numbers of 4 classes, 0 to 3, got {value:g}\."):
+            transform(dict(case))
+
+
 def test_what_is_contoured_is_noted_before_a_crop() -> None:
     note, encode = ENCODE.transforms
     case = note({"label": label_map(0, 1)})
