@@ -54,6 +54,7 @@ from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
+from monai_iunet.training.cases import image_of
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
 from monai_iunet.training.record import record_file
 from monai_iunet.transforms.patches import read_size
@@ -234,11 +235,25 @@ class _Fit:
                     "go on with it, or name another --output."
                 )
             self.plan, self.fingerprint = read_plan(docs / "plan.json"), read_fingerprint(docs / "fingerprint.json")
+            if not self.is_finished:
+                self._check_same_cases()
             logger.info("%s: going on with the fit that is there", self.folder)
         else:
             self._begin(asked)
         self.console.print(fingerprint_tables(self.fingerprint))
         self.console.print(plan_table(self.plan))
+
+    def _check_same_cases(self) -> None:
+        """Refuse other cases than those of the plan: folds would be others, and what was trained on be validated on."""
+        planned = {Path(case.name).name for case in self.fingerprint.cases}
+        found = {Path(image_of(case)).name for case in self._cases(None, None)}
+        if planned != found:
+            change = "is new" if found - planned else "is gone"
+            name = min(found - planned or planned - found)
+            raise InputError(
+                f"{self.dataset}: {name} {change} since the fit in {self.folder} was planned. Restore the data set to "
+                "go on with it, or name another --output."
+            )
 
     def _begin(self, asked: Mapping[str, Any]) -> None:
         """Read the data set, make the plan, and write the folder, whole or not at all."""
@@ -416,7 +431,7 @@ class _Fit:
             return self._cases("judges", None)
         return self._cases("validation", None) if read_labeled_data(self.dataset).validation else []
 
-    def _cases(self, section: str, fold: int | None) -> list[dict[str, Any]]:
+    def _cases(self, section: str | None, fold: int | None) -> list[dict[str, Any]]:
         task = self.plan.task
         skip_bad = self.options.skip_bad_cases
         return list_cases(self.dataset, section, fold, task.folds, skip_bad, task.left_out, task.judges)

@@ -236,6 +236,18 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle" / "models" / "model.pt").exists()
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0, again.output
+    for part in ("imagesTr", "labelsTr"):
+        (data / part / "case_04.nii.gz").rename(tmp_path / part)
+    description = (data / "dataset.json").read_text()
+    entries = json.loads(description)
+    (data / "dataset.json").write_text(json.dumps({**entries, "training": entries["training"][:4]}))
+    fewer = CliRunner().invoke(app, words)
+    assert fewer.exit_code == 2
+    assert "case_04.nii.gz is gone since the fit" in " ".join(fewer.output.split())
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / part).rename(data / part / "case_04.nii.gz")
+    (data / "dataset.json").write_text(description)
+    assert CliRunner().invoke(app, words).exit_code == 0
     bad = CliRunner().invoke(app, ["fit", str(tmp_path), "--output", str(tmp_path / "other")])
     assert bad.exit_code == 2
     # What is left out of the plan is left out of the training too.
