@@ -131,7 +131,8 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         skip_bad: leave bad cases out, saying so, instead of stopping.
 
     Raises:
-        InputError: naming each case that cannot be learned from in a line, unless `skip_bad`; or if too few are left.
+        InputError: naming each case that cannot be learned from in a line, unless `skip_bad`; or if too few are left,
+            or a structure is in no label.
     """
     values = _label_values(data)
     problems = list(data.problems)
@@ -158,6 +159,12 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         logger.warning("%s in %s, these cases are left out:\n%s", _count(problems), data.folder, listed)
     if not good:
         raise InputError(f"{data.folder}: no case is left to learn from. Check the data set.")
+    absent = [name for number, (name, _) in enumerate(values) if not any(case.volumes[number] for case in good)]
+    if absent:
+        raise InputError(
+            f"{data.folder}: no label shows {', '.join(absent)}, so nothing can be learned of it. Take it out of "
+            '"labels" in dataset.json.'
+        )
     kind = chosen or ("CT" if _is_ct(good[0]) else "MR")
     if kind not in ("MR", "CT"):
         raise InputError(f"modality {kind!r}: must be MR or CT.")

@@ -288,7 +288,11 @@ class _Planner:
         if count < parts and folds is None:
             parts = max(2, count)
         if count < 2 or count < parts:
-            raise InputError(f"{count} cases cannot be split into {parts} folds. At least 2 cases are needed.")
+            raise InputError(
+                f"{count} cases cannot be split into {parts} folds. At least as many cases as folds are needed."
+            )
+        if fold is not None and not 0 <= fold < parts:
+            raise InputError(f"fold {fold}: of {parts} folds, one from 0 to {parts - 1} is needed.")
         if fold is not None:
             self._note("folds", f"fold {fold} of {parts}", "as asked", 5)
             return (fold,), parts

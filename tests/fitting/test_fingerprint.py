@@ -92,6 +92,15 @@ def test_all_bad_cases_are_listed_together(tmp_path: Path) -> None:
         assert sum(f"case_{number:02}" in line for line in lines) == (number != 4)
 
 
+def test_a_structure_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, count=2)
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"]["2"] = "tumor"
+    (folder / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="no label shows tumor, so nothing can be learned of it"):
+        take(folder)
+
+
 def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
     folder = make_set(tmp_path, channels=4, count=2)
     found = take(folder)

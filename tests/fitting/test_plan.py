@@ -139,6 +139,12 @@ def test_few_cases_have_few_folds() -> None:
         plan(fingerprint(count=1, shape=(20, 20, 20)))
 
 
+@pytest.mark.parametrize(("count", "options"), [(2, {"folds": 5}), (1, {}), (8, {"fold": 5}), (8, {"fold": -1})])
+def test_folds_that_there_cannot_be_are_refused_before_the_start(count: int, options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"as many cases as folds|of 5 folds, one from 0 to 4"):
+        plan(fingerprint(count=count, shape=(20, 20, 20)), **options)
+
+
 def test_some_cases_judge_the_networks_of_the_folds() -> None:
     def judges(count: int, **options: Any) -> tuple[str, ...]:
         cases = tuple(facts((32, 32, 32), name=f"data/case_{number:03}.nii.gz") for number in range(count))
