@@ -451,7 +451,7 @@ def benchmark(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("benchmark"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small networks, one round: whether everything runs, in a minute.")
+        bool, typer.Option("--quick", help="Small images, one round: whether everything runs, in some minutes.")
     ] = False,
     minutes: Annotated[
         float | None, typer.Option(help="Begin nothing new after this time. The most telling comes first.", min=0)
