@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from monai_iunet.benchmark import comparison
 from monai_iunet.benchmark.comparison import as_markdown
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.cli import app
+from tests.bundles.helpers import run
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,10 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
     bundle = write_bundle(SMALL_TASK, tmp_path / "bundle")
     small = {**comparison.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(comparison, "NETWORKS", {"SegResNet": small})
+    # One of them in a process of its own, as all are; each takes seconds to import what it needs.
+    ways: list[Any] = [comparison.run_config]
+    here = lambda bundle, config, settings: run(bundle, config, **settings)  # noqa: E731
+    monkeypatch.setattr(comparison, "run_config", lambda *arguments: (ways.pop() if ways else here)(*arguments))
     words = ["compare", "--bundle", bundle, "--dataset-dir", data, "--max-epochs", 2, "--output", tmp_path / "out"]
     words += ["--networks", "SegResNet"]
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
