@@ -213,6 +213,20 @@ def test_bad_bundles_and_devices(tmp_path: Path) -> None:
     assert "--device gpu9: not available" in error
 
 
+@pytest.mark.parametrize("command", ["quality", "compare", "fit"])
+def test_a_data_set_that_is_not_there_is_one_line(command: str, tmp_path: Path) -> None:
+    gone, output = tmp_path / "gone", tmp_path / "out"
+    arguments = {
+        "quality": ("--bundle", "hippocampus", "--refit", "--dataset-dir", gone),
+        "compare": ("--bundle", "hippocampus", "--max-epochs", 1, "--dataset-dir", gone, "--output", output),
+        "fit": (gone, "--output", output),
+    }
+    code, _, error = call(command, *arguments[command])
+    assert code == 2
+    assert [line.startswith(f"Error: {gone}") for line in error.splitlines()] == [True]
+    assert not output.exists()
+
+
 def test_neither_images_nor_the_example() -> None:
     assert call("segment")[0] == 2
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
+from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
 from monai_iunet.io.read import read_image
@@ -147,7 +148,7 @@ def bundle_cases(bundle: Path, dataset_dir: str | Path) -> dict[str, list[Case]]
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "evaluate.json")
     parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
-    cases: dict[str, list[Case]] = parser.get_parsed_content("datalist")
+    cases: dict[str, list[Case]] = parsed_content(parser, "datalist")
     return cases
 
 

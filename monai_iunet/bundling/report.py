@@ -13,6 +13,7 @@ from monai.transforms import MapLabelValue
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.channels import first_channel
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
@@ -162,7 +163,7 @@ def _validation_cases(
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "evaluate.json")
     parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
-    cases: Sequence[dict[str, Any]] = parser.get_parsed_content("datalist")["validation"]
+    cases: Sequence[dict[str, Any]] = parsed_content(parser, "datalist")["validation"]
     for transform in parser["validate"]["preprocessing"]["transforms"]:
         if transform["_target_"] == "MapLabelValued":
             mapping = MapLabelValue(transform["orig_labels"], transform["target_labels"], dtype=np.uint8)

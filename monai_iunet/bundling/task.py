@@ -13,6 +13,8 @@ from monai_iunet.transforms.patches import WHOLE, read_size
 
 __all__ = ["BRAIN", "HEADNECK", "HIPPOCAMPUS", "TASKS", "SyntheticImages", "Task"]
 
+MOST_CLASSES = 255  # beside the background
+
 
 @dataclass(frozen=True)
 class SyntheticImages:
@@ -139,7 +141,11 @@ class Task:
             )
         if not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
-        if min(self.spacing) <= 0:
+        if len(self.classes) > MOST_CLASSES:
+            raise InputError(
+                f"{len(self.classes)} classes: labels are written as bytes, so {MOST_CLASSES} are the most."
+            )
+        if not all(0 < size < math.inf for size in self.spacing):
             raise InputError(f"spacing {self.spacing}: must be positive.")
         if len(self.couplings) != len(self.channels):
             raise InputError(f"couplings {self.couplings}: must be one per level, as channels {self.channels} are.")

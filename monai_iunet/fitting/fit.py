@@ -51,6 +51,7 @@ from monai_iunet.fitting.fingerprint import (
 )
 from monai_iunet.fitting.page import write_page
 from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_speed, plan_table, read_plan
+from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
@@ -334,14 +335,14 @@ class _Fit:
         for handler in parser["train"]["handlers"]:
             if isinstance(handler, dict) and handler["_target_"].endswith("ProgressBar"):
                 handler["disable"] = not sys.stderr.isatty()
-        _parsed(parser, "initialize")  # first, so that the network begins with weights that the seed gives
+        parsed_content(parser, "initialize")  # first, so that the network begins with weights that the seed gives
         try:
-            trainer, validator = _parsed(parser, "train#trainer"), _parsed(parser, "validate#evaluator")
+            trainer, validator = parsed_content(parser, "train#trainer"), parsed_content(parser, "validate#evaluator")
         except InputError:
             if (self._models(fold) / FINAL).is_file():  # it was killed when all epochs were done
                 return
             raise
-        self._lower_learning_rate(_parsed(parser, "optimizer"), _parsed(parser, "lr_scheduler"), factor)
+        self._lower_learning_rate(parsed_content(parser, "optimizer"), parsed_content(parser, "lr_scheduler"), factor)
 
         def report(engine: Any) -> None:
             state = engine.state
@@ -392,8 +393,8 @@ class _Fit:
         """Evaluate a network; return how many seconds that took, of the processor if there is no GPU."""
         place = {"checkpoint": str(models / "model.pt"), "output_dir": str(folder)}
         parser.update({**place, "largest_component": largest, **changes})
-        _parsed(parser, "initialize")
-        evaluator = _parsed(parser, "validate#evaluator")
+        parsed_content(parser, "initialize")
+        evaluator = parsed_content(parser, "validate#evaluator")
         clock = monotonic if self.device.type == "cuda" else process_time
         begun = clock()
         evaluator.run()
@@ -526,19 +527,6 @@ def _name(fold: int | None) -> str:
 
 def _joined(scores: dict[Any, list[Score]]) -> list[Score]:
     return [score for part in scores.values() for score in part]
-
-
-def _parsed(parser: ConfigParser, name: str) -> Any:
-    """Return an entry of a config; what a file of the user has caused is one line."""
-    try:
-        return parser.get_parsed_content(name)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from error
-        raise
 
 
 def _memory(device: torch.device) -> int:

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.weights import weights_file
 
-__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles"]
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles", "parsed_content"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,3 +104,20 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the metadata of a segmentation bundle. Name another bundle.") from error
+
+
+def parsed_content(parser: ConfigParser, name: str) -> Any:
+    """Return what an entry of a config describes.
+
+    Raises:
+        InputError: when a file of the user is the cause of what goes wrong, which MONAI reports as an error of its own.
+    """
+    try:
+        return parser.get_parsed_content(name)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise

@@ -82,7 +82,10 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         ({"classes": "a,a"}, "differ"),
         ({"classes": "a,"}, "differ"),
         ({"spacing": "1,2"}, "three numbers"),
+        ({"classes": ",".join(map(str, range(256)))}, "255 are the most"),
         ({"spacing": "1,2,-1"}, "must be positive"),
+        ({"spacing": "1,2,nan"}, "must be positive"),
+        ({"spacing": "1,2,inf"}, "must be positive"),
         ({"roi_size": "30,30,30"}, "multiples of 8"),
     ],
 )
