@@ -134,6 +134,7 @@ class _Part:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.kind = type(module)  # which a parametrization changes
         self.settings = {name: value for name, value in module.__dict__.items() if _is_setting(value)}
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
@@ -151,7 +152,8 @@ class _Part:
     def is_as_it_was(self) -> bool:
         now = self.module.__dict__
         return (
-            all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
+            type(self.module) is self.kind
+            and all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
             and hooks_of(self.module) == self.hooks
             and _same(self.module._parameters, self.parameters)
             and _same(self.module._buffers, self.buffers)
@@ -171,7 +173,13 @@ class _Part:
                 "was replaced. Leave it as it is until after the backward pass, or store activations "
                 '(activations="store").'
             )
-        replica: Any = object.__new__(type(self.module))  # not that of the class, which may build a new module
+        if "parametrizations" in self.children and type(self.module) is not self.kind:  # which has lost what they made
+            raise RuntimeError(
+                f"{self.kind.__name__} has lost its parametrizations between the forward and the backward pass, and "
+                "cannot be evaluated as it was then. Remove them after the backward pass, or store activations "
+                '(activations="store").'
+            )
+        replica: Any = object.__new__(self.kind)  # not that of the class, which may build a new module
         replica.__dict__ = {**self.module.__dict__, **self.settings, **self.hooks, "_modules": children}
         replica.__dict__["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):

@@ -486,6 +486,33 @@ def values(net: nn.Module, scale: float) -> dict[str, Tensor]:
     return {name: (scale * tensor.detach()).requires_grad_() for name, tensor in net.named_parameters()}
 
 
+def parametrized(net: SegIUNet) -> list[nn.Module]:
+    """Convolutions of the branches, whose weights are the products of two parameters from now on."""
+    convolutions = [module for module in net.iunet.modules() if isinstance(module, nn.Conv2d)]
+    return [nn.utils.parametrizations.weight_norm(module) for module in convolutions]
+
+
+def test_parametrizations_that_come_between_the_passes() -> None:
+    found = []
+    for activations in MODES:
+        net, x = network(activations=activations, norm=None), image().requires_grad_()
+        used = list(net.parameters())
+        value = loss(net(x))
+        parametrized(net)
+        found.append(torch.autograd.grad(value, [x, *used]))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_parametrizations_that_go_between_the_passes_are_noticed() -> None:
+    net = network()
+    convolutions = parametrized(net)
+    value = loss(net(image()))
+    for module in convolutions:
+        nn.utils.parametrize.remove_parametrizations(module, "weight")
+    with pytest.raises(RuntimeError, match="ParametrizedConv2d has lost its parametrizations"):
+        value.backward()
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("leaf", [False, True])
 def test_functional_call_with_the_backward_pass_outside(scale: float, leaf: bool) -> None:
