@@ -43,9 +43,11 @@ def test_the_configs_have_the_properties_that_monai_asks_for(
     task: Task, name: str, purpose: str, tmp_path: Path
 ) -> None:
     image = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
-    for name_of_file, values in (("a", image), ("b", image), ("label", image % 2)):
-        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / f"{name_of_file}.nii.gz")
-    training, validation = ({"image": file, "label": "label.nii.gz"} for file in ("a.nii.gz", "b.nii.gz"))
+    (tmp_path / "labels").mkdir()
+    for case in "ab":
+        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / f"{case}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(image % 2, np.eye(4)), tmp_path / "labels" / f"{case}.nii.gz")
+    training, validation = ({"image": file, "label": f"labels/{file}"} for file in ("a.nii.gz", "b.nii.gz"))
     sections = {"training": [training], "validation": [validation], "test": ["a.nii.gz"]}
     (tmp_path / "dataset.json").write_text(json.dumps(sections))
     folder = BUNDLES / task.name / "configs"
