@@ -21,8 +21,9 @@ import numpy as np
 import pydicom
 import SimpleITK
 from pydicom.errors import InvalidDicomError
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.pixels.utils import pixel_array
+from pydicom.pixels.utils import get_expected_length, pixel_array
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from monai_iunet.errors import InputError
@@ -31,6 +32,8 @@ __all__ = ["Frame", "frame_values", "frames_of", "read_header"]
 
 # Without the preamble that a DICOM file begins with, a file of such a name is tried all the same.
 DICOM_SUFFIXES = (".dcm", ".ima")
+# Attributes that may not differ within a volume.
+CONSTANT = ("PatientID", "Modality", "FrameOfReferenceUID", "RescaleType", "Units")
 # What pydicom raises for a damaged file.
 DAMAGED = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, TypeError, ValueError)
 
@@ -104,10 +107,10 @@ def frames_of(header: Any, file: str | Path) -> list[Frame]:
     Raises:
         InputError: when the images are in color, or a frame has no position, orientation or spacing.
     """
-    if int(header.get("SamplesPerPixel") or 1) > 1:
+    if int(header.get("SamplesPerPixel") or 1) > 1 or header.get("PhotometricInterpretation") == "PALETTE COLOR":
         raise InputError(f"{file}: color images. Name a series of gray values.")
     count = int(header.get("NumberOfFrames") or 1)
-    constant = {name: header.get(name) for name in ("Modality", "FrameOfReferenceUID", "RescaleType", "Units")}
+    constant = {name: header.get(name) for name in CONSTANT}
     per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = list(header.get("SharedFunctionalGroupsSequence") or [])
     if count > 1 and len(per_frame) != count and not shared:
@@ -236,6 +239,7 @@ def _decode_by_simpleitk(dataset: Any, frames: Sequence[Frame]) -> list[np.ndarr
         dataset.get("PhotometricInterpretation") != "MONOCHROME2"
         or "ModalityLUTSequence" in dataset
         or not same_rescale
+        or _is_damaged(dataset)
     ):
         return None
     try:
@@ -243,3 +247,19 @@ def _decode_by_simpleitk(dataset: Any, frames: Sequence[Frame]) -> list[np.ndarr
     except RuntimeError:
         return None
     return [values[frame.number] for frame in frames] if values.ndim == 3 else None
+
+
+def _is_damaged(dataset: Any) -> bool:
+    """Return whether pixels that pydicom failed to decode are too few, or compressed in a way that it can decode.
+
+    SimpleITK fills up a slice whose pixels end too early with what happens to be in memory.
+    """
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    try:
+        if syntax is not None and syntax.is_encapsulated:
+            return get_decoder(syntax).is_available
+        return len(dataset.PixelData) < get_expected_length(dataset)
+    except NotImplementedError:  # a compression that pydicom does not know
+        return False
+    except DAMAGED:
+        return True

@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from pydicom.encaps import encapsulate, generate_frames
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.dicom_series import list_series
@@ -156,6 +157,14 @@ REFUSED: dict[str, tuple[Write, str]] = {
             path.parent / "s", stored("uint8"), SamplesPerPixel=3, PhotometricInterpretation="RGB"
         ),
         "color images",
+    ),
+    "color of a palette": (
+        lambda path: write_slices(path.parent / "s", stored(), PhotometricInterpretation="PALETTE COLOR"),
+        "color images",
+    ),
+    "patient": (
+        lambda path: write_slices(path.parent / "s", stored(), {1: {"PatientID": "other"}}, PatientID="one"),
+        "differ in PatientID, one in .*, other in",
     ),
 }
 NO_GEOMETRY = {
@@ -335,6 +344,23 @@ def test_a_truncated_slice_is_not_left_out(length: int, tmp_path: Path) -> None:
     assert len(content) > 780
     last.write_bytes(content[:length])
     with pytest.raises(InputError, match=last.name):
+        read_image(folder)
+
+
+@pytest.mark.parametrize("syntax", ["native", "RLE"])
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.97])
+def test_pixels_that_end_too_early_are_not_made_up(left: float, syntax: str, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored())
+    path = sorted(folder.iterdir())[2]
+    slice_ = pydicom.dcmread(path)
+    if syntax == "native":
+        slice_.PixelData = slice_.PixelData[: int(left * len(slice_.PixelData)) // 2 * 2]
+    else:
+        slice_.compress("1.2.840.10008.1.2.5", generate_instance_uid=False)
+        frame = next(generate_frames(slice_.PixelData, number_of_frames=1))
+        slice_.PixelData = encapsulate([frame[: 64 + int(left * (len(frame) - 64)) // 2 * 2]])
+    slice_.save_as(path)
+    with pytest.raises(InputError, match=rf"{path.name}: its pixels cannot be decoded"):
         read_image(folder)
 
 
