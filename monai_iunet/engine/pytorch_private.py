@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "DataDependentOutputException",
@@ -31,6 +31,7 @@ __all__ = [
     "is_view",
     "keep_versions",
     "tree_leaves",
+    "tree_map",
     "version",
     "without_modes",
 ]

@@ -8,11 +8,13 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor
 
+from monai_iunet.engine.pytorch_private import tree_map
+
 __all__ = ["AutocastInferer"]
 
 
 class AutocastInferer(SimpleInferer):
-    """Runs a network in bfloat16, on a GPU or a CPU, and returns float32, of deep supervision a list.
+    """Runs a network in bfloat16, on a GPU or a CPU, and returns float32, in the network's lists and dictionaries.
 
     MONAI's trainer, with `amp`, does this on GPUs alone. Use it as `train#inferer` on a CPU with AVX-512 BF16 or AMX.
 
@@ -25,4 +27,4 @@ class AutocastInferer(SimpleInferer):
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(inputs.device.type, torch.bfloat16):
             outputs: Any = super().__call__(inputs, network, *args, **kwargs)
-        return [output.float() for output in outputs] if isinstance(outputs, list) else outputs.float()
+        return tree_map(lambda output: output.float() if isinstance(output, Tensor) else output, outputs)

@@ -117,6 +117,7 @@ def test_dispatch_modes_see_operators_and_trees_have_leaves() -> None:
         torch.ones(2).sum()
     assert len(seen) == 2
     assert private.tree_leaves([1, {"a": 2}]) == [1, 2]
+    assert private.tree_map(abs, (-1, {"a": [-2]})) == (1, {"a": [2]})
 
 
 def test_has_hooks() -> None:
