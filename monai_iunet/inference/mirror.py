@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from monai_iunet.errors import InputError
 from monai_iunet.inference.streaming import StreamingInferer, View
+from monai_iunet.transforms.mirror import read_swap
 
 __all__ = ["MirrorInferer"]
 
@@ -19,6 +21,9 @@ class MirrorInferer(StreamingInferer):
         enabled: if False, the mirror image is left out.
         options: of `StreamingInferer`, such as `roi_size` and `overlap`.
 
+    Raises:
+        InputError: when `swap` are no pairs, or `spatial_axis` is none.
+
     Example:
         >>> import torch
         >>> inferer = MirrorInferer(swap=[], roi_size=[2])
@@ -30,7 +35,9 @@ class MirrorInferer(StreamingInferer):
         self, swap: Sequence[Sequence[int]], spatial_axis: int = 0, enabled: bool = True, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.mirrored = View((spatial_axis,), tuple((first, second) for first, second in swap))
+        if spatial_axis < 0:
+            raise InputError(f"spatial_axis {spatial_axis}: must be the number of an axis, counted from 0.")
+        self.mirrored = View((spatial_axis,), read_swap(swap))
         self.enabled = enabled
 
     @property

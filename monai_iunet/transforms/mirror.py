@@ -6,9 +6,29 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from monai.config import KeysCollection
-from monai.transforms import Flip, MapLabelValue, MapTransform, RandomizableTransform
+from monai.transforms import Flip, MapTransform, RandomizableTransform
 
-__all__ = ["RandMirrord"]
+from monai_iunet.errors import InputError
+
+__all__ = ["RandMirrord", "read_swap"]
+
+
+def read_swap(swap: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Return pairs of labels that change places in the mirror.
+
+    Raises:
+        InputError: when one is no pair of two labels, or a label is in two pairs.
+
+    Example:
+        >>> read_swap([[3, 4]])
+        ((3, 4),)
+    """
+    pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in swap]
+    labels = [label for pair in pairs for label in pair]
+    numbers = all(isinstance(label, int) and label >= 0 for label in labels)
+    if not numbers or any(len(pair) != 2 for pair in pairs) or len(set(labels)) < len(labels):
+        raise InputError(f"swap {list(swap)}: must be pairs of labels, each label in one pair, such as [[3, 4]].")
+    return tuple((int(first), int(second)) for first, second in pairs)
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
@@ -43,9 +63,7 @@ class RandMirrord(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, prob)
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)  # type: ignore[arg-type]
         self.flip = Flip(spatial_axis)
-        self.before = [label for pair in swap for label in pair]
-        self.after = [label for first, second in swap for label in (second, first)]
-        self.swap = MapLabelValue(self.before, self.after) if self.before else None
+        self.swap = read_swap(swap)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -53,13 +71,21 @@ class RandMirrord(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 item[key] = self.flip(item[key])
-                if key in self.label_keys and self.swap is not None:
-                    item[key] = self.swap(item[key])
+                if key in self.label_keys:
+                    item[key] = self._swapped(item[key])
                     self._swap_contoured(item, f"{key}_contoured")
         return item
+
+    def _swapped(self, labels: Any) -> Any:
+        """Return a label map, of the type that it has, whose paired labels have changed places."""
+        swapped = labels.clone()
+        for first, second in self.swap:
+            swapped[labels == first], swapped[labels == second] = second, first
+        return swapped
 
     def _swap_contoured(self, item: dict[Hashable, Any], key: str) -> None:
         if key in item:
             contoured = item[key].clone()
-            contoured[self.before] = item[key][self.after]
+            for first, second in self.swap:
+                contoured[[first, second]] = item[key][[second, first]]
             item[key] = contoured

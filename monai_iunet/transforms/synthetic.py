@@ -30,6 +30,8 @@ from monai.transforms.utils import create_rotate, create_scale, create_shear
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from monai_iunet.transforms.mirror import read_swap
+
 __all__ = ["RandSyntheticImaged"]
 
 KNOTS = (4, 8)  # of a displacement along each axis of the field of view
@@ -101,7 +103,7 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         self.prob_crop, self.prob_typical, self.prob_strip = prob_crop, prob_typical, prob_strip
         self.max_rotation, self.max_scale, self.max_shear = max_rotation, max_scale, max_shear
         self.max_shift, self.max_displacement = max_shift, max_displacement
-        self.swap = [tuple(pair) for pair in swap]
+        self.swap = read_swap(swap)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)

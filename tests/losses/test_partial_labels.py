@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from monai.losses import DiceCELoss
 from monai.transforms import Compose
 from torch import nn
 
+from monai_iunet import InputError, MirrorInferer
 from monai_iunet.losses.partial_labels import MarginalLoss, NoteContouredd, OneHotContouredd
 from monai_iunet.transforms.mirror import RandMirrord
 
@@ -110,6 +113,23 @@ def test_mirroring_swaps_what_is_noted_as_contoured() -> None:
     ]
     assert channels[4].sum() > 0  # the right one, contoured, has become the left one
     assert channels[3].eq(-1).all()  # and whether there is a right one now, nobody knows
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_mirrored_labels_keep_their_type(dtype: torch.dtype) -> None:
+    """A batch of mirrored label maps and others is of one type."""
+    mirror = RandMirrord("label", "label", swap=[[1, 2]], prob=1.0)
+    found = mirror({"label": torch.tensor([[0, 1, 1, 2]], dtype=dtype)})["label"]
+    assert found.dtype == dtype
+    assert found.tolist() == [[1, 2, 2, 0]]
+
+
+@pytest.mark.parametrize("swap", [[[1, 2], [2, 3]], [[1, 1]], [1, 2], [[1, 2, 3]], [[-1, 1]], [[1.0, 2.0]], ["12"]])
+@pytest.mark.parametrize("kind", ["transform", "inferer"])
+def test_what_are_no_pairs_of_labels_is_refused(swap: Any, kind: str) -> None:
+    with pytest.raises(InputError, match="pairs of labels") as caught:
+        RandMirrord("label", "label", swap=swap) if kind == "transform" else MirrorInferer(swap, roi_size=(8, 8, 8))
+    assert "\n" not in str(caught.value)
 
 
 def test_mirroring_happens_as_often_as_asked() -> None:
