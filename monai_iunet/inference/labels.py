@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from monai.inferers import Inferer
 from monai.transforms import Invertd, InvertibleTransform
 from monai.utils import MetaKeys
@@ -21,7 +21,7 @@ from monai_iunet.inference.blocks import probability_blocks
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.inference.streaming import Slab, StreamingInferer
+from monai_iunet.inference.streaming import Slab, StreamingInferer, check_numbers
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.labels import write_probability_image
@@ -85,13 +85,21 @@ class LabelInferer(Inferer):
             kwargs: passed on to the network.
 
         Raises:
-            ValueError: when the inputs have no meta data, or the output of the network does not fit.
+            ValueError: when the inputs have no meta data, or pending transforms, their files differ in size, or the
+                output of the network does not fit.
         """
         if not isinstance(inputs, MetaTensor):
             raise ValueError("LabelInferer: a MetaTensor is needed, whose meta data say what was done to the image.")
-        results = []
+        if not len(inputs):
+            raise ValueError("LabelInferer: a batch without images came.")
+        results: list[MetaTensor] = []
         image: Any
         for image in inputs:
+            if image.pending_operations:
+                raise ValueError(
+                    "LabelInferer: the image has pending transforms, which are not done yet. Apply them by MONAI's "
+                    "ApplyPendingd, or preprocess without `lazy`."
+                )
             labels, probabilities = self.segment(
                 WholeImage(image.as_tensor()),
                 image,
@@ -104,10 +112,16 @@ class LabelInferer(Inferer):
                 name = result_name(image.meta["filename_or_obj"], len(image))
                 path = self.probabilities_dir / f"{name}_prob.nii.gz"
                 write_atomically(path, partial(write_probability_image, probabilities, image.meta["original_affine"]))
-            results.append(torch.from_numpy(labels)[None])
-        affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
-        return MetaTensor(torch.stack(results), affine=None if affine is None else torch.as_tensor(affine))
+            affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
+            affine = None if affine is None else torch.as_tensor(affine)
+            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine))
+        sizes = sorted({tuple(labels.shape[1:]) for labels in results})
+        if len(sizes) > 1:
+            raise ValueError(f"LabelInferer: the files of a batch have {sizes} voxels. Pass images one by one.")
+        batch: MetaTensor = list_data_collate(results)
+        return batch
 
+    @torch.no_grad()
     def segment(
         self,
         image: Image,
@@ -167,13 +181,14 @@ class LabelInferer(Inferer):
 
 
 def _of_classes(watch: Callable[[Slab], object] | None, slab: Slab) -> Slab:
-    """Check that a network tells classes apart, and show the slab to who watches."""
+    """Check that a network tells classes apart by numbers, and show the slab to who watches."""
     classes = len(slab.values)
     if not 2 <= classes <= LARGEST_NUMBER:
         raise ValueError(
             f"LabelInferer: the network has {classes} output channels, one per class with the background is needed, 2 "
             f"to {LARGEST_NUMBER}."
         )
+    check_numbers(slab.values)
     if watch is not None:
         watch(slab)
     return slab

@@ -29,7 +29,7 @@ from monai_iunet.planning.budget import largest_window
 from monai_iunet.system import available_memory
 from monai_iunet.transforms.patches import WHOLE
 
-__all__ = ["Slab", "StreamingInferer", "View", "class_numbers", "longest_axis"]
+__all__ = ["Slab", "StreamingInferer", "View", "check_numbers", "class_numbers", "longest_axis"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ class View:
     def flip_back(self, predictions: Tensor) -> Tensor:
         """Return the predictions for the flipped image, `(batch, classes, *spatial)`, as ones for the image."""
         order = list(range(predictions.shape[1]))
+        if any(number >= len(order) for pair in self.swap for number in pair):
+            pairs = [list(pair) for pair in self.swap]
+            raise ValueError(f"swap {pairs}: names a class beyond the {len(order)} output channels of the network.")
         for first, second in self.swap:
             order[first], order[second] = second, first
         return self.flip(predictions[:, order] if self.swap else predictions, 2)
@@ -137,6 +140,8 @@ class StreamingInferer(SlidingWindowInferer):
             self.sw_batch_size = 1  # windows are as large as memory allows
         if self.with_coord:
             raise ValueError("with_coord: not supported here. Use MONAI's SlidingWindowInferer.")
+        if self.sw_batch_size < 1:
+            raise ValueError(f"sw_batch_size {sw_batch_size}: the network must get at least 1 window at once.")
         self.shrink, self.divisible_by, self.argmax = shrink, divisible_by, argmax
 
     @property
@@ -179,29 +184,36 @@ class StreamingInferer(SlidingWindowInferer):
         return Windows.of(image_size, fitting, *options)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the stitched output of a network, or labels.
+        """Return the stitched output of a network, with gradients where they are asked for, or labels.
 
         Args:
             inputs: `(batch, channels, *spatial)`; integers become floats where a window is cut.
             network: maps windows to one tensor of their spatial size.
             args: passed on to the network.
-            kwargs: passed on to the network.
+            kwargs: passed on to the network, but for what MONAI's inferers keep: `device`, of the output, and
+                `buffer_steps` and `buffer_dim`, which have no effect.
 
         Returns:
             `(batch, classes, *spatial)`, on the `device` of this inferer or else of the inputs.
 
         Raises:
-            ValueError: when the arguments do not fit the image, or the output of the network not its input.
+            ValueError: when the arguments do not fit the image, or the output of the network not its input; for labels,
+                when that holds no numbers.
         """
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        if not images.numel():
+            raise ValueError(f"The images are {tuple(images.shape)}: without a voxel there is nothing to stitch.")
+        device = kwargs.pop("device", None) or self.device or images.device
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("buffer_steps", "buffer_dim")}
         output: Any = None
-        for number, image in enumerate(images):
-            for slab in self.slabs(WholeImage(image), network, *args, **kwargs):
-                values = class_numbers(slab.values)[None] if self.argmax else slab.values
-                if output is None:
-                    shape = (len(images), len(values), *images.shape[2:])
-                    output = torch.empty(shape, dtype=values.dtype, device=self.device or images.device)
-                output[number].narrow(1 + slab.axis, slab.start, slab.length).copy_(values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.argmax):
+            for number, image in enumerate(images):
+                for slab in self.slabs(WholeImage(image), network, *args, **kwargs):
+                    values = class_numbers(slab.values)[None] if self.argmax else slab.values
+                    if output is None:
+                        shape = (len(images), len(values), *images.shape[2:])
+                        output = torch.empty(shape, dtype=values.dtype, device=device)
+                    output[number].narrow(1 + slab.axis, slab.start, slab.length).copy_(values)
         like: Any = images
         if isinstance(inputs, MetaTensor):
             empty: Any = MetaTensor([])
@@ -226,6 +238,8 @@ class StreamingInferer(SlidingWindowInferer):
         if "condition" in kwargs:
             raise ValueError("condition: not supported here. Use MONAI's SlidingWindowInferer.")
         size = image.shape[1:]
+        for flipped in {axis for view in self.views for axis in view.flipped if axis >= len(size)}:
+            raise ValueError(f"spatial_axis {flipped}: the image has {len(size)} axes, 0 to {len(size) - 1}.")
         axis = longest_axis(size)
         windows = self.windows(size, network, image.shape[0])
         rows = [
@@ -345,7 +359,8 @@ class _Stitched:
     def drop(self, length: int) -> None:
         """Let the first part go: move the slab on along its axis."""
         kept = self.values.shape[1 + self.axis] - length
-        for values in self.values:  # class by class, because the copy takes as much again
+        for number in range(len(self.values)):  # class by class, because the copy takes as much again
+            values = self.values[number]
             values.narrow(self.axis, 0, kept).copy_(values.narrow(self.axis, length, kept).clone())
             values.narrow(self.axis, kept, length).zero_()
 
@@ -412,6 +427,24 @@ def longest_axis(size: Sequence[int]) -> int:
 
 
 def class_numbers(values: Tensor) -> Tensor:
-    """Return the number of the class with the largest value, the first of several; uint8 if 256 numbers are enough."""
+    """Return the number of the class with the largest value, the first of several; uint8 if 256 numbers are enough.
+
+    Raises:
+        ValueError: see `check_numbers`.
+    """
+    check_numbers(values)
     numbers = values.max(0).indices  # of a few classes ten times as fast as argmax
     return numbers.to(torch.uint8 if len(values) <= 256 else torch.int16)
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Check that logits say something: of NaN any class could be made.
+
+    Raises:
+        ValueError: when one is NaN, or the largest is infinite.
+    """
+    if not logits.max().isfinite():  # which is NaN where a value is, and needs no copy
+        raise ValueError(
+            "The network's output is NaN or infinite, of which no labels can be made: its weights are damaged, of a "
+            "training that diverged, or the image is beyond what the network computes with, such as float16."
+        )

@@ -24,7 +24,7 @@ from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
-from monai_iunet.inference.streaming import Slab
+from monai_iunet.inference.streaming import Slab, check_numbers, class_numbers
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
@@ -435,6 +435,7 @@ class BundleSegmenter:
         item = self.preprocessing({"image": image.float()})
         seen = item["image"]
         item["pred"] = self.inferer(seen[None].to(self.device), self.network)[0]
+        check_numbers(torch.as_tensor(item["pred"]))
         if watch is not None:
             watch(Slab(0, 0, torch.as_tensor(item["pred"])))
         item = self.postprocessing(item)
@@ -451,7 +452,7 @@ class BundleSegmenter:
         """
         preprocessed = self.preprocessing({"image": _as_tensor(image, mirrored=False).float()})["image"]
         logits = self.network(preprocessed.as_tensor()[None].to(self.device))
-        labels = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+        labels = class_numbers(logits[0]).cpu().numpy()
         return labels, preprocessed.affine.cpu().numpy().astype(float)
 
 

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor, list_data_collate
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import (
     Compose,
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, is_scanned
 from monai_iunet.inference.image_grid import ImageGrid
+from monai_iunet.inference.images import WholeImage
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
@@ -184,6 +185,44 @@ def test_classes_that_cannot_win_are_left_out_and_no_other() -> None:
     inferer = LabelInferer(transform, roi_size=(2, 1, 1))
     labels = inferer(transform({"image": image})["image"][None], lambda _: logits[None])
     assert labels.flatten().tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("probabilities", [None, np.float32])
+@pytest.mark.parametrize("sheared", [False, True], ids=["slab by slab", "by inversion"])
+def test_of_what_is_no_number_no_labels_are_made(probabilities: Any, sheared: bool) -> None:
+    affine = np.diag([1.0, 1.2, 0.9, 1.0])
+    affine[0, 1] = 0.5 if sheared else 0.0
+    transform = preprocessing(crop=False)
+    image = transform({"image": scan(affine).float()})["image"]
+    network: Any = lambda windows: torch.cat([windows, windows * float("nan")], 1)  # noqa: E731
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        LabelInferer(transform, **WINDOWS).segment(WholeImage(image.as_tensor()), image, network, probabilities)
+
+
+def test_images_of_a_batch_keep_their_places() -> None:
+    transform = Compose([Spacingd("image", (2.0, 2.0, 2.0))])
+    affines = [np.diag([1.0, 1.2, 0.9, 1.0]) for _ in range(2)]
+    affines[1][:3, 3] = 10, 20, 30
+    batch = list_data_collate([transform({"image": scan(affine).float()})["image"] for affine in affines])
+    labels = LabelInferer(transform, **WINDOWS)(batch, Network())  # with gradients, which labels have none of
+    assert labels.shape == (2, 1, 17, 22, 13)
+    for found, affine in zip(decollate_batch(labels), affines):
+        np.testing.assert_allclose(found.affine, affine)
+
+
+def test_batches_that_cannot_be_segmented_are_refused() -> None:
+    transform = Compose([Spacingd("image", (2.0, 2.0, 2.0))])
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    inferer = LabelInferer(transform, **WINDOWS)
+    larger = [transform({"image": scan(affine, shape).float()})["image"] for shape in ((16, 16, 15), (16, 16, 16))]
+    assert larger[0].shape == larger[1].shape
+    with pytest.raises(ValueError, match="one by one"):
+        inferer(list_data_collate(larger), Network())
+    with pytest.raises(ValueError, match="without images"):
+        inferer(list_data_collate(larger[:1])[:0], Network())
+    pending = Spacingd("image", (2.0, 2.0, 2.0), lazy=True)({"image": scan(affine).float()})["image"]
+    with pytest.raises(ValueError, match="pending"):
+        inferer(pending[None], Network())
 
 
 def test_one_channel_tells_no_classes_apart() -> None:

@@ -135,6 +135,50 @@ def test_memory_does_not_grow_along_the_longest_axis(mirror: int | None) -> None
     assert peaks[1] < 0.4 * live.peak
 
 
+@pytest.mark.parametrize("name", ["windows that fit", "larger along some axes"])
+def test_gradients_are_those_of_monai(name: str) -> None:
+    shape, options = CASES[name]
+    network, gradients = Network(), []
+    images = torch.rand(2, 1, *shape)
+    for inferer in (SlidingWindowInferer(**options), StreamingInferer(shrink=False, **options)):
+        leaf = images.clone().requires_grad_()
+        output = inferer(leaf, network)
+        (output * torch.linspace(0, 1, output.numel()).reshape(output.shape)).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_labels_hold_no_graph() -> None:
+    """Also where nobody has turned gradients off: the memory of labels is a byte per voxel."""
+    modes = []
+    StreamingInferer((8, 8, 8), argmax=True)(
+        torch.rand(1, 1, 20, 9, 9), lambda x: modes.append(torch.is_grad_enabled()) or x
+    )
+    assert not any(modes)
+
+
+@pytest.mark.parametrize("option", [{"device": "cpu"}, {"buffer_steps": 2}, {"buffer_dim": 0}])
+def test_a_call_may_name_what_inferers_of_monai_keep_to_themselves(option: dict[str, Any]) -> None:
+    images, network = torch.rand(1, 1, 20, 9, 9), Network()
+    with torch.no_grad():
+        expected = SlidingWindowInferer((8, 8, 8))(images, network, **option)
+        torch.testing.assert_close(StreamingInferer((8, 8, 8))(images, network, **option), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_of_what_is_no_number_no_labels_are_made(value: float) -> None:
+    def network(windows: Tensor) -> Tensor:
+        return torch.cat([windows, windows.where(windows < 0.99, value)], 1)
+
+    image = torch.rand(1, 1, 20, 9, 9) * 0.9
+    inferer = StreamingInferer((8, 8, 8), argmax=True)
+    inferer(image, network)
+    image[..., 15, 4, 4] = 1
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        inferer(image, network)
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "several outputs": (lambda x: (x, x), {}, "returns a tuple, one tensor is needed"),
     "a dictionary": (lambda x: {"a": x}, {}, "returns a dict, one tensor is needed"),
@@ -144,15 +188,23 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "two axes": (lambda x: x, {"roi_size": (8, 8)}, "must have 3 axes"),
     "overlap of 1": (lambda x: x, {"overlap": 1.0}, "at least 0 and below 1"),
     "negative overlap": (lambda x: x, {"overlap": (0.5, -0.1, 0)}, "at least 0 and below 1"),
+    "no windows at once": (lambda x: x, {"sw_batch_size": 0}, "at least 1 window"),
+    "a class that is not there": (lambda x: x, {"swap": [[0, 1]]}, "beyond the 1 output channels"),
+    "an axis from behind": (lambda x: x, {"swap": [], "spatial_axis": -1}, "counted from 0"),
+    "an axis that is not there": (lambda x: x, {"swap": [], "spatial_axis": 3}, "has 3 axes"),
+    "no image": (lambda x: x, {"images": torch.rand(0, 1, 20, 9, 9)}, "without a voxel"),
+    "no voxel": (lambda x: x, {"images": torch.rand(1, 1, 0, 9, 9)}, "without a voxel"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_in_one_line(name: str) -> None:
     network, options, message = REFUSED[name]
-    inferer = StreamingInferer(**{"roi_size": (8, 8, 8), "sw_batch_size": 2, **options})
+    options = {"roi_size": (8, 8, 8), "sw_batch_size": 2, **options}
+    images = options.pop("images", torch.rand(1, 1, 20, 9, 9))
+    kind: Any = MirrorInferer if "swap" in options else StreamingInferer
     with pytest.raises(ValueError, match=message) as caught:
-        inferer(torch.rand(1, 1, 20, 9, 9), network)
+        kind(**options)(images, network)
     assert "\n" not in str(caught.value)
 
 
