@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from monai_iunet.engine.pytorch_private import hooks_of, keep_versions, version,
 __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-SETTINGS = (bool, int, float, complex, str, type(None), torch.dtype)
+SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
 
 
 class Conditions:
@@ -101,7 +103,7 @@ class Conditions:
         def as_it_was(module: nn.Module) -> nn.Module:
             if module not in then:
                 part = parts[module]
-                children = {name: child and as_it_was(child) for name, child in part.children.items()}
+                children = {name: child if child is None else as_it_was(child) for name, child in part.children.items()}
                 changed = children != part.children or not part.is_as_it_was()
                 then[module] = part.replica(children) if changed else module
             return then[module]
@@ -111,7 +113,7 @@ class Conditions:
     def _check_random_numbers(self) -> None:
         """Raise an error if another thread drew from the generator while a dropout did."""
         if self._random is None or not any(
-            part.settings["training"] and isinstance(part.module, DROPOUT) for part in self._parts
+            isinstance(part.module, DROPOUT) and part.settings["training"] for part in self._parts
         ):
             return
         if _bytes(_generator_states(self._device)) != _bytes(self._random[1]):
@@ -135,6 +137,7 @@ class _Part:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.kind = type(module)  # which a parametrization changes
+        self.attributes = set(module.__dict__)
         self.settings = {name: value for name, value in module.__dict__.items() if _is_setting(value)}
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
@@ -154,13 +157,14 @@ class _Part:
         return (
             type(self.module) is self.kind
             and all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
+            and not any(_is_setting(now[name]) for name in now.keys() - self.attributes)
             and hooks_of(self.module) == self.hooks
             and _same(self.module._parameters, self.parameters)
             and _same(self.module._buffers, self.buffers)
             and self.module._modules == self.children
         )
 
-    def replica(self, children: dict[str, nn.Module | None]) -> Any:
+    def replica(self, children: dict[str, nn.Module | None]) -> nn.Module:
         """Return a module that shares everything with this one except for what has changed since.
 
         Args:
@@ -179,13 +183,21 @@ class _Part:
                 "cannot be evaluated as it was then. Remove them after the backward pass, or store activations "
                 '(activations="store").'
             )
-        replica: Any = object.__new__(self.kind)  # not that of the class, which may build a new module
-        replica.__dict__ = {**self.module.__dict__, **self.settings, **self.hooks, "_modules": children}
-        replica.__dict__["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
+        # A setting that has come since may hide one of the class.
+        attributes = {
+            name: value
+            for name, value in self.module.__dict__.items()
+            if name in self.attributes or not _is_setting(value)
+        }
+        attributes |= {**self.settings, **self.hooks, "_modules": children}
+        attributes["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):
-            replica._parameters = dict(self.parameters)
+            attributes["_parameters"] = dict(self.parameters)
         if not _same(self.module._buffers, self.buffers):
-            replica._buffers = dict(self.buffers)
+            attributes["_buffers"] = dict(self.buffers)
+        # Without the methods of the class, which may build a new module, or refuse to change one.
+        replica = object.__new__(self.kind)
+        replica.__dict__.update(attributes)
         return replica
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -347,6 +349,75 @@ def test_settings_that_a_branch_changes_itself() -> None:
         counts.append([module.calls for module in net.modules() if isinstance(module, Alternating)])
     assert max(relative_errors(*found)) < 1e-10
     assert counts[0] == counts[1] == [4] * len(counts[0])
+
+
+class Gain(nn.Conv1d):
+    """Has a setting of its class, and is taken for empty."""
+
+    gain: Any = 2.0
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, 1)
+
+    def __len__(self) -> int:
+        return 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__dict__":
+            raise AttributeError("This module cannot be changed as a whole.")
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.gain.value if isinstance(self.gain, Enum) else self.gain) * super().forward(x)).tanh()
+
+
+class FirstCall(Gain):
+    """Notes in its first call that there was one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "called"):
+            self.called, x = True, 3 * x
+        return super().forward(x)
+
+
+Strength = Enum("Strength", {"HIGH": 3.0})
+
+
+def gradients_of_a_branch(branch: nn.Module, change: Callable[[nn.Module], Any], rebuilds: bool) -> list[Tensor]:
+    layer = AdditiveCoupling(nn.Sequential(branch)).double()
+    layer.rebuilds = rebuilds
+    inputs = [torch.ones(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    value = sum(map(loss, layer(*inputs)))
+    change(branch)
+    return list(torch.autograd.grad(value, [*inputs, *layer.parameters()]))
+
+
+@pytest.mark.parametrize("kind", [Gain, FirstCall])
+@pytest.mark.parametrize("gain", [None, 3.0, np.float32(3), Strength.HIGH])
+def test_settings_of_a_class_that_are_set_between_the_passes(gain: Any, kind: type[Gain]) -> None:
+    """Also set once more, before, and in whatever type."""
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        branch = kind()
+        if gain is not None:
+            branch.gain = gain
+        found.append(gradients_of_a_branch(branch, lambda module: setattr(module, "gain", 0.5), rebuilds))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_mode_that_is_computed() -> None:
+    class AlwaysDropped(nn.Conv1d):
+        training = property(lambda self: True, lambda self, mode: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), 0.5, self.training).tanh()
+
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        found.append(gradients_of_a_branch(AlwaysDropped(2, 2, 1), nn.Module.eval, rebuilds))
+    assert max(relative_errors(*found)) < 1e-10
 
 
 def hook_all(net: nn.Module) -> list[Any]:
@@ -986,11 +1057,11 @@ def test_what_could_not_be_evaluated_again_leaves_nothing_wrong_behind() -> None
         x = torch.ones(1, 2, 4)
         state = first(x, x)
         outputs = second(*state)
-        second.branch.twice = False
+        Moody.twice = False
         if rebuilds:
             with pytest.raises(RuntimeError, match="cannot be evaluated again"):
                 outputs[1].sum().backward(retain_graph=True)
-            second.branch.twice = True
+            Moody.twice = True
         first.zero_grad()
         state[1].square().sum().backward()
         found.append([parameter.grad for parameter in first.parameters()])
