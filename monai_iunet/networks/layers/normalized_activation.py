@@ -35,7 +35,7 @@ __all__ = ["can_be_joined", "normalized_activation"]
 
 ROWS = 256  # that keep every multiprocessor of a GPU busy
 AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}  # of a batch
-LARGE = 2**18  # values of a row that take one of them longer than it takes to start what works on parts
+LARGE = 2**18  # values of a row, above which a multiprocessor is slower than starting the operations on parts
 
 
 def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:

@@ -32,9 +32,9 @@ from monai_iunet.networks.nets.scripting import Traced
 __all__ = ["IUNet"]
 
 MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
-ON_THE_GRID = (AdditiveCoupling, OrthogonalLayer, ChannelPartition)  # layers that know how to be exact
-
 MakePartition = Callable[[tuple[int, ...], tuple[int, ...]], InvertibleLayer]
+
+ON_THE_GRID = (AdditiveCoupling, OrthogonalLayer, ChannelPartition)  # layers that know how to be exact
 
 
 class IUNet(ChosenActivations):
