@@ -57,7 +57,10 @@ def segment_participants(
 
 
 def _missing(absent: MissingImage, bids_dir: Path, suffixes: Sequence[str]) -> Failure:
-    return Failure(bids_dir, f"{absent}: has no {' or '.join(suffixes)} image.")
+    labels = [label for label in (absent.subject, absent.session) if label is not None]
+    known = all(label.isascii() and label.isalnum() for label in labels)
+    advice = "" if known else " Labels of BIDS are letters and digits: rename folders and files."
+    return Failure(bids_dir, f"{absent}: has no {' or '.join(suffixes)} image.{advice}")
 
 
 def write_group_table(bids_dir: Path, output: Path, segmenter: BundleSegmenter) -> tuple[Path, list[str]]:

@@ -70,7 +70,7 @@ def find_images(
             be used.
     """
     layout = _layout(bids_dir)
-    chosen = _chosen([label.removeprefix("sub-") for label in subjects], layout.get_subjects(), "participant", bids_dir)
+    chosen = _chosen([label.removeprefix("sub-") for label in subjects], _subjects(layout), "participant", bids_dir)
     wanted = [label.removeprefix("ses-") for label in sessions]
     if wanted:
         _chosen(wanted, layout.get_sessions(subject=chosen), "session", bids_dir)
@@ -80,7 +80,8 @@ def find_images(
         found = _images_of(layout, bids_dir, subject, suffixes, query)
         images += [image for image in found if not wanted or image.entities.get("session") in wanted]
         with_image = {image.entities.get("session") for image in found}
-        expected = [label for label in layout.get_sessions(subject=subject) if not wanted or label in wanted]
+        sessions_of = {*layout.get_sessions(subject=subject), *_folders(bids_dir / f"sub-{subject}", "ses-")}
+        expected = [label for label in sorted(sessions_of) if not wanted or label in wanted]
         if expected:
             missing += [MissingImage(subject, label) for label in expected if label not in with_image]
         elif wanted or not found:
@@ -94,7 +95,16 @@ def participants(bids_dir: Path) -> list[str]:
     Raises:
         InputError: when the folder is no BIDS data set.
     """
-    return _layout(bids_dir).get_subjects()
+    return _subjects(_layout(bids_dir))
+
+
+def _subjects(layout: Any) -> list[str]:
+    """Return the labels of the participants, with those of whom pybids finds no file."""
+    return sorted({*layout.get_subjects(), *_folders(Path(layout.root), "sub-")})
+
+
+def _folders(folder: Path, prefix: str) -> list[str]:
+    return [path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*") if path.is_dir()]
 
 
 def _layout(bids_dir: Path) -> Any:
@@ -109,7 +119,10 @@ def _layout(bids_dir: Path) -> Any:
     if not (bids_dir / "dataset_description.json").is_file():
         raise InputError(f"{bids_dir}: has no dataset_description.json. Name the folder of a BIDS data set.")
     try:
-        return BIDSLayout(bids_dir, validate=False, indexer=BIDSLayoutIndexer(validate=False, index_metadata=False))
+        # Where the folder is a link, the paths of the images are those behind it.
+        return BIDSLayout(
+            bids_dir.resolve(), validate=False, indexer=BIDSLayoutIndexer(validate=False, index_metadata=False)
+        )
     except Exception as error:  # whatever a damaged data set brings about
         raise InputError(f"{bids_dir}: not a BIDS data set that pybids can read ({first_line(error)}).") from error
 

@@ -294,11 +294,19 @@ def _case(files: tuple[Path, ...], segmenter: BundleSegmenter, output: Path, set
 
 
 def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
-    """Check that no result replaces an image, or a file that is there unless that is asked for.
+    """Check that no result replaces an image, another result, or a file that is there unless that is asked for.
 
     Raises:
         InputError: when one would.
     """
+    first: dict[Path, Path] = {}
+    for case in cases:
+        other = first.setdefault(case.labels, case.image)
+        if other != case.image:
+            raise InputError(
+                f"{other} and {case.image}: both results would be {case.labels}. Keep one of them, or choose one, in a "
+                "BIDS data set by --bids-filter-file."
+            )
     images = [path for case in cases for path in case.files if path.exists()]
     inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path])]
     for case in cases:

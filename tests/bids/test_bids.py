@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from monai_iunet import bundle_folder
-from monai_iunet.bids.images import find_images
+from monai_iunet.bids.images import find_images, participants
 from monai_iunet.errors import InputError
 from tests.test_cli import call, save, without_warnings
 
@@ -131,6 +131,37 @@ def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> Non
 def test_a_missing_session_is_reported(data: Path) -> None:
     save(image_of(data, "01", "late", "T2w"))
     assert [str(absent) for absent in find_images(data, ["T1w"], ["01"])[1]] == ["sub-01 ses-late"]
+
+
+def test_folders_without_an_image_that_bids_knows_are_reported(data: Path, tmp_path: Path) -> None:
+    for folder in ("sub-04/anat", "sub-05/ses-pre", "sub-01/ses-empty", "sub-06/ses-a b"):
+        (data / folder).mkdir(parents=True)
+    save(image_of(data, "é", None), np.ones((9, 9, 9), np.float32))
+    missing = [str(absent) for absent in find_images(data, ["T1w"])[1]]
+    assert missing == ["sub-01 ses-empty", "sub-02", "sub-04", "sub-05 ses-pre", "sub-06 ses-a b", "sub-é"]
+    assert participants(data) == ["01", "02", "03", "04", "05", "06", "é"]
+    code, _, error = call("bids", data, tmp_path / "out", "participant", "--fail-fast", "--participant-label", "é")
+    assert code
+    assert "sub-é: has no T1w image. Labels of BIDS are letters and digits" in error
+
+
+def test_a_data_set_may_be_a_link(data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(data, target_is_directory=True)
+    assert [image.source for image in find_images(link, ["T1w"])[0]] == [
+        image.source for image in find_images(data, ["T1w"])[0]
+    ]
+
+
+def test_two_images_of_one_name_do_not_share_a_result(data: Path, tmp_path: Path) -> None:
+    """One compressed and one not, or two contrasts of a bundle that takes both."""
+    again = image_of(data, "01", "pre").with_suffix("")
+    save(again, np.ones((9, 9, 9), np.float32))
+    code, _, error = call("bids", data, tmp_path / "out", "participant")
+    assert code == 2
+    assert "both results would be" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
