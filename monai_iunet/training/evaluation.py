@@ -19,6 +19,7 @@ from monai.networks import one_hot
 from torch import Tensor
 
 from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.losses.class_numbers import check_labels
 
 __all__ = ["CaseReport", "compare"]
 
@@ -41,8 +42,18 @@ def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structu
         A row per structure: "structure"; "dice"; "hausdorff95_mm", the 95th percentile of the distances between the
         surfaces, and "surface_distance_mm", their mean, both symmetric, infinite if nothing was predicted; "volume_mm3"
         of the prediction; "reference_mm3".
+
+    Raises:
+        ValueError: when the maps differ in size, or hold something else than the numbers of the structures.
     """
     classes = len(structures) + 1
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"The prediction has {tuple(prediction.shape)} voxels, the true labels have {tuple(truth.shape)}: both "
+            "must be on the grid of the image."
+        )
+    check_labels(prediction, classes, "The prediction")
+    check_labels(truth, classes, "The true labels")
     predicted, true = (one_hot(labels[None, None].long(), classes) for labels in (prediction, truth))
     voxel = float(np.prod(spacing))
     with warnings.catch_warnings():

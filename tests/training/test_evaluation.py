@@ -70,3 +70,19 @@ def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pyt
     assert [row["cases"] for row in summary] == ["2", "1"]
     assert float(summary[0]["dice_mean"]) == pytest.approx(0.875)
     assert "slab      1  1.000" in caplog.text
+
+
+@pytest.mark.parametrize("value", [2.0, -1.0, 0.7, float("nan")], ids=["unknown", "negative", "resampled", "NaN"])
+@pytest.mark.parametrize("which", ["The prediction", "The true labels"])
+def test_what_is_no_number_of_a_structure_is_refused(value: float, which: str) -> None:
+    good = torch.zeros(6, 6, 6)
+    bad = good.clone()
+    bad[1:4] = value
+    maps = (bad, good) if which == "The prediction" else (good, bad)
+    with pytest.raises(ValueError, match=which):
+        compare(*maps, (1.0, 1.0, 3.0), ["structure"])
+
+
+def test_maps_of_two_grids_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="on the grid of the image"):
+        compare(torch.ones(6, 6, 5), torch.ones(6, 6, 6), (1.0, 1.0, 3.0), ["structure"])
