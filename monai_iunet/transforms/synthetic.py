@@ -30,6 +30,7 @@ from monai.transforms.utils import create_rotate, create_scale, create_shear
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from monai_iunet.losses.class_numbers import check_labels
 from monai_iunet.transforms.mirror import read_swap
 
 __all__ = ["RandSyntheticImaged"]
@@ -112,7 +113,16 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         return item
 
     def make(self, tissues: Tensor, labels: Tensor) -> tuple[MetaTensor, MetaTensor]:
-        """Return an image and its labels."""
+        """Return an image and its labels.
+
+        Raises:
+            ValueError: when both are not on one grid, or a tissue has no number of `typical`.
+        """
+        if tissues.shape != labels.shape:
+            raise ValueError(
+                f"The map of tissues is {tuple(tissues.shape)}, that of the labels {tuple(labels.shape)}: both "
+                "must be on one grid."
+            )
         random = torch.Generator(tissues.device).manual_seed(int(self.R.randint(2**31)))
         source = [
             volume.as_tensor()[0] if isinstance(volume, MetaTensor) else volume[0] for volume in (tissues, labels)
@@ -126,7 +136,9 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         # Two samples a voxel, to either side of its center: a little of what a voxel on a border sees.
         aside = torch.tensor([self.R.choice((-0.25, 0.25)) for _ in range(3)], device=positions.device) * self.pixdim
         aside = (aside / torch.tensor(zooms, device=positions.device)).view(3, 1, 1, 1).float()
-        samples = [_nearest(source[0], positions + offset).long() for offset in (-aside, aside)]
+        samples = [_nearest(source[0], positions + offset) for offset in (-aside, aside)]
+        check_labels(torch.stack(samples), len(self.typical), "The map of tissues")
+        samples = [sample.long() for sample in samples]
         means, deviations = self._intensities(samples[0].device)
         grain = torch.randn(samples[0].shape, generator=random, device=samples[0].device)
         image = torch.stack([means[sample] + deviations[sample] * grain for sample in samples]).mean(0)

@@ -121,3 +121,16 @@ def test_an_empty_map_gives_an_image() -> None:
 def test_what_is_taken_out_is_never_all_there_is() -> None:
     make = maker(outside=[0, 1, 2], prob_strip=1.0).set_random_state(0)
     assert all(make(head())["image"].std() > 0.01 for _ in range(4))
+
+
+@pytest.mark.parametrize("value", [3.0, -1.0, 0.7])
+def test_tissues_that_are_unknown_are_refused(value: float) -> None:
+    item = head()
+    item["image"] = MetaTensor(item["image"].float() * value, affine=item["image"].affine)
+    with pytest.raises(ValueError, match="The map of tissues must hold"):
+        maker()(item)
+
+
+def test_labels_on_another_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match="on one grid"):
+        maker()({"image": head()["image"], "label": head(2.0)["label"]})
