@@ -197,10 +197,11 @@ def most_couplings(
         >>> from monai_iunet import SegIUNet
         >>> couplings, plan = most_couplings(
         ...     lambda couplings: SegIUNet(2, 1, 2, (8, 16), couplings=couplings, activations="store"),
-        ...     memory_budget="4 MiB",
+        ...     memory_budget="3 MiB",
         ...     spatial_size=(64, 64),
+        ...     limit=8,
         ... )
-        >>> 1 <= couplings < 64 and plan.training_peak < 4 * 2**20
+        >>> 1 <= couplings < 8 and plan.training_peak < 3 * 2**20
         True
     """
     budget = parse_bytes(memory_budget)
