@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import version as package_version
@@ -641,8 +643,6 @@ def fit(
 @contextlib.contextmanager
 def _progress_on_terminal() -> Iterator[None]:
     """Print what the package logs while a command runs."""
-    import logging
-
     from rich.logging import RichHandler
 
     log, handler = logging.getLogger("monai_iunet"), RichHandler(show_path=False)
@@ -789,4 +789,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every encoding has a "³"
+    # Each `LoadImage` of MONAI 1.6 says that a decoder for GPUs is not there, which nothing here uses.
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     app()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from monai.transforms import LoadImage
 from typer.testing import CliRunner
 
+from monai_iunet import cli
 from monai_iunet.cli import app
 
 
@@ -211,6 +215,20 @@ def test_bad_bundles_and_devices(tmp_path: Path) -> None:
     code, _, error = call("segment", image, "--device", "gpu9")
     assert code == 2
     assert "--device gpu9: not available" in error
+
+
+def test_decoders_that_nothing_uses_are_not_missed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MONAI looks for all of its readers whenever an image is to be loaded."""
+    monkeypatch.setattr(cli, "app", LoadImage)
+    with (
+        caplog.at_level(logging.WARNING, "monai.data.nvimgcodec_pydicom_plugin"),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        cli.main()
+    assert "nvImageCodec" not in caplog.text + "".join(str(warning.message) for warning in said)
 
 
 @pytest.mark.parametrize("command", ["quality", "compare", "fit"])
