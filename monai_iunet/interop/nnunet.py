@@ -140,7 +140,7 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         architecture = _architecture(strides, features, couplings)
         network = PlannedIUNet(channels, 2, **architecture["arch_kwargs"])
         own = _own_network(strides, features, arguments["kernel_sizes"], channels)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
         ) from error

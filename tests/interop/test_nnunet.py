@@ -84,7 +84,8 @@ def test_deep_supervision_is_as_the_trainer_expects() -> None:
 
 def test_what_are_no_plans_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plans.json"
-    for text in ("", "[]", "{}", json.dumps({"configurations": {"3d_fullres": {}}})):
+    circle = {"3d_fullres": {"inherits_from": "3d_lowres"}, "3d_lowres": {"inherits_from": "3d_fullres"}}
+    for text in ("", "[]", "{}", *(json.dumps({"configurations": found}) for found in ({"3d_fullres": {}}, circle))):
         path.write_text(text)
         code, _, error = call("nnunet-plans", path)
         assert code == 2
