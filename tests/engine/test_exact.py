@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +209,22 @@ def test_in_a_cuda_graph_outputs_beyond_the_grid_are_nan(amp: bool, monkeypatch:
         codes = [2 * LIMIT * torch.ones_like(code) for code in net.encode(x)]
         assert net.decode(codes).isnan().all()
         assert net.encode_inverse(codes).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_digits_are_lost_by_the_default_type(dtype: torch.dtype) -> None:
+    """In which PyTorch would multiply integers by a number on a GPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        on_a_gpu: Any = SimpleNamespace(is_cuda=True)
+        steps = torch.tensor([32767, -12345], dtype=torch.int16)
+        loses = bool(((steps * 1.0).double() != steps.double()).any())
+        assert grid._multiplied_at_once(on_a_gpu) is not loses
+        stream = steps.view(torch.bfloat16).reshape(1, 1, 2)
+        assert torch.equal(grid.read(stream).double().flatten(), steps.double() * INTEGER_STEP)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_what_it_cannot_do_is_refused() -> None:

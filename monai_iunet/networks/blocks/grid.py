@@ -98,10 +98,18 @@ def read(stream: Tensor) -> Tensor:
 def _scaled(stream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of a stream of integers, rounded to a type, a contiguous copy."""
     steps = stream.view(torch.int16)
-    if steps.is_cuda:  # a CPU would keep a copy in float32 on the way
+    if _multiplied_at_once(steps):
         numbers = torch.empty_like(steps, dtype=dtype, memory_format=torch.contiguous_format)
         return torch.mul(steps, INTEGER_STEP, out=numbers)
     return steps.to(dtype, memory_format=torch.contiguous_format).mul_(INTEGER_STEP)
+
+
+def _multiplied_at_once(steps: Tensor) -> bool:
+    """Return whether integers are multiplied by a number without a copy, and with all their digits.
+
+    PyTorch does so in its default type. A CPU would keep a copy in it on the way.
+    """
+    return steps.is_cuda and torch.get_default_dtype() in (torch.float32, torch.float64)
 
 
 def write(stream: Tensor, numbers: Tensor) -> None:
