@@ -70,7 +70,7 @@ FailFast = Annotated[
     bool, typer.Option("--fail-fast", help="Stop at the first image that cannot be segmented; else go on.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there; else they are an error.")]
-SkipDone = Annotated[bool, typer.Option("--skip-done", help="Leave out images whose labels are in the output folder.")]
+SkipDone = Annotated[bool, typer.Option("--skip-done", help="Leave out images that have labels in the output folder.")]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Take a doubtful segmentation for an error, and write nothing of it.")
 ]
@@ -206,7 +206,7 @@ def segment(
             _check_free(path, overwrite or skip_done or part.count > 1)
         settings = Settings(
             *(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done),
-            record=bool(table or page),
+            record=bool(table or page or skip_done),
             view=page is not None,
             share=part,
             strict=strict,

@@ -14,7 +14,16 @@ from typing import Any
 from monai_iunet.bids.images import BidsImage
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_text
-from monai_iunet.segmentation.files import Case, Settings, Write, write_nifti, write_picture, write_probabilities
+from monai_iunet.segmentation.files import (
+    Case,
+    Origin,
+    Settings,
+    Write,
+    write_nifti,
+    write_picture,
+    write_probabilities,
+)
+from monai_iunet.segmentation.origin import origin_of
 from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
 from monai_iunet.segmentation.report import VIEWS, write_view
 from monai_iunet.segmentation.result import Segmentation
@@ -114,23 +123,24 @@ def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path, settin
     """
     stem = f"{image.stem}_desc-{description_label(segmenter)}"
     folder = (output / image.source).parent
+    origin, sidecar = partial(origin_of, [image.path], segmenter), folder / f"{stem}_dseg.json"
     beside: dict[Path, Write] = {
-        folder / f"{stem}_dseg.json": partial(_write_sidecar, image, segmenter, "Labels of the structures"),
+        sidecar: partial(_write_sidecar, image, segmenter, origin, "Labels of the structures"),
         folder / f"{stem}_dseg.tsv": _write_structures,
         output / "figures" / f"{stem}_dseg.png": partial(write_picture, stem, segmenter.window),
     }
     if segmenter.gives_probabilities:
         text = "Probabilities of the background and the structures"
-        beside[folder / f"{stem}_probseg.json"] = partial(_write_sidecar, image, segmenter, text)
+        beside[folder / f"{stem}_probseg.json"] = partial(_write_sidecar, image, segmenter, origin, text)
         beside[folder / f"{stem}_probseg.nii.gz"] = write_probabilities
     if settings.view:
-        beside[output / VIEWS / f"{stem}{RECORD_SUFFIX}"] = partial(write_record, image.path, segmenter.title)
+        beside[output / VIEWS / f"{stem}{RECORD_SUFFIX}"] = partial(write_record, image.path, origin)
         beside[output / VIEWS / f"{stem}.json"] = partial(write_view, stem, segmenter.window)
-    return Case(image.path, stem, folder / f"{stem}_dseg.nii.gz", write_nifti, beside)
+    return Case(image.path, stem, folder / f"{stem}_dseg.nii.gz", sidecar, origin, write_nifti, beside)
 
 
 def _write_sidecar(
-    image: BidsImage, segmenter: BundleSegmenter, text: str, segmentation: Segmentation, path: Path
+    image: BidsImage, segmenter: BundleSegmenter, origin: Origin, text: str, segmentation: Segmentation, path: Path
 ) -> None:
     second = sorted(set((segmentation.weights or {}).values()) - {segmenter.weights})
     weights = f", weights {', '.join(second)}" if second else ""
@@ -139,6 +149,7 @@ def _write_sidecar(
         "Sources": [f"bids:raw:{image.source}"],
         "SpatialReference": f"bids:raw:{image.source}",
         "Manual": False,
+        "origin": origin(),
     }
     if "Probabilities" in text:
         sidecar["LabelMap"] = ["background", *segmentation.names.values()]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import nibabel
 import SimpleITK
@@ -24,6 +24,7 @@ from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.io.labels import label_image, write_probability_image
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
+from monai_iunet.segmentation.origin import check_origin, origin_of
 from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
 from monai_iunet.segmentation.report import VIEWS, write_view
 from monai_iunet.segmentation.result import Segmentation
@@ -56,6 +57,7 @@ SMALL = 64 * 2**20  # bytes of an image's files, up to which reading and writing
 IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 
 Write = Callable[[Segmentation, Path], object]
+Origin = Callable[[], dict[str, Any]]
 ALL = Share()
 
 
@@ -70,7 +72,7 @@ class Settings:
         series: DICOM series, if a folder holds several.
         fail_fast: raise what is wrong with an image instead of going on with the next.
         overwrite: replace files that are there.
-        skip_done: leave out images whose labels are there.
+        skip_done: leave out images whose labels are there, if they were made of the same image by the same bundle.
         record: write the record of each image, `NAME_seg.json`.
         view: write what the page shows of each image.
         share: part of the images that this process does.
@@ -100,6 +102,8 @@ class Case:
         image: file, or folder with a DICOM series; that of the first channel, if there is one for each.
         name: name of the image in tables and pictures.
         labels: file of the labels; it is written last, so an image that has one is done.
+        described_in: JSON file that tells the origin of the labels, if it is one of those beside them.
+        origin: returns what the result is made of, see `origin_of`.
         write: writes the labels.
         beside: what is written beside the labels, by file: the picture, probabilities, side-cars.
         channels: files of the channels, if there is one for each.
@@ -108,6 +112,8 @@ class Case:
     image: Path
     name: str
     labels: Path
+    described_in: Path
+    origin: Origin
     write: Write
     beside: Mapping[Path, Write] = field(default_factory=dict)
     channels: tuple[Path, ...] = ()
@@ -281,23 +287,25 @@ def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
 def _case(files: tuple[Path, ...], segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
     image = files[0]
     name, (suffix, write) = _name(image, segmenter.channels), _format(image, settings)
+    record = output / f"{name}{RECORD_SUFFIX}"
+    origin = partial(origin_of, files, segmenter, settings.mirror, settings.series)
     beside: dict[Path, Write] = {}
     if segmenter.gives_probabilities:
         beside[output / f"{name}_prob.nii.gz"] = write_probabilities
     if settings.overlay:
         beside[output / f"{name}_seg.png"] = partial(write_picture, name, segmenter.window)
     if settings.record:
-        beside[output / f"{name}{RECORD_SUFFIX}"] = partial(write_record, image, segmenter.title)
+        beside[record] = partial(write_record, image, origin)
     if settings.view:
         beside[output / VIEWS / f"{name}.json"] = partial(write_view, name, segmenter.window)
-    return Case(image, name, output / f"{name}_seg{suffix}", write, beside, files)
+    return Case(image, name, output / f"{name}_seg{suffix}", record, origin, write, beside, files)
 
 
 def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
     """Check that no result replaces an image, another result, or a file that is there unless that is asked for.
 
     Raises:
-        InputError: when one would.
+        InputError: when one would, or a result that is to be left out was made of something else.
     """
     first: dict[Path, Path] = {}
     for case in cases:
@@ -319,6 +327,23 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                 raise InputError(
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )
+    _check_done([case for case in cases if settings.skip_done and case.labels.exists()])
+
+
+def _check_done(cases: Sequence[Case]) -> None:
+    """Check the origin of results that are left out, and say where it is unknown, and which files are missing."""
+    unknown = [case.labels for case in cases if not check_origin(case.labels, case.described_in, case.origin())]
+    if unknown:
+        logger.warning(
+            "%d results, such as %s, are left out, but no record tells which image and bundle they are of.",
+            *(len(unknown), unknown[0]),
+        )
+    missing = [path for case in cases for path in case.beside if path != case.described_in and not path.exists()]
+    if missing:
+        logger.warning(
+            "%d files, such as %s, are not there, though their labels are. Pass --overwrite alone to have them.",
+            *(len(missing), missing[0]),
+        )
 
 
 def _write(segmentation: Segmentation, case: Case, strict: bool) -> WrittenSegmentation:

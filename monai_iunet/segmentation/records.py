@@ -25,18 +25,18 @@ Records = Mapping[str, Mapping[str, Any]]
 RECORD_SUFFIX = "_seg.json"
 
 
-def write_record(image: Path, bundle: str, segmentation: Segmentation, path: Path) -> None:
+def write_record(image: Path, origin: Callable[[], dict[str, Any]], segmentation: Segmentation, path: Path) -> None:
     """Write the record of an image.
 
     Args:
         image: file of the image.
-        bundle: name and version of the bundle.
+        origin: returns what the result is made of, see `monai_iunet.segmentation.origin`.
         segmentation: of the image.
         path: file to write.
     """
     record = {
         "image": str(image),
-        "bundle": bundle,
+        "origin": origin(),
         "monai-iunet": version("monai-iunet"),
         "labels": segmentation.names,
         "volumes_mm3": segmentation.volumes(),

@@ -59,6 +59,6 @@ def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[s
         measures[name] = {"predicted Dice, least": min(known, default="unknown"), **volumes}
     warnings = [*warnings, *(f"{name}: {record['doubts']}" for name, record in records.items() if record.get("doubts"))]
     views = {name: file for name in records if (file := output / VIEWS / f"{name}.json").exists()}
-    used = sorted({str(record["bundle"]) for record in records.values()})
+    used = sorted({str(record["origin"]["bundle"]) for record in records.values()})
     versions = {"bundle": ", ".join(used), **describe_system()}
     write_page(path, "Segmentations", measures, views, warnings, command=command, versions=versions)

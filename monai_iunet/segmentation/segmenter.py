@@ -29,7 +29,7 @@ from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
 from monai_iunet.io.weights import read_weights, weights_file
-from monai_iunet.segmentation.quality import read_quality
+from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import Labels, RegionFinder
@@ -110,6 +110,9 @@ class BundleSegmenter:
         if progress and hasattr(self.windows, "progress"):
             self.windows.progress = True
         self.second = self._open_second()
+        # Now, since the files may change while a batch runs.
+        used = [weights] if self.second is None else [weights, self.second.weights]
+        self.digests = {name: weights_digest(self.folder, name) for name in used}
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,11 @@ TRAINED = [task for task in TASKS if (BUNDLES / task.name / "models" / "model.pt
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
 # Now and then PyTorch's gloo threads abort a process on a CPU that has done its work and is about to exit.
 GLOO_ABORT = "terminate called without an active exception"
+
+
+def copy_bundle(folder: Path, bundle: Path = BUNDLES / "iunet_hippocampus_mri_segmentation") -> Path:
+    """Copy a bundle, without what its training and evaluation left."""
+    return Path(shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("eval", "train")))
 
 
 def options(bundle: Path, config: str, **overrides: object) -> dict[str, object]:

@@ -13,10 +13,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from monai_iunet.segmentation import files
 from monai_iunet.segmentation.segmenter import BundleSegmenter
-from tests.bundles.helpers import command
+from tests.bundles.helpers import command, copy_bundle
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 from tests.io.dicom_files import write_slices
 from tests.test_cli import call, save, without_warnings
@@ -71,7 +72,7 @@ def test_a_file_that_is_there_is_kept_unless_asked_otherwise(images: list[Path],
     assert error.count("\n") == 1
     assert names(out) == ["b_seg.nii.gz"]
     assert call(*arguments, "--skip-done")[0] == 0
-    assert names(out) == ["a_seg.nii.gz", "b_seg.nii.gz", "c_seg.nii.gz"]
+    assert [name for name in names(out) if name.endswith(".gz")] == ["a_seg.nii.gz", "b_seg.nii.gz", "c_seg.nii.gz"]
     assert (out / "b_seg.nii.gz").read_text() == "manual segmentation"
     assert call(*arguments, "--overwrite")[0] == 0
     assert nibabel.load(out / "b_seg.nii.gz").shape == (35, 50, 36)
@@ -185,6 +186,69 @@ def test_results_without_a_record_are_said(images: list[Path], tmp_path: Path) -
     assert code == 0
     assert "Not in the table: 1 of 2 images without a record, such as a: " in printed
     assert list(json.loads((out / "volumes.json").read_text())) == ["b"]
+
+
+def other_weights(folder: Path) -> Path:
+    path = copy_bundle(folder) / "models" / "model.pt"
+    torch.save({name: 0.99 * value for name, value in torch.load(path, weights_only=True).items()}, path)
+    return folder
+
+
+def no_second_weights(folder: Path) -> Path:
+    (copy_bundle(folder) / "models" / "any_contrast_quality.json").unlink()
+    return folder
+
+
+def test_only_a_result_of_the_same_image_and_bundle_is_left_out(images: list[Path], tmp_path: Path) -> None:
+    out, name = tmp_path / "out", HIPPOCAMPUS.name
+    assert call("segment", images[0], "--output", out, "--no-overlay", "--skip-done")[0] == 0
+    before = (out / "a_seg.nii.gz").read_bytes()
+    (tmp_path / "other").mkdir()
+    other = save(tmp_path / "other" / "a.nii.gz", 1 + nibabel.load(images[0]).get_fdata())
+    moved = tmp_path / "moved" / "a.nii.gz"
+    moved.parent.mkdir()
+    images[0].rename(moved)
+
+    def go_on(*words: Any) -> tuple[int, str, str]:
+        return call("segment", *words, "--output", out, "--no-overlay", "--skip-done")
+
+    for words, difference in (
+        ((other, images[1]), "another image"),
+        ((moved, "--mirror"), "other options"),
+        ((moved, "--bundle", other_weights(tmp_path / "weights" / name)), "other weights"),
+        ((moved, "--bundle", no_second_weights(tmp_path / "second" / name)), "other weights"),
+        ((moved, "--bundle", copy_bundle(tmp_path / "spleen")), "another bundle"),
+    ):
+        code, printed, error = go_on(*words)
+        assert (code, printed) == (2, "")
+        assert f"Error: {out / 'a_seg.nii.gz'}: was made of {difference} (a_seg.json). Pass --overwrite alone" in error
+        assert names(out) == ["a_seg.json", "a_seg.nii.gz"]
+        assert (out / "a_seg.nii.gz").read_bytes() == before
+    assert go_on(moved)[:2] == (0, "Left out: 1 of 1 images, whose results are there.\n")
+    assert call("segment", other, "--output", out, "--no-overlay", "--overwrite", "--volumes", "csv")[0] == 0
+    assert go_on(other)[0] == 0
+
+
+@pytest.mark.parametrize("record", [None, "{", '{"origin": [1]}'])
+def test_a_result_of_unknown_origin_is_left_out_with_a_warning(
+    record: str | None, images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a_seg.nii.gz").write_text("manual segmentation")
+    if record is not None:
+        (out / "a_seg.json").write_text(record)
+    assert call("segment", images[0], "--output", out, "--no-overlay", "--skip-done")[0] == 0
+    assert f"1 results, such as {out / 'a_seg.nii.gz'}, are left out, but no record tells which image" in caplog.text
+
+
+def test_what_is_missing_beside_a_result_that_is_left_out_is_said(
+    images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert call("segment", images[0], "--output", out, "--no-overlay")[0] == 0
+    assert call("segment", images[0], "--output", out, "--no-overlay", "--skip-done", "--probabilities")[0] == 0
+    assert f"1 files, such as {out / 'a_prob.nii.gz'}, are not there, though their labels are" in caplog.text
 
 
 def test_programs_read_lines_of_json(images: list[Path], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from monai_iunet.inference.images import WholeImage
 from monai_iunet.inference.streaming import Slab
 from monai_iunet.segmentation.quality import FEATURES, feature_rows, quality_file
 from monai_iunet.segmentation.quality_features import SlabBySlab, SoftDice, describe_structures, second_run
+from tests.bundles.helpers import copy_bundle
 from tests.test_cli import call, save
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -174,10 +174,6 @@ def doubtful_or_refused(segmenter: BundleSegmenter, image: nibabel.Nifti1Image) 
     except InputError:
         return True
     return found.doubts() is not None
-
-
-def copy_bundle(folder: Path) -> Path:
-    return Path(shutil.copytree(bundle_folder("hippocampus"), folder, ignore=shutil.ignore_patterns("eval", "train")))
 
 
 def change(**values: Any) -> Callable[[str], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.segmentation.quality import quality_file
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.whole_head import load_template
+from tests.bundles.helpers import copy_bundle
 from tests.test_cli import call
 
 REGION = np.eye(4)  # of the template, which need not be looked for
@@ -34,10 +34,6 @@ def turned_round(data: np.ndarray) -> np.ndarray:
 def dice(first: np.ndarray, second: np.ndarray) -> float:
     first, second = first > 0, second > 0
     return float(2 * (first & second).sum() / (first.sum() + second.sum()))
-
-
-def copy_bundle(folder: Path) -> Path:
-    return Path(shutil.copytree(bundle_folder("hippocampus"), folder, ignore=shutil.ignore_patterns("eval", "train")))
 
 
 @pytest.fixture(scope="module")
