@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_same_grid",
     "check_size",
     "first_line",
+    "grids_apart",
     "planes",
     "raw_voxels",
 ]
@@ -192,10 +193,16 @@ def check_same_grid(name: str, image: nibabel.Nifti1Image, other: str, reference
     """
     if image.shape[:3] != reference.shape[:3]:
         raise InputError(f"{name}: has the shape {image.shape[:3]}, {other} {reference.shape[:3]}.")
-    corners = np.array([[0, 0, 0, 1], [*reference.shape[:3], 1]])
-    apart = np.abs(corners @ (image.affine - reference.affine).T).max()
-    if apart > 0.1 * voxel_sizes(reference.affine).min():
+    apart = grids_apart(image.affine, reference.affine, reference.shape[:3])
+    if apart > 0:
         raise InputError(f"{name}: its grid and that of {other} are up to {apart:.3g} mm apart.")
+
+
+def grids_apart(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> float:
+    """Return how far corners of two grids of the same shape are apart, in mm; 0 within a tenth of a voxel."""
+    corners = np.array([[0, 0, 0, 1], [*shape, 1]])
+    apart = float(np.abs(corners @ (affine - reference).T).max())
+    return apart if apart > 0.1 * voxel_sizes(reference).min() else 0.0
 
 
 def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: str) -> None:

@@ -15,7 +15,7 @@ from torch import distributed
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import group_channels, result_name
-from monai_iunet.io.checks import check_extent, check_not_constant, check_same_grid
+from monai_iunet.io.checks import DAMAGED, check_extent, check_not_constant, check_same_grid
 from monai_iunet.io.files import NIFTI, check_folder, check_names, image_name
 from monai_iunet.io.read import read_image
 
@@ -201,7 +201,8 @@ def images_to_segment(
         results may come while the others look.
 
     Raises:
-        InputError: when there is no such image, two of them have the same name, or the folder cannot be written.
+        InputError: when there is no such image, two of them have the same name, a result is damaged or has another grid
+            than its image, as that of another image of this name would, or the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -219,7 +220,10 @@ def images_to_segment(
     names = [result_name(files[0], channels, NIFTI) for files in images]
     check_names(names)
     results = [Path(str(output_dir), f"{name}{suffix}.nii.gz") for name in names]
-    left = _of_first_process([files for files, result in zip(images, results) if not (skip_done and result.exists())])
+    done = {result: files for files, result in zip(images, results) if skip_done and result.exists()}
+    for result, files in done.items():
+        _check_result(result, files[0])
+    left = _of_first_process([files for files, result in zip(images, results) if result not in done])
     if len(left) < len(images):
         logger.info(
             "%d of %d images have a result in %s and are left out", len(images) - len(left), len(images), output_dir
@@ -227,6 +231,23 @@ def images_to_segment(
     if left:
         check_folder(output_dir)
     return [{"image": str(files[0]) if len(files) == 1 else [str(path) for path in files]} for files in left]
+
+
+def _check_result(result: Path, image: Path) -> None:
+    """Check that a result that is there is readable, and on the grid of its image if that is readable too."""
+    advice = "Remove it, name another output_dir, or pass --skip_done False."
+    try:
+        found: Any = nibabel.load(result)
+    except DAMAGED as error:
+        raise InputError(f"{result}: cannot be read, so its image is not done. {advice}") from error
+    try:
+        reference: Any = nibabel.load(image)
+    except DAMAGED:
+        return
+    try:
+        check_same_grid(str(result), found, str(image), reference)
+    except InputError as error:
+        raise InputError(f"{error} It is the result of another image of this name. {advice}") from None
 
 
 def _of_first_process(images: list[Files]) -> list[Files]:

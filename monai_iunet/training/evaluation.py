@@ -14,10 +14,12 @@ import nibabel
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from monai.networks import one_hot
 from torch import Tensor
 
+from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.losses.class_numbers import check_labels
 
@@ -81,6 +83,23 @@ def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structu
     return rows
 
 
+def _check_affine(prediction: MetaTensor, labels: MetaTensor) -> None:
+    """Check that a prediction lies where the true labels lie; one without an affine of its own is taken as it is.
+
+    Raises:
+        ValueError: when the affines are a tenth of a voxel or more apart, as when only one was turned round.
+    """
+    affine, expected = (np.asarray(tensor.affine) for tensor in (prediction, labels))
+    if np.array_equal(affine, np.eye(4)):
+        return
+    apart = grids_apart(affine, expected, labels.shape[1:])
+    if apart > 0:
+        raise ValueError(
+            f"The prediction and the true labels of {labels.meta.get('filename_or_obj', 'a case')} lie up to "
+            f"{apart:.3g} mm apart: invert the transforms of the image (Invertd) before they are compared."
+        )
+
+
 class CaseReport:
     """Handler of an evaluator: writes `cases.csv`, a row per case and structure, and `summary.csv`.
 
@@ -119,6 +138,8 @@ class CaseReport:
             # MONAI keeps in the batch what neither the network nor the loss has seen.
             labels = output[self.label_key] if self.label_key in output else batch[number][self.label_key]
             spacing = nibabel.affines.voxel_sizes(np.asarray(labels.affine))
+            if isinstance(output["pred"], MetaTensor):
+                _check_affine(output["pred"], labels)
             prediction, truth = (torch.as_tensor(tensor)[0].cpu() for tensor in (output["pred"], labels))
             name = Path(str(labels.meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
             self.rows += [{"case": name, **row} for row in compare(prediction, truth, spacing, self.structures)]

@@ -105,6 +105,23 @@ def test_what_is_done_is_left_out(tmp_path: Path) -> None:
     assert len(images_to_segment(paths, tmp_path / "out", skip_done=False)) == 2
 
 
+def test_results_of_another_image_are_refused(tmp_path: Path) -> None:
+    image = Path(save(tmp_path / "a.nii.gz", np.zeros((2, 3, 4), np.float32)))
+    result = Path(save(tmp_path / "out" / "a_seg.nii.gz", np.zeros((2, 3, 4), np.uint8)))
+    for damage, reason in (
+        (lambda: save(result, np.zeros((2, 3, 5), np.uint8)), r"shape \(2, 3, 5\), .*the result of another image"),
+        (
+            lambda: nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.diag([-1, 1, 1, 1])), result),
+            "mm",
+        ),
+        (lambda: result.write_bytes(result.read_bytes()[:40]), "cannot be read, so its image is not done"),
+    ):
+        damage()
+        with pytest.raises(InputError, match=rf"a_seg\.nii\.gz: .*{reason}.*--skip_done False"):
+            images_to_segment(image, tmp_path / "out")
+        assert len(images_to_segment(image, tmp_path / "out", skip_done=False)) == 1
+
+
 def test_images_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no NIfTI image"):
         images_to_segment(tmp_path, tmp_path)

@@ -72,6 +72,22 @@ def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pyt
     assert "slab      1  1.000" in caplog.text
 
 
+def test_a_prediction_with_axes_turned_round_is_refused(tmp_path: Path) -> None:
+    affine = torch.diag(torch.tensor([2.0, 1, 1, 1]))
+    turned = torch.diag(torch.tensor([-2.0, 1, 1, 1]))
+    turned[0, 3] = 38  # of the first axis, mirrored in place
+    label = MetaTensor(boxes(4)[None], affine=affine, meta={"filename_or_obj": "case.nii.gz"})
+    for pred, refused in ((turned, True), (affine, False), (affine + 0.001, False), (None, False)):
+        output = {"pred": MetaTensor(boxes(4)[None], affine=pred), "label": label}
+        engine = Engine(lambda engine, batch, output=output: [output])
+        CaseReport(tmp_path / "eval", ["box"]).attach(engine)
+        if refused:
+            with pytest.raises(ValueError, match=r"of case\.nii\.gz lie up to 42 mm apart: invert the transforms"):
+                engine.run([0])
+        else:
+            engine.run([0])
+
+
 @pytest.mark.parametrize("value", [2.0, -1.0, 0.7, float("nan")], ids=["unknown", "negative", "resampled", "NaN"])
 @pytest.mark.parametrize("which", ["The prediction", "The true labels"])
 def test_what_is_no_number_of_a_structure_is_refused(value: float, which: str) -> None:
