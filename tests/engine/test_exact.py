@@ -321,15 +321,35 @@ def test_what_is_added_to_integers_is_taken_back_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_residues_of_two_steps_fit_into_thirds_of_a_byte_and_larger_ones_are_reported(channels: int) -> None:
-    stream = torch.empty(1, channels, 50, dtype=torch.bfloat16)
-    steps = torch.randint(-2, 3, (1, channels, 50)).float()
+@pytest.mark.parametrize(("dtype", "most", "size"), [(torch.bfloat16, 2, 1), (torch.float32, 19, 2)])
+def test_three_residues_fit_into_an_integer_and_larger_ones_are_reported(
+    channels: int, dtype: torch.dtype, most: int, size: int
+) -> None:
+    stream = torch.empty(1, channels, 500, dtype=dtype)
+    steps = torch.randint(-most, most + 1, (1, channels, 500)).float()
+    steps[..., :2] = torch.tensor([-most, most])
     packed = pack(steps.clone(), stream)
-    assert packed.numel() <= (channels + 2) // 3 * 50
+    assert packed.nbytes <= (channels + 2) // 3 * 500 * size
     assert torch.equal(unpack(packed, stream, channels), steps)
-    steps[0, -1, 3] = 3
+    steps[0, -1, 3] = most + 1
     with pytest.raises(OverflowError):
         pack(steps, stream)
+
+
+def test_products_of_values_near_the_limit_are_taken_back() -> None:
+    mixing = ChannelMixing((256, 256), (300, 212))
+    mixing.exact = True
+    with torch.no_grad():
+        for parameter in mixing.parameters():
+            parameter.normal_()
+    pieces = tuple(round_to_grid(torch.randn(1, 256, 200).mul_(40)).requires_grad_() for _ in range(2))
+    assert LIMIT / 2 < max(float(piece.detach().abs().max()) for piece in pieces) < LIMIT
+    states = mixing(*pieces)
+    with torch.no_grad():
+        weights = mixing.weights()
+        remembered = mixing.remember(pieces, states, weights, False)
+        back = mixing.recover(states, weights, remembered, False)
+    assert all(torch.equal(one, other) for one, other in zip(back, pieces))
 
 
 def test_second_derivatives_through_integers_are_those_of_float32() -> None:

@@ -29,6 +29,17 @@ def test_zero_maps_to_the_identity_and_any_weight_to_a_rotation(name: str) -> No
 
 
 @pytest.mark.parametrize("name", MAPS)
+def test_float32_is_orthogonal_to_its_last_digit_whatever_the_size(name: str) -> None:
+    matrix = OrthogonalMatrix(256, base=torch.linalg.qr(torch.randn(256, 256)).Q, orthogonal_map=name)
+    torch.nn.init.normal_(matrix.weight, std=1)
+    assert matrix().dtype == torch.float32
+    assert defect(matrix().double()) < 2e-7
+    matrix.bfloat16()
+    assert matrix().dtype == torch.float32
+    assert defect(matrix().double()) < 2e-7
+
+
+@pytest.mark.parametrize("name", MAPS)
 def test_gradient_agrees_with_finite_differences(name: str) -> None:
     base = torch.linalg.qr(torch.randn(4, 4)).Q
     matrix = OrthogonalMatrix(4, count=2, base=base, orthogonal_map=name).double()
