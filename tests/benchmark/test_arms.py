@@ -33,6 +33,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     return data, plan
 
 
+@pytest.mark.slow
 def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Path], tmp_path: Path) -> None:
     data, plan = planned
     names = ("patch", "whole", "growing", "SegResNet")

@@ -103,7 +103,7 @@ def sections_of(folder: Path) -> dict[str, list[Row]]:
 
 @pytest.mark.usefixtures("small")
 def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compiled", "exactness", "inference"):  # which have tests of their own
+    for name in ("budgets", "compiled", "exactness", "gradient_errors", "inference"):  # which have tests of their own
         monkeypatch.delitem(SECTIONS, name)
     result = benchmark(tmp_path / "new", "--peers")
     assert result.exit_code == 0, result.output
@@ -124,9 +124,6 @@ def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypat
         assert memory["ours, invert", 3] < 1.1 * memory["ours, invert", 1]
         assert memory["ours, store", 3] > 1.3 * memory["ours, store", 1]
         assert memory["ours, invert", 3] < memory["ours, auto", 3] <= AUTO_UNITS
-        bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["budgets"] if row["dtype"] == dtype]
-        assert bytes_per_voxel == sorted(bytes_per_voxel)
-    assert [found["budgets"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
     for row in found["plans"]:
         assert row["planned_over_measured"] == pytest.approx(1, abs=0.1)
     for row in found["losses"]:
@@ -137,6 +134,19 @@ def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypat
     assert convolution["inference_bytes_per_voxel"] == 12
     assert found["resampling"][-1]["backward_milliseconds"] is None
     assert imread(tmp_path / "new" / "benchmark.png").std() > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_more_memory_takes_less_time_and_gradients_have_errors(tmp_path: Path) -> None:
+    result = benchmark(tmp_path, "--section", "budgets", "--section", "gradient_errors")
+    assert result.exit_code == 0, result.output
+    found = sections_of(tmp_path)
+    for dtype in ("float32", "bf16 autocast"):
+        bytes_per_voxel = [row["training_bytes_per_voxel"] for row in found["budgets"] if row["dtype"] == dtype]
+        assert bytes_per_voxel == sorted(bytes_per_voxel)
+    assert [found["budgets"][place]["activations"] for place in (0, -1)] == ["invert", "store"]
+    assert len(found["gradient_errors"]) > 2
 
 
 def section_of(*jobs: Job, needs_gpu: bool = False) -> Section:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from monai_iunet import SegIUNet
 from tests.bundles.helpers import launch, run
 from tests.bundles.made_data import HIPPOCAMPUS as BUNDLE
 from tests.bundles.made_data import make_hippocampus_data
+
+SMALL: dict[str, Any] = {"network_def__channels": [4, 8], "network_def__couplings": 1, "amp": False}
 
 
 def torchrun() -> list[str]:
@@ -22,11 +26,11 @@ def torchrun() -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these processes would share a GPU")
-def test_two_processes_train_evaluate_and_segment_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
     data = make_hippocampus_data(tmp_path / "data", training=2, validation=3)
-    small = {"network_def__channels": [4, 8], "network_def__couplings": 1, "dataset_dir": data, "amp": False}
     recipe = {
-        **small,
+        **SMALL,
+        "dataset_dir": data,
         "max_epochs": 2,
         "val_interval": 2,
         "roi_size": [56, 56, 56],
@@ -41,7 +45,14 @@ def test_two_processes_train_evaluate_and_segment_as_one(tmp_path: Path) -> None
         torch.testing.assert_close(two["network"][name], weight, rtol=1e-3, atol=1e-5)
     assert one["best"] == pytest.approx(two["best"], abs=1e-4)
 
-    options = {**small, "checkpoint": tmp_path / "one" / "model.pt"}
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these processes would share a GPU")
+def test_two_processes_evaluate_and_segment_as_one(tmp_path: Path) -> None:
+    data = make_hippocampus_data(tmp_path / "data", training=0, validation=3)
+    weights = tmp_path / "model.pt"
+    torch.save(SegIUNet(3, 1, 3, SMALL["network_def__channels"], couplings=1).state_dict(), weights)
+    options = {**SMALL, "dataset_dir": data, "checkpoint": weights}
     run(BUNDLE, "evaluate.json", **options, output_dir=tmp_path / "one evaluates")
     launch(torchrun(), BUNDLE, "multi_gpu_evaluate.json", **options, output_dir=tmp_path / "two evaluate")
     tables = [(tmp_path / name / "cases.csv").read_text() for name in ("one evaluates", "two evaluate")]

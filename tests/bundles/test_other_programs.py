@@ -128,6 +128,7 @@ def test_statistics_of_a_client_s_data(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.statistics
 
 
+@pytest.mark.slow
 def test_two_clients_and_three_rounds(tmp_path: Path) -> None:
     """Federated averaging by the lines of the guide; gradients of the averaged weights are right."""
     clients = []

@@ -44,6 +44,7 @@ def test_the_parts_of_a_step_are_shown(bundle: Path) -> None:
     assert rebuilt < stored
 
 
+@pytest.mark.slow
 def test_what_fits_is_shown(bundle: Path) -> None:
     code, printed = plan("--bundle", bundle, "--gpu-memory", "60 MiB", "--patch", "16,16,16", "--batch-size", 1)
     assert code == 0

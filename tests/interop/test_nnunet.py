@@ -105,7 +105,11 @@ THICK = {
 
 
 @pytest.mark.parametrize(
-    ("patch", "median", "channels"), [([20, 64, 64], [18.0, 80.0, 80.0], 1), ([8, 64, 32], [30.0, 200.0, 40.0], 4)]
+    ("patch", "median", "channels"),
+    [
+        ([20, 64, 64], [18.0, 80.0, 80.0], 1),
+        pytest.param([8, 64, 32], [30.0, 200.0, 40.0], 4, marks=pytest.mark.slow),
+    ],
 )
 def test_each_axis_has_its_own_multiple(patch: list[int], median: list[float], channels: int, tmp_path: Path) -> None:
     path = tmp_path / "nnUNetPlans.json"
