@@ -27,6 +27,7 @@ __all__ = [
     "has_hooks",
     "has_values",
     "hooks_of",
+    "hooks_of_all_modules",
     "is_exporting",
     "is_view",
     "keep_versions",
@@ -87,6 +88,12 @@ def has_values(tensor: Tensor) -> bool:
 def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
     """Return the hooks that a call of a module runs, copies of its dictionaries by their names."""
     return {name: getattr(module, name).copy() for name in HOOKS}
+
+
+def hooks_of_all_modules() -> list[dict[int, Any]]:
+    """Return the forward hooks that a call of any module runs, copies of the two dictionaries."""
+    hooks = torch.nn.modules.module
+    return [hooks._global_forward_pre_hooks.copy(), hooks._global_forward_hooks.copy()]
 
 
 def is_exporting() -> bool:

@@ -2,9 +2,10 @@
 
 A result depends on more than the inputs: on the autocast setting, the random numbers, the parameters, the buffers,
 which an evaluation may change, the hooks, and the settings of each part: attributes that are numbers, texts or
-switches, such as the mode (training or evaluation) and the rate of a dropout. `Conditions` records all of it around the
-first evaluation and has it again around the second, after which everything is as it was before that: running statistics
-move once, random numbers are drawn once.
+switches, such as the mode (training or evaluation) and the rate of a dropout. Other attributes, such as functions,
+tensors, lists and dictionaries, count as settings too, unless the evaluation itself changes them. `Conditions` records
+all of it around the first evaluation and has it again around the second, after which everything is as it was before
+that: running statistics move once, random numbers are drawn once.
 
 The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
 parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
@@ -23,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import hooks_of, keep_versions, version, without_modes
+from monai_iunet.engine.pytorch_private import hooks_of, hooks_of_all_modules, keep_versions, version, without_modes
 
 __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
+# Attributes of every module, which are looked at in their own ways, and what `module.compile()` sets.
+OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"} | {"_compiled_call_impl"}
 
 
 class Conditions:
@@ -47,6 +50,7 @@ class Conditions:
             if torch.amp.is_autocast_available(kind)
         ]
         self._parts = [_Part(part) for part in module.modules()]
+        self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
         self._moved: list[tuple[Tensor, Tensor]] = []  # buffers that the module writes to, and their values before
         self._random: tuple[list[Tensor], list[Tensor]] | None = None  # the generators' states before and after
@@ -59,6 +63,8 @@ class Conditions:
         before = _generator_states(self._device)
         with self._autocast_again():
             yield
+        for part in self._parts:
+            part.forget_what_it_changed()
         after = _generator_states(self._device)
         if _bytes(before) != _bytes(after):
             self._random = before, after
@@ -69,12 +75,18 @@ class Conditions:
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Restore, around the second evaluation, what the first one met."""
+        if hooks_of_all_modules() != self._hooks_of_all:
+            raise RuntimeError(
+                "Forward hooks of all modules (torch.nn.modules.module.register_module_forward_hook) have come or gone "
+                "between the forward and the backward pass, which evaluates modules once more. Leave them as they are "
+                'until after the backward pass, or store activations (activations="store").'
+            )
         for tensor, before in self._versions:
             if version(tensor) != before:
                 raise RuntimeError(
-                    f"A parameter or buffer of shape {tuple(tensor.shape)} has been modified by an inplace operation "
-                    "between the forward and the backward pass, which computes activations with it once more. Step the "
-                    'optimizer after the backward pass, or store activations (activations="store").'
+                    f"A parameter, buffer or attribute of shape {tuple(tensor.shape)} has been modified by an inplace "
+                    "operation between the forward and the backward pass, which computes activations with it once "
+                    'more. Step the optimizer after the backward pass, or store activations (activations="store").'
                 )
         with ExitStack() as stack:
             buffers = [buffer for part in self._parts for buffer in part.own_buffers()]
@@ -138,26 +150,36 @@ class _Part:
         self.module = module
         self.kind = type(module)  # which a parametrization changes
         self.attributes = set(module.__dict__)
-        self.settings = {name: value for name, value in module.__dict__.items() if _is_setting(value)}
+        self.settings = {name: _noted(value) for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
         self.buffers = dict(module._buffers)
         self.children = dict(module._modules)
 
     def tensors(self) -> Iterator[Tensor]:
-        for tensor in (*self.parameters.values(), *self.buffers.values()):
-            if tensor is not None:
+        for tensor in (*self.parameters.values(), *self.buffers.values(), *self.settings.values()):
+            if isinstance(tensor, Tensor):
                 yield tensor
 
     def own_buffers(self) -> Iterator[Tensor]:
         return (buffer for buffer in self.buffers.values() if buffer is not None)
+
+    def forget_what_it_changed(self) -> None:
+        """Count as settings, behind the evaluation, what it has left as it was, and numbers, texts and switches."""
+        now = self.module.__dict__
+        self.attributes |= {name for name, value in now.items() if not _is_setting(value)}
+        self.settings = {
+            name: value
+            for name, value in self.settings.items()
+            if _is_setting(value) or (name in now and _is_equal(now[name], value))
+        }
 
     def is_as_it_was(self) -> bool:
         now = self.module.__dict__
         return (
             type(self.module) is self.kind
             and all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
-            and not any(_is_setting(now[name]) for name in now.keys() - self.attributes)
+            and not now.keys() - self.attributes - OF_EVERY_MODULE
             and hooks_of(self.module) == self.hooks
             and _same(self.module._parameters, self.parameters)
             and _same(self.module._buffers, self.buffers)
@@ -183,12 +205,8 @@ class _Part:
                 "cannot be evaluated as it was then. Remove them after the backward pass, or store activations "
                 '(activations="store").'
             )
-        # A setting that has come since may hide one of the class.
-        attributes = {
-            name: value
-            for name, value in self.module.__dict__.items()
-            if name in self.attributes or not _is_setting(value)
-        }
+        # What has come since may hide something of the class.
+        attributes = {name: value for name, value in self.module.__dict__.items() if name in self.attributes}
         attributes |= {**self.settings, **self.hooks, "_modules": children}
         attributes["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):
@@ -206,9 +224,25 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, SETTINGS) or (type(value) is tuple and all(map(_is_setting, value)))
 
 
+def _noted(value: Any) -> Any:
+    """Return copies of lists, dictionaries and sets, also of those in them, and anything else as it is."""
+    if type(value) is list:
+        return [_noted(part) for part in value]
+    if type(value) is dict:
+        return {name: _noted(part) for name, part in value.items()}
+    return set(value) if type(value) is set else value
+
+
 def _is_equal(now: Any, then: Any) -> bool:
-    """Return whether a setting has the same value; what it became need not be a setting."""
-    return now is then or (_is_setting(now) and bool(now == then))
+    """Return whether a setting has the same value, or is the same object; what it became need not be a setting."""
+    if type(now) is not type(then) or type(now) not in (list, dict, set):
+        return now is then or (_is_setting(now) and _is_setting(then) and bool(now == then))
+    if isinstance(now, set):
+        return bool(now == then)
+    items = [part.items() if isinstance(part, dict) else enumerate(part) for part in (now, then)]
+    return len(now) == len(then) and all(
+        name == before and _is_equal(part, part_then) for (name, part), (before, part_then) in zip(*items)
+    )
 
 
 def _same(now: Any, then: dict[str, Any]) -> bool:

@@ -406,6 +406,71 @@ def test_settings_of_a_class_that_are_set_between_the_passes(gain: Any, kind: ty
     assert max(relative_errors(*found)) < 1e-10
 
 
+class Adjusted(nn.Conv1d):
+    """Has settings that are no numbers."""
+
+    act = staticmethod(torch.tanh)
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, 1)
+        self.scales: Any = [1.0, [2.0]]
+        self.offsets = {"first": torch.ones((), dtype=torch.double)}
+        self.names = {"first"}
+        self.condition = torch.ones((), dtype=torch.double)
+        self.way: Any = torch.sin
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(super().forward(x) * self.scales[0] * self.scales[1][0] * self.condition)
+        self.seen.append(y)
+        return torch.stack([self.way(y) + offset for name, offset in self.offsets.items() if name in self.names]).sum(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda branch: branch.scales[1].__setitem__(0, 5.0),
+        lambda branch: setattr(branch, "scales", (5.0, (5.0,))),
+        lambda branch: branch.offsets.update(first=torch.zeros((), dtype=torch.double)),
+        lambda branch: branch.names.clear(),
+        lambda branch: setattr(branch, "condition", 5 * branch.condition),
+        lambda branch: setattr(branch, "way", lambda y: 5 * y),
+        lambda branch: setattr(branch, "act", torch.sigmoid),
+    ],
+    ids=["item", "list", "dict", "set", "tensor", "function", "of the class"],
+)
+def test_settings_of_any_kind_that_change_between_the_passes(change: Any) -> None:
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        found.append(gradients_of_a_branch(Adjusted(), change, rebuilds))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_tensor_that_is_a_setting_and_changes_in_place_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match=r"attribute of shape .* has been modified by an inplace operation"):
+        gradients_of_a_branch(Adjusted(), lambda branch: branch.condition.mul_(2), rebuilds=True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_all_modules_that_come_or_go_between_the_passes_are_noticed(before: bool) -> None:
+    handles: list[Any] = []
+
+    def register() -> None:
+        hook = lambda module, args, y: 2 * y if isinstance(module, nn.Conv1d) else None  # noqa: E731
+        handles.append(nn.modules.module.register_module_forward_hook(hook))
+
+    if before:
+        register()
+    try:
+        with pytest.raises(RuntimeError, match=r"Forward hooks of all modules .* have come or gone"):
+            gradients_of_a_branch(
+                nn.Conv1d(2, 2, 1), lambda _: handles[0].remove() if before else register(), rebuilds=True
+            )
+    finally:
+        handles[0].remove()
+
+
 def test_a_mode_that_is_computed() -> None:
     class AlwaysDropped(nn.Conv1d):
         training = property(lambda self: True, lambda self, mode: None)

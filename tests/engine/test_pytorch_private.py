@@ -152,3 +152,15 @@ def test_hooks_of() -> None:
         assert private.hooks_of(module) != before
         handle.remove()
         assert private.hooks_of(module) == before
+
+
+def test_hooks_of_all_modules() -> None:
+    before = private.hooks_of_all_modules()
+    for register in (
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert private.hooks_of_all_modules() != before
+        handle.remove()
+        assert private.hooks_of_all_modules() == before
