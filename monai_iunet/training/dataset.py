@@ -83,6 +83,12 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Name that of a data set: {LAYOUTS}.")
     description = _description(folder / "dataset.json")
+    for section in ("training", "validation"):
+        if not isinstance(description.get(section) or [], list):
+            raise InputError(
+                f'{folder / "dataset.json"}: "{section}" must be a list of cases, such as '
+                f'{{"image": "a.nii.gz", "label": "b.nii.gz"}}, not {str(description[section])[:80]}. Mend it.'
+            )
     channels = _channels(description)
     labels, parts = _labels(description, folder / "dataset.json")
     if isinstance(description.get("training"), list):
@@ -233,13 +239,15 @@ def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] 
         return None, ""
     try:
         by_name = {
-            str(value if str(name).isdigit() else name): int(name) if str(name).isdigit() else value
+            str(value if str(name).isdigit() else name): name if str(name).isdigit() else value
             for name, value in entries.items()
         }
-        regions = {name: [int(part) for part in value] for name, value in by_name.items() if isinstance(value, list)}
-        values = {name: int(value) for name, value in by_name.items() if name not in regions and name != "ignore"}
+        regions = {name: [_whole(part) for part in value] for name, value in by_name.items() if isinstance(value, list)}
+        values = {name: _whole(value) for name, value in by_name.items() if name not in regions and name != "ignore"}
     except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f'{path}: "labels" must give each structure a number, such as {{"liver": 1}}.') from error
+        raise InputError(
+            f'{path}: "labels" must give each structure a number, such as {{"liver": 1}}, whole and not negative.'
+        ) from error
     parts = ""
     if regions:
         # A label map holds each voxel once: what is learned is each value, named after the smallest region with it.
@@ -252,6 +260,14 @@ def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] 
     if len({value for _, value in ordered}) < len(ordered):
         raise InputError(f'{path}: "labels" gives several structures the same number. Give each its own.')
     return {name: value for name, value in ordered if value > 0}, parts
+
+
+def _whole(value: Any) -> int:
+    """Return the number of a label; `{"liver": 1.5}`, true and negative ones would be those of another structure."""
+    number = int(value)
+    if isinstance(value, bool) or number != float(value) or number < 0:
+        raise ValueError(value)
+    return number
 
 
 def _listed(folder: Path, entries: Sequence[Any]) -> tuple[list[Case], list[str]]:
