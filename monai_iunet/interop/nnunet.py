@@ -140,6 +140,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         architecture = _architecture(strides, features, couplings)
         network = PlannedIUNet(channels, 2, **architecture["arch_kwargs"])
         own = _own_network(strides, features, arguments["kernel_sizes"], channels)
+        median = settings.get("median_image_size_in_voxels", patch)
+        _check_sizes(patch, median, batch, network.iunet.factors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: no plans of nnU-Net v2 with a configuration {configuration} ({error!r}). Run nnU-Net's planning."
@@ -157,7 +159,6 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
     }
     budget = plan_training(own, patch, **options).training_peak
     factors = network.iunet.factors
-    median = settings.get("median_image_size_in_voxels", patch)
     limit = [max(small, factor * math.ceil(size / factor)) for small, size, factor in zip(patch, median, factors)]
     try:
         large = largest_patch(network.train(), budget, patch, factors, patch, limit, **options).spatial_size
@@ -171,6 +172,17 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
     plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": list(large)}
     write_text(path, json.dumps(plans, indent=4) + "\n")
     return names
+
+
+def _check_sizes(patch: Any, median: Any, batch: Any, factors: Sequence[int]) -> None:
+    """Raise a `ValueError` for a patch, a median image or a batch that no network can be planned for."""
+    for name, sizes in (("patch_size", patch), ("median_image_size_in_voxels", median)):
+        if len(sizes) != len(factors) or not all(1 <= size < math.inf for size in sizes):
+            raise ValueError(f"{name} must be {len(factors)} positive numbers, got {sizes}")
+    if any(type(size) is not int or size % factor for size, factor in zip(patch, factors)):
+        raise ValueError(f"patch_size must be multiples of {list(factors)}, got {patch}")
+    if type(batch) is not int or batch < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch!r}")
 
 
 def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:

@@ -97,6 +97,30 @@ def test_what_are_no_plans_is_refused(tmp_path: Path) -> None:
         PlannedIUNet(1, 2, strides=[[2, 2], [2, 2]], channels=[8, 16])
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("patch_size", [16, 32]),
+        ("patch_size", [16, 32, 30]),
+        ("patch_size", [16.0, 32.0, 32.0]),
+        ("patch_size", "16"),
+        ("batch_size", 0),
+        ("batch_size", "2"),
+        ("median_image_size_in_voxels", None),
+        ("median_image_size_in_voxels", [24.0, 100.0]),
+        ("median_image_size_in_voxels", [24.0, 100.0, float("nan")]),
+    ],
+)
+def test_sizes_that_cannot_be_planned_for_are_refused(setting: str, value: Any, tmp_path: Path) -> None:
+    path, made = tmp_path / "plans.json", plans()
+    made["configurations"]["3d_fullres"][setting] = value
+    path.write_text(json.dumps(made))
+    before = path.read_text()
+    with pytest.raises(InputError, match="no plans of nnU-Net v2 with a configuration 3d_fullres"):
+        add_configurations(path, couplings=1)
+    assert path.read_text() == before
+
+
 THICK = {
     "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
     "features_per_stage": [8, 16, 32, 32, 32],
