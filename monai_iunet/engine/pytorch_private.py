@@ -105,7 +105,12 @@ def is_exporting() -> bool:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Return whether a tensor shares the memory of another tensor that it is a view of."""
+    """Return whether a tensor shares the memory of another tensor that it is a view of.
+
+    PyTorch does not follow views of tensors made in inference mode; there it is told by a memory that is larger.
+    """
+    if tensor.is_inference():
+        return tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor._is_view()
 
 

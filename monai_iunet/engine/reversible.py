@@ -146,6 +146,19 @@ class InvertibleLayer(nn.Module):
         """Apply the inverse of the layer; differentiable, and as frugal as `forward`."""
         return _run(self, outputs, keep, inverse=True)
 
+    def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
+        """Apply the layer, or its inverse, without a gradient, to tensors whose memory may be reused.
+
+        A subclass that can do with less memory than a state before and one after overrides it.
+
+        Args:
+            inputs: the tensors of the state; emptied, so that the caller holds none of them.
+            inverse: whether to apply the inverse.
+        """
+        state = tuple(inputs)
+        inputs.clear()
+        return self.inverse(*state) if inverse else self(*state)
+
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, Sequence[Saved]]:
         """Compute, from the outputs of a call, its inputs and the tensors that autograd was to save, in their order.
 

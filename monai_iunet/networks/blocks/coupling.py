@@ -64,6 +64,19 @@ class AdditiveCoupling(InvertibleLayer):
         kept, taken = self._take(kept)
         return self._sum(changed, self._shift(taken, changed), -1), kept
 
+    def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
+        kept, changed = inputs if inverse else inputs[::-1]
+        inputs.clear()
+        shift = self._shift(self._take(kept)[1], changed)
+        sign = -1 if inverse else 1
+        if self.exact:
+            add_(changed, shift, sign, out=changed, check=True)
+        elif torch.promote_types(changed.dtype, shift.dtype) == changed.dtype:
+            changed.add_(shift, alpha=sign)
+        else:
+            changed = self._sum(changed, shift, sign)
+        return (changed, kept) if inverse else (kept, changed)
+
     def _sum(self, changed: Tensor, shift: Tensor, sign: int) -> Tensor:
         if not self.exact:
             return changed + shift if sign == 1 else changed - shift

@@ -53,6 +53,25 @@ class ChannelMixing(OrthogonalLayer):
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         return _apply(matrix.mT, pieces, self.in_sizes) if transposed else _apply(matrix, pieces, self.out_sizes)
 
+    def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
+        matrix, sizes = (self.matrix().mT, self.in_sizes) if inverse else (self.matrix(), self.out_sizes)
+        # Slab by slab, so one result can take the place of what it is computed from: of the piece with most channels.
+        largest = max(inputs, key=lambda piece: piece.shape[1])
+        fitting = [size for size in sizes if size <= largest.shape[1]]
+        if self.exact or len(largest) > 1 or not fitting or not all(piece.is_contiguous() for piece in inputs):
+            del largest
+            return super().replace(inputs, inverse)
+        place = sizes.index(max(fitting))
+        results = [
+            largest[:, :size] if number == place else largest.new_empty((1, size, *largest.shape[2:]))
+            for number, size in enumerate(sizes)
+        ]
+        _multiply_into(tuple(results), matrix, tuple(inputs))
+        inputs.clear()
+        if sizes[place] < largest.shape[1]:
+            results[place] = results[place].clone()  # lest the channels that are left over stay
+        return tuple(results)
+
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
@@ -67,16 +86,23 @@ class ChannelMixing(OrthogonalLayer):
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
     """Pieces of the given sizes of `matrix` times the channels that `pieces` make up."""
     batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
-    matrices = [rows.expand(batch, -1, -1) for rows in matrix.to(pieces[0].dtype).split(tuple(sizes), 0)]
-    with full_precision(matrix.device.type):
-        if not _are_joined(*pieces, matrix):
+    if not _are_joined(*pieces, matrix):
+        matrices = matrix.to(pieces[0].dtype).expand(batch, -1, -1).split(tuple(sizes), 1)
+        with full_precision(matrix.device.type):
             return tuple(_sum_of_products(rows, pieces).unflatten(2, shape) for rows in matrices)
-        results = tuple(pieces[0].new_empty((batch, size, *shape)) for size in sizes)
+    results = tuple(pieces[0].new_empty((batch, size, *shape)) for size in sizes)
+    _multiply_into(results, matrix, pieces)
+    return results
+
+
+def _multiply_into(results: Tensors, matrix: Tensor, pieces: Tensors) -> None:
+    """Write `matrix` times the channels that `pieces` make up into results, in whose memory the pieces may lie."""
+    matrices = matrix.to(pieces[0].dtype).expand(len(pieces[0]), -1, -1).split([part.shape[1] for part in results], 1)
+    with full_precision(matrix.device.type):
         for slab, whole in _slabs(pieces):
             for rows, result in zip(matrices, results):
                 torch.bmm(rows, whole, out=result[:, :, slab].flatten(2))
             del whole
-        return results
 
 
 def _sum_of_products(rows: Tensor, pieces: Tensors) -> Tensor:

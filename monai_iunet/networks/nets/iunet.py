@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_hooks, is_exporting, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
-from monai_iunet.networks.blocks.branch import named_branch
+from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
@@ -35,6 +35,7 @@ MakeBranch = Callable[[int, int, int, str, int, int], nn.Module]
 MakePartition = Callable[[tuple[int, ...], tuple[int, ...]], InvertibleLayer]
 
 ON_THE_GRID = (AdditiveCoupling, OrthogonalLayer, ChannelPartition)  # layers that know how to be exact
+OVERWRITING = (AdditiveCoupling, ChannelMixing, OrthogonalDownsampling, ChannelPartition)  # and keep no state
 
 
 class IUNet(ChosenActivations):
@@ -309,17 +310,18 @@ class IUNet(ChosenActivations):
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
         return tuple(checked(self._leave(code, y)) for code in codes)
 
-    def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
+    def _forward(self, images: list[Tensor], crop: bool, levels: bool, handed_over: bool) -> list[Tensor]:
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
         like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
+        overwrite = not levels and self._may_overwrite(x)
         with self._walk(x.device) as checked:
             images.append(self._pad(x))
             del x
-            codes = self._encode(images)
+            codes = self._encode(images, overwrite)
             codes.append(self._turn(*codes.pop()))
             tapped: list[Tensor] | None = [] if levels else None
-            y = self._decode(codes, tapped)
+            y = self._decode(codes, tapped, overwrite, like.dtype if handed_over else None)
         compact = is_integer(like)  # as what is behind a convolution under autocast
         y = checked(self._leave(y, like, compact))
         return [
@@ -334,29 +336,36 @@ class IUNet(ChosenActivations):
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
+        handed_over = isinstance(x, list)
         images = x if isinstance(x, list) else [x]
         del x
         self.design.check_images(images[0], "x", self.channels[0])
         self.design.check_number(images[0].shape, max(self.design.halves(0)), "Half a state")
         self._fit(images[0])
         if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
-            return self._forward_uncompiled(images, crop, levels)
-        return self._forward(images, crop, levels)
+            return self._forward_uncompiled(images, crop, levels, handed_over)
+        return self._forward(images, crop, levels, handed_over)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
 
-    def _encode(self, images: list[Tensor]) -> list[Any]:
-        """Return the skipped channels per level, then the halves of the coarsest level."""
-        state = tuple(map(self._enter, self._open(images.pop())))
+    def _encode(self, images: list[Tensor], overwrite: bool = False) -> list[Any]:
+        """Return the skipped channels per level, then the halves of the coarsest level.
+
+        Args:
+            images: a list of these alone, which is emptied.
+            overwrite: whether states may be written over, see `_may_overwrite`.
+        """
+        state = [*map(self._enter, self._open(images.pop()))]
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
             for layer in layers:
-                state = layer(*state)
+                state = _after(layer, state, overwrite)
             if level < len(self.splits):
-                state = self.splits[level](*state)
-                codes.append(state[0])
-                state = self.downsamplings[level](*state[1:])
+                skipped, *state = _after(self.splits[level], state, overwrite)
+                codes.append(skipped)
+                del skipped
+                state = [*self.downsamplings[level](*state)]
         return [*codes, state]
 
     def _encode_inverse(self, codes: list[Any]) -> Tensor:
@@ -369,16 +378,32 @@ class IUNet(ChosenActivations):
                 state = layer.inverse(*state)
         return self._open.inverse(*state, keep=True)[0]
 
-    def _decode(self, codes: list[Any], tapped: list[Tensor] | None = None) -> Tensor:
-        state = codes.pop()
+    def _decode(
+        self,
+        codes: list[Any],
+        tapped: list[Tensor] | None = None,
+        overwrite: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the output of the decoder.
+
+        Args:
+            codes: what `_encode` returns, emptied.
+            tapped: gets what the decoder has at each level.
+            overwrite: whether states may be written over, see `_may_overwrite`.
+            dtype: of the output, if it may have another one where states may be written over.
+        """
+        state = [*codes.pop()]
         for level in reversed(range(len(self.decoder))):
             if level < len(self.merges):
-                state = self.upsamplings[level].inverse(*state)
-                state = self.merges[level].inverse(codes.pop(), *state)
+                state = [codes.pop(), *self.upsamplings[level].inverse(*state)]
+                state = _after(self.merges[level], state, overwrite, inverse=True)
             for layer in self.decoder[level]:
-                state = layer(*state)
+                state = _after(layer, state, overwrite)
             if tapped is not None and 0 < level < len(self.merges):
                 tapped.append(self._joins[level](*state)[0])
+        if overwrite and dtype is not None and not is_integer(state[0]):
+            return torch.cat(state, 1, out=state[0].new_empty((0,), dtype=dtype))
         return self._joins[0](*state, keep=True)[0]
 
     def _decode_inverse(self, y: Tensor) -> list[Any]:
@@ -419,15 +444,31 @@ class IUNet(ChosenActivations):
         return y.to(x.dtype) if autocast_type(x.device) is None else y
 
     def _may_use_integers(self, x: Tensor) -> bool:
-        """Return whether nobody looks at what is between the layers, nor needs more digits.
+        """Return whether nobody looks at what is between the layers, nor needs more digits."""
+        return x.dtype != torch.float64 and self._is_unwatched(x)
+
+    def _is_unwatched(self, x: Tensor) -> bool:
+        """Return whether nobody looks at what is between the layers.
 
         A layer of one's own, which may have come since `exact` was set, looks at it, too.
         """
         return (
-            x.dtype != torch.float64
-            and all(isinstance(layer, ON_THE_GRID) for layer in self._layers())
+            all(isinstance(layer, ON_THE_GRID) for layer in self._layers())
             and not is_recorded_by_autograd_alone(x, *self.parameters())
             and not any(map(has_hooks, self._layers()))
+        )
+
+    def _may_overwrite(self, x: Tensor) -> bool:
+        """Return whether states may be written over by the next ones: no gradients, and nobody else can hold them.
+
+        A branch of one's own, or a hook in a branch, may keep what goes into it.
+        """
+        return (
+            not torch.is_grad_enabled()
+            and self._is_unwatched(x)
+            and all(type(layer) in OVERWRITING for layer in self._layers())
+            and all(type(layer.branch) is Branch for layer in self._layers() if isinstance(layer, AdditiveCoupling))
+            and not any(has_hooks(module) or "forward" in vars(module) for module in self.modules())
         )
 
     @contextmanager
@@ -467,6 +508,13 @@ class IUNet(ChosenActivations):
                 "torch.onnx.export, its default from PyTorch 2.9 on; to MONAI's onnx_export in converter_kwargs."
             )
         return pad(x, list(self.factors), self.padding_mode)
+
+
+def _after(layer: InvertibleLayer, state: list[Tensor], overwrite: bool, inverse: bool = False) -> list[Tensor]:
+    """Return the state after a layer, or its inverse, whose memory is that of the state before if asked for."""
+    if overwrite:
+        return [*layer.replace(state, inverse)]
+    return [*(layer.inverse(*state) if inverse else layer(*state))]
 
 
 def _unchanged(output: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""Without gradients states are written over by the next ones: only where nobody else can hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from monai_iunet import IUNet, SegIUNet, plan_training
+from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.networks.blocks.mixing import ChannelMixing
+
+Seen = list[tuple[Tensor, Tensor]]
+
+
+def net_of(dims: int = 2, **options: Any) -> IUNet:
+    net = IUNet(dims, (5, 12, 30), couplings=2, **options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return net.eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("dims", "batch"), [(1, 1), (2, 2), (3, 1)])
+def test_the_output_is_that_with_gradients_and_the_image_stays(
+    dims: int, batch: int, exact: bool, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    net, image = net_of(dims, exact=exact), torch.randn(batch, 5, *[16] * dims)
+    expected = net(image.clone().requires_grad_()).detach()
+    for made in (Tensor.clone, lambda x: MetaTensor(x.clone()), lambda x: torch.cat([x, x], 1)[:, :5]):
+        with mode():
+            x = made(image)
+            y = net(x)
+        torch.testing.assert_close(torch.as_tensor(y).clone(), expected, rtol=1e-5, atol=0 if exact else 1e-5)
+        assert torch.equal(torch.as_tensor(x).clone(), image)
+
+
+def keep(seen: Seen, tensors: Any) -> None:
+    seen.extend((tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor))
+
+
+class Keeping(nn.Conv2d):
+    """Keeps what goes into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep(self.seen, [x])  # type: ignore[arg-type]
+        return super().forward(x)
+
+
+def hook_of_couplings(net: IUNet, seen: Seen) -> None:
+    for module in net.modules():
+        if isinstance(module, AdditiveCoupling):
+            module.register_forward_hook(lambda _, inputs, outputs: keep(seen, [*inputs, *outputs]))
+
+
+def hook_in_branches(net: IUNet, seen: Seen) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: keep(seen, inputs))
+
+
+def forward_of_an_instance(net: IUNet, seen: Seen) -> None:
+    for module in net.modules():
+        if isinstance(module, (AdditiveCoupling, ChannelMixing)):
+            forward = module.forward
+
+            def watched(*state: Tensor, forward: Any = forward, **options: Any) -> Any:
+                keep(seen, state)
+                return forward(*state, **options)
+
+            module.forward = watched  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("watch", [hook_of_couplings, hook_in_branches, forward_of_an_instance])
+def test_what_is_watched_is_not_written_over(watch: Callable[[IUNet, Seen], None]) -> None:
+    net, seen = net_of(), []
+    watch(net, seen)
+    with torch.no_grad():
+        net(torch.randn(1, 5, 16, 16))
+    assert len(seen) > 8
+    assert all(torch.equal(tensor, then) for tensor, then in seen)
+
+
+def test_what_a_branch_of_ones_own_keeps_is_not_written_over() -> None:
+    seen: Seen = []
+
+    def make_branch(_: int, before: int, after: int, *place: Any) -> nn.Module:
+        branch = Keeping(before, after, 3, padding=1)
+        branch.seen = seen  # type: ignore[assignment]
+        return branch
+
+    net = net_of(make_branch=make_branch)
+    seen.clear()
+    with torch.no_grad():
+        net(torch.randn(1, 5, 16, 16))
+    assert len(seen) > 8
+    assert all(torch.equal(tensor, then) for tensor, then in seen)
+
+
+def test_inference_under_autocast_holds_less_than_two_states_of_float32() -> None:
+    net = SegIUNet(3, 1, 2, (24, 112, 416), couplings=1)
+    plan = plan_training(net, (64, 64, 64), dtype=torch.bfloat16)
+    assert plan.inference_peak - plan.parameters < 1.75 * 24 * 4 * 64**3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_logits_under_autocast_are_those_with_gradients(exact: bool) -> None:
+    net = SegIUNet(3, 1, 3, (8, 16, 32), couplings=1, exact=exact).eval()
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(x).detach()
+        with torch.no_grad():
+            found = net(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
