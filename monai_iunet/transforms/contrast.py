@@ -21,7 +21,7 @@ class RandIntensityCurved(RandomizableTransform, MapTransform):
     something like T2-weighted ones, proton density or FLAIR, or into what no scanner makes.
 
     Args:
-        keys: images.
+        keys: images; what is changed of integers is float32.
         prob: probability of a change.
         max_knots: the curve has from 2 to so many points, the ends among them.
         prob_monotone: probability of a curve that keeps the order of intensities or, as often, turns it round;
@@ -60,7 +60,9 @@ class RandIntensityCurved(RandomizableTransform, MapTransform):
                 item[key] = self._mapped(item[key])
         return item
 
-    def _mapped(self, image: Tensor) -> Tensor:
+    def _mapped(self, image: Any) -> Tensor:
+        image = torch.as_tensor(image)
+        image = image if image.is_floating_point() else image.float()  # a curve of integers would be 0 or 1
         low, high = image.min(), image.max()
         if high == low:
             return image

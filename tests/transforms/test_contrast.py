@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,16 @@ def test_intensities_stay_in_their_range_and_equal_ones_stay_equal() -> None:
         assert changed.min() >= 0
         assert changed.max() <= 2
         assert torch.equal(changed, changed.flip(1))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.numpy, torch.Tensor.short, torch.Tensor.byte])
+def test_images_of_any_type_change_alike(kind: Any) -> None:
+    image = torch.arange(40.0).reshape(1, 40)
+    expected, found = (
+        RandIntensityCurved("image", prob=1.0).set_random_state(0)({"image": given})["image"]
+        for given in (image, kind(image))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_every_curve_leaves_a_contrast() -> None:
