@@ -11,6 +11,8 @@ from monai.transforms import MapTransform
 from monai.transforms.utils import get_largest_connected_component_mask
 from scipy import ndimage
 
+from monai_iunet.errors import InputError
+
 __all__ = ["LargestComponentsd"]
 
 
@@ -24,6 +26,9 @@ class LargestComponentsd(MapTransform):
         keys: label maps `(1, *spatial)`.
         applied_labels: numbers of the structures.
 
+    Raises:
+        InputError: for numbers that are no structures', and for maps of several channels, such as one-hot ones.
+
     Example:
         >>> labels = torch.tensor([[[1, 0, 1, 1, 2]]], dtype=torch.uint8)
         >>> LargestComponentsd("pred", [1, 2])({"pred": labels})["pred"].tolist()
@@ -33,10 +38,17 @@ class LargestComponentsd(MapTransform):
     def __init__(self, keys: KeysCollection, applied_labels: Sequence[int]) -> None:
         super().__init__(keys)
         self.applied_labels = list(applied_labels)
+        if not all(isinstance(label, int) and label > 0 for label in self.applied_labels):
+            raise InputError(f"applied_labels {self.applied_labels}: must be the numbers of structures, from 1.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
+            if len(item[key]) != 1:
+                raise InputError(
+                    f"{key}: a label map of one channel is needed, got {tuple(item[key].shape)}. Take the argmax of "
+                    "what is one-hot, or of logits, first."
+                )
             labels = torch.as_tensor(item[key])[0].numpy()
             boxes = ndimage.find_objects(labels, max(self.applied_labels, default=0))
             for label in self.applied_labels:

@@ -1,0 +1,21 @@
+"""What largest components are not taken of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from monai_iunet import InputError, LargestComponentsd
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [-1], [1.0], ["liver"]])
+def test_numbers_of_no_structure_are_refused(labels: Any) -> None:
+    with pytest.raises(InputError, match="must be the numbers of structures"):
+        LargestComponentsd("pred", labels)
+
+
+def test_maps_of_several_channels_are_refused() -> None:
+    with pytest.raises(InputError, match=r"pred: a label map of one channel is needed, got \(2, 4, 4\)"):
+        LargestComponentsd("pred", [1])({"pred": torch.zeros(2, 4, 4, dtype=torch.uint8)})
