@@ -34,7 +34,7 @@ class GrowingPatches:
         schedule: a `TimedDecay` by whose time the training is divided, instead of by epochs.
 
     Raises:
-        InputError: when a size is none.
+        InputError: when a size is none, or there are none.
 
     Example:
         >>> GrowingPatches([(32, 32, 16), (64, 64, 32), "whole"]).size_at(0.5)
@@ -43,6 +43,8 @@ class GrowingPatches:
 
     def __init__(self, sizes: Sequence[Any], schedule: Any = None) -> None:
         self.sizes = [read_size(size) for size in sizes]
+        if not self.sizes:
+            raise InputError('growing: no sizes. Name at least one, such as [[64, 64, 32], "whole"].')
         self.schedule = schedule
 
     def size_at(self, share: float) -> Any:

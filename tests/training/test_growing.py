@@ -19,6 +19,11 @@ from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 SIZES = [(8, 8, 8), (16, 8, 8), (16, 16, 16)]
 
 
+def test_no_sizes_are_refused() -> None:
+    with pytest.raises(InputError, match="growing: no sizes"):
+        GrowingPatches([])
+
+
 def sizes_seen(epochs: int, before: int = 0, share: float | None = None, sizes: Any = SIZES) -> list[tuple[int, ...]]:
     """Sizes of the patches of a training, epoch by epoch, which goes on after some."""
     item = {"image": torch.rand(1, 20, 20, 20), "label": torch.zeros(1, 20, 20, 20)}
