@@ -44,7 +44,8 @@ def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
         parts = path.parent.iterdir() if path.suffix.lower() in (".nhdr", ".mhd") else [path]
         check_size(path, math.prod(size), sum(part.stat().st_size for part in parts if part.is_file()))
         _check_orientation(path)
-        _check_data(path)
+        voxel = SimpleITK.GetArrayViewFromImage(SimpleITK.Image(1, 1, 1, reader.GetPixelID())).itemsize
+        _check_data(path, math.prod(size) * voxel)
         return from_simpleitk(reader.Execute())
     except RuntimeError as error:
         raise InputError(f"{path}: not readable, damaged or of another format. Export or copy it again.") from error
@@ -69,6 +70,10 @@ def _check_orientation(path: Path) -> None:
         advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
     elif suffix in (".mha", ".mhd"):
         fields, _ = _read_header(path)
+        if not fields.keys() & {"elementspacing", "elementsize"}:  # which would be taken for 1 mm
+            raise InputError(
+                f"{path}: says nothing of the size of its voxels. Write it again with ElementSpacing, in millimeters."
+            )
         known = bool(fields.keys() & {"transformmatrix", "rotation", "orientation"})
         advice = "Write it again with a TransformMatrix, for example with SimpleITK."
     else:
@@ -77,22 +82,34 @@ def _check_orientation(path: Path) -> None:
         raise InputError(f"{path}: has no orientation, so left and right cannot be told apart. {advice}")
 
 
-def _check_data(path: Path) -> None:
-    """Check the compressed data of a NRRD or MetaImage, of whose damage SimpleITK says nothing.
+def _check_data(path: Path, needed: int) -> None:
+    """Check the data of a NRRD or MetaImage, of which SimpleITK takes what is damaged, or of another image.
 
-    Sources: the specifications of NRRD ("encoding", "data file", "line skip") and of MetaImage ("CompressedData",
-    "ElementDataFile"). Data in several files are left to SimpleITK.
+    Sources: the specifications of NRRD ("encoding", "data file", "line skip", "byte skip") and of MetaImage
+    ("CompressedData", "BinaryData", "ElementDataFile", "HeaderSize"). Data in several files are left to SimpleITK.
+
+    Args:
+        path: the file, or the header beside the data.
+        needed: bytes of the data, where they are not compressed.
     """
     fields, end = _read_header(path)
     if "elementdatafile" in fields:
         is_compressed = fields.get("compresseddata", "").lower() in ("true", "1")
+        is_raw = not is_compressed and fields.get("binarydata", "").lower() in ("true", "1")
         file = "" if fields["elementdatafile"].upper() == "LOCAL" else fields["elementdatafile"]
     else:
         is_compressed = fields.get("encoding", "").lower() in ("gzip", "gz") and fields.get("line skip", "0") == "0"
+        is_raw = fields.get("encoding", "").lower() == "raw"
         file = fields.get("data file", fields.get("datafile", ""))
     data = path.parent / file if file else path
     if is_compressed and data.is_file():
         check_compressed(path, data, 0 if file else end)
+    begins_later = fields.keys() & {"headersize", "byte skip", "byteskip", "line skip", "lineskip"}
+    if file and is_raw and not begins_later and data.is_file() and data.stat().st_size > needed:
+        raise InputError(
+            f"{path}: its size and type need {needed} bytes, {data.name} has {data.stat().st_size}: it is that of "
+            "another image, or the header is wrong. Export or copy both again."
+        )
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], int]:

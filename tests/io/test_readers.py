@@ -18,6 +18,7 @@ from monai_iunet.io.dicom_series import list_series
 from monai_iunet.io.geometry import from_simpleitk, to_simpleitk
 from monai_iunet.io.read import read_image
 from monai_iunet.io.reader import SimpleITKReader
+from monai_iunet.io.simpleitk import read_with_simpleitk
 from tests.io.dicom_files import UID, write_series
 
 EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "examples"
@@ -61,6 +62,25 @@ def test_a_bit_that_changed_in_compressed_data_is_noticed(
     data.write_bytes(content)
     with pytest.raises(InputError, match=f"{re.escape(path.name)}: (truncated or damaged|not a readable)"):
         read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+def test_raw_data_of_another_image_are_refused(suffix: str, volume: np.ndarray, tmp_path: Path) -> None:
+    """More than what the header needs would be read as if they were its own."""
+    path = tmp_path / f"image{suffix}"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
+    header = path.read_bytes()
+    path.write_bytes(header.replace(b"MET_FLOAT", b"MET_SHORT").replace(b"type: float", b"type: short"))
+    with pytest.raises(InputError, match=rf"{suffix}: its size and type need {2 * volume.size} bytes, image.*raw has"):
+        read_with_simpleitk(path)
+
+
+def test_a_metaimage_without_spacing_is_refused(volume: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "image.mha"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
+    path.write_bytes(path.read_bytes().replace(b"ElementSpacing", b"Comment"))
+    with pytest.raises(InputError, match="says nothing of the size of its voxels"):
+        read_with_simpleitk(path)
 
 
 @pytest.mark.parametrize("following", [b"", b"\0" * 512, b"from a tape"])
