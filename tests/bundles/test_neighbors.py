@@ -73,7 +73,13 @@ def test_monai_label_infers(task: Task, image: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.nii.gz"]
 
 
-@BY_NAME
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, id=task.name, marks=pytest.mark.slow if "brain" in task.name else ())  # whole heads
+        for task in TRAINED
+    ],
+)
 def test_monai_deploy_infers_from_the_exported_file(task: Task, image: Path, tmp_path: Path) -> None:
     bundle = BUNDLES / task.name
     exported = tmp_path / "model.ts"

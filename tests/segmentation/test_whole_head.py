@@ -88,6 +88,7 @@ def check(seed: int, skull: bool, segmenter: BundleSegmenter, expected: np.ndarr
     assert min(agreement(labels, grid, to_image, expected)) > 0.85
 
 
+@pytest.mark.slow
 def test_a_head_that_was_moved(segmenter: BundleSegmenter, expected: np.ndarray) -> None:
     check(3, True, segmenter, expected)
 
