@@ -49,7 +49,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these processes would share a GPU")
 def test_two_processes_evaluate_and_segment_as_one(tmp_path: Path) -> None:
-    data = make_hippocampus_data(tmp_path / "data", training=0, validation=3)
+    data = make_hippocampus_data(tmp_path / "data", training=2, validation=3)
     weights = tmp_path / "model.pt"
     torch.save(SegIUNet(3, 1, 3, SMALL["network_def__channels"], couplings=1).state_dict(), weights)
     options = {**SMALL, "dataset_dir": data, "checkpoint": weights}
