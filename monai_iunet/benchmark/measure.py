@@ -175,9 +175,12 @@ def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: t
 
 
 def forward_macs(net: nn.Module, x: Tensor) -> float:
-    """Count the multiply-accumulate operations of a forward pass."""
+    """Count the multiply-accumulate operations of a forward pass in evaluation, where matrices are constants."""
+    mode = net.training
+    net.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
+    net.train(mode)
     return counter.get_total_flops() / 2
 
 
