@@ -21,12 +21,12 @@ from monai_iunet.inference.blocks import probability_blocks
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.inference.streaming import Slab, StreamingInferer, check_numbers
+from monai_iunet.inference.streaming import Slab, StreamingInferer
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
-from monai_iunet.transforms.outputs import LabelsOnImageGridd
+from monai_iunet.transforms.outputs import LabelsOnImageGridd, check_numbers
 
 __all__ = ["LabelInferer"]
 

@@ -27,9 +27,10 @@ from monai_iunet.inference.windows import Windows
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.planning.budget import largest_window
 from monai_iunet.system import available_memory
+from monai_iunet.transforms.outputs import check_numbers
 from monai_iunet.transforms.patches import WHOLE
 
-__all__ = ["Slab", "StreamingInferer", "View", "check_numbers", "class_numbers", "longest_axis"]
+__all__ = ["Slab", "StreamingInferer", "View", "class_numbers", "longest_axis"]
 
 logger = logging.getLogger(__name__)
 
@@ -435,16 +436,3 @@ def class_numbers(values: Tensor) -> Tensor:
     check_numbers(values)
     numbers = values.max(0).indices  # of a few classes ten times as fast as argmax
     return numbers.to(torch.uint8 if len(values) <= 256 else torch.int16)
-
-
-def check_numbers(logits: Tensor) -> None:
-    """Check that logits say something: of NaN any class could be made.
-
-    Raises:
-        ValueError: when one is NaN, or the largest is infinite.
-    """
-    if not logits.max().isfinite():  # which is NaN where a value is, and needs no copy
-        raise ValueError(
-            "The network's output is NaN or infinite, of which no labels can be made: its weights are damaged, of a "
-            "training that diverged, or the image is beyond what the network computes with, such as float16."
-        )

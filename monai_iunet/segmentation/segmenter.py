@@ -24,7 +24,7 @@ from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
-from monai_iunet.inference.streaming import Slab, check_numbers, class_numbers
+from monai_iunet.inference.streaming import Slab, class_numbers
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
@@ -36,6 +36,7 @@ from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.system import available_memory
 from monai_iunet.training.record import check_training, training_record
+from monai_iunet.transforms.outputs import check_numbers
 
 __all__ = ["BundleSegmenter"]
 

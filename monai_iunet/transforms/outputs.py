@@ -17,7 +17,20 @@ from monai_iunet.io.channels import result_name
 from monai_iunet.io.files import NIFTI, check_folder
 from monai_iunet.io.labels import write_labels
 
-__all__ = ["LabelsOnImageGridd", "SaveImageLabelsd"]
+__all__ = ["LabelsOnImageGridd", "SaveImageLabelsd", "check_numbers"]
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """Check that logits say something: of NaN any class could be made.
+
+    Raises:
+        ValueError: when one is NaN, or the largest is infinite.
+    """
+    if not logits.max().isfinite():  # which is NaN where a value is, and needs no copy
+        raise ValueError(
+            "The network's output is NaN or infinite, of which no labels can be made: its weights are damaged, of a "
+            "training that diverged, or the image is beyond what the network computes with, such as float16."
+        )
 
 
 class LabelsOnImageGridd(MapTransform):
@@ -30,6 +43,9 @@ class LabelsOnImageGridd(MapTransform):
         keys: probabilities `(classes, *spatial)` on the grid of the preprocessed image.
         transform: the preprocessing, which is undone.
         orig_keys: the preprocessed image.
+
+    Raises:
+        ValueError: when a probability is NaN or infinite.
 
     Example:
         >>> from monai.data import MetaTensor
@@ -56,6 +72,7 @@ class LabelsOnImageGridd(MapTransform):
 
     def _labels(self, probabilities: torch.Tensor, image: MetaTensor) -> MetaTensor:
         """Return the most probable class of each voxel, on the grid of the original image."""
+        check_numbers(torch.as_tensor(probabilities))
         largest: Any = None
         labels: Any = None
         for number in range(len(probabilities)):

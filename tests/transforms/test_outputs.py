@@ -56,6 +56,16 @@ def test_every_axis_flip_and_permutation(order: tuple[int, ...], flips: tuple[in
         assert dice > 0.85
 
 
+def test_what_is_no_number_is_no_background(tmp_path: Path) -> None:
+    data, affine = ball()
+    nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / "image.nii.gz")
+    case = PREPROCESSING({"image": str(tmp_path / "image.nii.gz")})
+    case["pred"] = torch.rand(3, *case["image"].shape[1:])
+    case["pred"][2, 1, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite, of which no labels can be made"):
+        LabelsOnImageGridd("pred", PREPROCESSING)(case)
+
+
 def test_memory_does_not_grow_with_the_number_of_classes(tmp_path: Path) -> None:
     data, affine = ball()
     nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / "image.nii.gz")
