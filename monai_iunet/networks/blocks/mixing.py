@@ -44,6 +44,8 @@ class ChannelMixing(OrthogonalLayer):
         [3, 1]
     """
 
+    rounds_gradients = True
+
     def __init__(self, in_sizes: Sequence[int], out_sizes: Sequence[int], orthogonal_map: str = "cayley") -> None:
         super().__init__()
         self.in_sizes = tuple(in_sizes)
@@ -53,21 +55,21 @@ class ChannelMixing(OrthogonalLayer):
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         return _apply(matrix.mT, pieces, self.in_sizes) if transposed else _apply(matrix, pieces, self.out_sizes)
 
-    def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
-        matrix, sizes = (self.matrix().mT, self.in_sizes) if inverse else (self.matrix(), self.out_sizes)
+    def multiply_in_place(self, pieces: list[Tensor], matrix: Tensor, transposed: bool) -> Tensors:
+        sizes = self.in_sizes if transposed else self.out_sizes
         # Slab by slab, so one result can take the place of what it is computed from: of the piece with most channels.
-        largest = max(inputs, key=lambda piece: piece.shape[1])
+        largest = max(pieces, key=lambda piece: piece.shape[1])
         fitting = [size for size in sizes if size <= largest.shape[1]]
-        if self.exact or len(largest) > 1 or not fitting or not all(piece.is_contiguous() for piece in inputs):
+        if len(largest) > 1 or not fitting or not all(piece.is_contiguous() for piece in pieces):
             del largest
-            return super().replace(inputs, inverse)
+            return super().multiply_in_place(pieces, matrix, transposed)
         place = sizes.index(max(fitting))
         results = [
             largest[:, :size] if number == place else largest.new_empty((1, size, *largest.shape[2:]))
             for number, size in enumerate(sizes)
         ]
-        _multiply_into(tuple(results), matrix, tuple(inputs))
-        inputs.clear()
+        _multiply_into(tuple(results), matrix.mT if transposed else matrix, tuple(pieces))
+        pieces.clear()
         if sizes[place] < largest.shape[1]:
             results[place] = results[place].clone()  # lest the channels that are left over stay
         return tuple(results)

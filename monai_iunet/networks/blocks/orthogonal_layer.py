@@ -31,6 +31,7 @@ from monai_iunet.networks.blocks.grid import (
     write,
     write_steps,
 )
+from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
 
 __all__ = ["OrthogonalLayer", "as_one_expression"]
@@ -45,6 +46,8 @@ class OrthogonalLayer(InvertibleLayer):
         in_sizes: channels of the pieces before.
         out_sizes: channels of the pieces after.
         stride: factor per axis by which the pieces after are smaller; empty for none.
+        rounds_gradients: whether the gradients of the inputs are rounded to the type of autocast, as those of a
+            convolution are.
     """
 
     is_function_of_weights = True
@@ -52,10 +55,20 @@ class OrthogonalLayer(InvertibleLayer):
     in_sizes: tuple[int, ...]
     out_sizes: tuple[int, ...]
     stride: tuple[int, ...] = ()
+    rounds_gradients: bool = False
 
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
         """Q x, or Q^T y where `transposed`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `multiply(pieces, matrix, transposed)`.")
+
+    def multiply_in_place(self, pieces: list[Tensor], matrix: Tensor, transposed: bool) -> Tensors:
+        """The same without a gradient, of pieces whose memory may be reused; the list is emptied.
+
+        A subclass that can do with less memory than pieces and products overrides it.
+        """
+        products = self.multiply(tuple(pieces), matrix, transposed)
+        pieces.clear()
+        return products
 
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
@@ -71,6 +84,11 @@ class OrthogonalLayer(InvertibleLayer):
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
         return self._call(outputs, weights[0], inverse=True)
+
+    def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
+        return (
+            super().replace(inputs, inverse) if self.exact else self.multiply_in_place(inputs, self.matrix(), inverse)
+        )
 
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
         if not self.exact:
@@ -105,8 +123,11 @@ class OrthogonalLayer(InvertibleLayer):
 
     def rebuild(self, outputs: list[Tensor], overwrite: Sequence[bool], call: Call) -> tuple[Tensors, list[Tensor]]:
         (matrix,) = (weight.detach() for weight in call.weights)
-        inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
-        outputs.clear()
+        if all(overwrite) and not call.remembered:
+            inputs = self.multiply_in_place(outputs, matrix, not call.inverse)
+        else:
+            inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
+            outputs.clear()
         saved = inputs if call.weights[0].requires_grad else ()
         return inputs, [matrix, *map(Tensor.detach, saved)]
 
@@ -117,13 +138,14 @@ class OrthogonalLayer(InvertibleLayer):
             return tuple(map(round_to_grid, products)) if self.exact else products
         return _Product.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
 
-    def _empty(self, pieces: Tensors, inverse: bool) -> Tensors:
-        """Return tensors without values for the product of pieces."""
+    def _empty(self, pieces: Tensors, inverse: bool, dtype: torch.dtype | None = None) -> Tensors:
+        """Return tensors without values for the product of pieces, in a type, by default that of the pieces."""
         batch, _, *size = pieces[0].shape
         if self.stride:
             size = [extent * by if inverse else extent // by for extent, by in zip(size, self.stride)]
         return tuple(
-            pieces[0].new_empty((batch, channels, *size)) for channels in (self.in_sizes if inverse else self.out_sizes)
+            pieces[0].new_empty((batch, channels, *size), dtype=dtype)
+            for channels in (self.in_sizes if inverse else self.out_sizes)
         )
 
     def _slabs(self, inputs: Tensors, outputs: Tensors, inverse: bool) -> Iterator[tuple[slice, slice]]:
@@ -150,6 +172,9 @@ class _Product(torch.autograd.Function):
         else:
             outputs = layer.multiply(pieces, matrix, inverse)
         ctx.layer, ctx.inverse, ctx.integers = layer, inverse, layer.exact and is_integer(pieces[0])
+        # Autograd converts them back, but when those of the outputs are gone: a third of the memory less.
+        rounded = layer.rounds_gradients and pieces[0].dtype == torch.float32
+        ctx.dtype = (autocast_type(pieces[0].device) if rounded else None) or pieces[0].dtype
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
@@ -158,35 +183,42 @@ class _Product(torch.autograd.Function):
         matrix, *states = ctx.saved_tensors
         layer, inverse = ctx.layer, ctx.inverse
         wanted = ctx.needs_input_grad[2]
-        if not ctx.integers:
+        in_slabs = ctx.integers or ctx.dtype != grad_outputs[0].dtype
+        if in_slabs and not torch.is_grad_enabled():
+            grad_inputs, grad_matrix = _in_slabs(layer, matrix, tuple(states), grad_outputs, inverse, ctx.dtype)
+        elif not ctx.integers:
             grad_inputs = layer.multiply(grad_outputs, matrix, not inverse)
             grad_matrix = None
             if wanted:
                 grad_matrix = layer.matrix_gradient(tuple(states), grad_inputs, grad_outputs, matrix, inverse)
-        elif torch.is_grad_enabled():  # a second derivative is asked for
+        else:  # a second derivative is asked for
             numbers = tuple(values(state, torch.float32) for state in states)
             gradients = tuple(map(Tensor.float, grad_outputs))
             products = layer.multiply(gradients, matrix, not inverse)
             grad_matrix = layer.matrix_gradient(numbers, products, gradients, matrix, inverse) if wanted else None
             grad_inputs = tuple(product.to(grad_outputs[0].dtype) for product in products)
-        else:
-            grad_inputs, grad_matrix = _in_slabs(layer, matrix, tuple(states), grad_outputs, inverse)
         return None, None, grad_matrix, *grad_inputs
 
 
 def _in_slabs(
-    layer: OrthogonalLayer, matrix: Tensor, states: Tensors, grad_outputs: Tensors, inverse: bool
+    layer: OrthogonalLayer,
+    matrix: Tensor,
+    states: Tensors,
+    grad_outputs: Tensors,
+    inverse: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensors, Tensor | None]:
-    """Return the gradients of the inputs, in 16 bits like those of the outputs, and of the matrix; in float32 between.
+    """Return the gradients of the inputs, in 16 bits, and of the matrix; in float32 between.
 
     Args:
         layer: what was applied.
         matrix: its matrix.
-        states: the inputs, on the grid; none if the gradient of the matrix is not wanted.
+        states: the inputs; none if the gradient of the matrix is not wanted.
         grad_outputs: gradients of the outputs.
         inverse: whether the inverse was applied.
+        dtype: of the gradients of the inputs.
     """
-    grad_inputs = layer._empty(grad_outputs, not inverse)
+    grad_inputs = layer._empty(grad_outputs, not inverse, dtype)
     grad_matrix = None
     for before, after in layer._slabs(grad_inputs, grad_outputs, inverse):
         gradients = tuple(piece.float() for piece in _cut(grad_outputs, after))

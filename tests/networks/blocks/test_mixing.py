@@ -62,3 +62,44 @@ def test_finite_differences_of_joined_pieces() -> None:
 
     assert torch.autograd.gradcheck(function, (*inputs, *parameters))
     assert torch.autograd.gradgradcheck(function, (*inputs, *parameters))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("sizes", [((2, 3), (4, 1)), ((5,), (2, 3)), ((1, 1, 3), (5,)), ((3, 2), (2, 3))], ids=str)
+def test_in_place_as_beside(sizes: Any, joined: bool, request: pytest.FixtureRequest) -> None:
+    if joined:
+        request.getfixturevalue("as_on_a_gpu")
+    layer = randomize(ChannelMixing(*sizes), std=0.5).double()
+    for transposed in (False, True):
+        parts = [torch.randn(1, size, 5, 3, dtype=torch.double) for size in (sizes[1] if transposed else sizes[0])]
+        matrix = layer.matrix().detach()
+        expected = layer.multiply(tuple(parts), matrix, transposed)
+        addresses = {part.data_ptr() for part in parts}
+        results = layer.multiply_in_place(parts, matrix, transposed)
+        assert not parts
+        torch.testing.assert_close(results, expected, atol=1e-12, rtol=1e-10)
+        assert all(result.untyped_storage().nbytes() == result.nbytes for result in results)
+        if max(sizes[0]) == max(sizes[1]):
+            assert any(result.data_ptr() in addresses for result in results)
+
+
+def test_gradients_of_the_input_are_rounded_under_autocast_alone() -> None:
+    layer = randomize(ChannelMixing((2, 3), (4, 1)), std=0.5)
+    inputs = [torch.randn(2, size, 6, 7, requires_grad=True) for size in (2, 3)]
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = sum(output.pow(3).sum() for output in layer(*inputs))
+        found.append(
+            torch.autograd.grad(loss, [*inputs, layer.matrix.weight], create_graph=autocast, retain_graph=True)
+        )
+        found.append(torch.autograd.grad(loss, [*inputs, layer.matrix.weight]))
+    exact, again, with_graph, rounded = found
+    for one, other, third in zip(exact, again, with_graph):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-5)
+    for one, other in zip(exact[:2], rounded):
+        assert other.dtype == torch.float32
+        assert torch.equal(other, other.bfloat16().float())
+        torch.testing.assert_close(other, one, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(rounded[2], exact[2], rtol=1e-5, atol=1e-5)
