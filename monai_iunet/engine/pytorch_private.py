@@ -25,6 +25,7 @@ __all__ = [
     "current_backward_pass",
     "graph_is_retained",
     "has_hooks",
+    "has_saved_tensor_hooks",
     "has_values",
     "hooks_of",
     "hooks_of_all_modules",
@@ -78,6 +79,11 @@ def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks of a module see what goes in and comes out, in the forward or the backward pass."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or torch.nn.modules.module._has_any_global_hook()
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Return whether hooks see what autograd saves, which they may hold."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def has_values(tensor: Tensor) -> bool:

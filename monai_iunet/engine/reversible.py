@@ -60,6 +60,7 @@ from monai_iunet.engine.pytorch_private import (
     can_pack_saved_tensors,
     current_backward_pass,
     graph_is_retained,
+    has_saved_tensor_hooks,
     is_exporting,
     version,
 )
@@ -131,7 +132,7 @@ class InvertibleLayer(nn.Module):
         """Compute the inputs of a call from its outputs; by default by `restore`, or by `transform` for an inverse."""
         return (self.transform if inverse else self.restore)(outputs, weights)
 
-    def forward(self, *inputs: Tensor, keep: bool = False) -> Tensors:
+    def forward(self, *inputs: Tensor, keep: bool = False, private: bool = False) -> Tensors:
         """Apply the layer.
 
         Args:
@@ -139,8 +140,10 @@ class InvertibleLayer(nn.Module):
             keep: whether autograd saves the outputs, as it should at the end of a chain, so that saved-tensor hooks
                 (offloading, checkpointing) see them. Otherwise the call holds them until another invertible layer
                 takes them.
+            private: whether nobody will hold the outputs at the time of the backward pass, which may then write over
+                what autograd has saved of them.
         """
-        return _run(self, inputs, keep, inverse=False)
+        return _run(self, inputs, keep, inverse=False, private=private)
 
     def inverse(self, *outputs: Tensor, keep: bool = False) -> Tensors:
         """Apply the inverse of the layer; differentiable, and as frugal as `forward`."""
@@ -213,7 +216,7 @@ class Call:
             [],
         )  # who has rebuilt these, and what is left
 
-    def record(self, inputs: Tensors, weights: Tensors, keep: bool) -> Tensors:
+    def record(self, inputs: Tensors, weights: Tensors, keep: bool, private: bool) -> Tensors:
         """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
         evaluate = self._layer.restore if self.inverse else self._layer.transform
         with (
@@ -230,7 +233,7 @@ class Call:
             for source in sources:
                 if source is not None:
                     source.be_taken(self)
-            self.outputs = tuple(_State(output, keep) for output in outputs)
+            self.outputs = tuple(_State(output, keep, private) for output in outputs)
         return outputs
 
     @contextmanager
@@ -374,13 +377,14 @@ class Converted:
 class _State:
     """Holds a tensor that a layer made, or knows the call that can give it back."""
 
-    __slots__ = ("__weakref__", "_guard", "_held", "_rebuilt", "_saver", "_taker", "_version")
+    __slots__ = ("__weakref__", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
 
-    def __init__(self, tensor: Tensor, keep: bool) -> None:
+    def __init__(self, tensor: Tensor, keep: bool, private: bool) -> None:
         self._taker: weakref.ref[Call] | None = None
         self._guard: Call | None = None  # keeps the taker alive where no graph does
         self._held = None if keep else tensor.detach()
         self._saver = _saved(tensor.detach()) if keep else None
+        self._private = private and not has_saved_tensor_hooks()
         self._version = version(tensor)
         self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
@@ -438,9 +442,10 @@ class _State:
         saver = self._saver
         if saver is not None:
             (tensor,) = saver.grad_fn.saved_tensors
-            if for_good and not _is_retained():
+            let_go = for_good and not _is_retained()
+            if let_go:
                 self._saver = None
-            return tensor, False
+            return tensor, let_go and self._private
         if self._held is not None and version(self._held) != self._version:
             raise RuntimeError(
                 f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
@@ -485,12 +490,12 @@ def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_exporting() or is_transformed(*tensors)
 
 
-def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool) -> Tensors:
+def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:
     weights = layer.weights()
     rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
     if not rebuilds or any(isinstance(part, torch.jit.ScriptModule) for part in layer.modules()):
         return (layer.restore if inverse else layer.transform)(inputs, weights)
-    return Call(layer, inverse, inputs, weights).record(inputs, weights, keep)
+    return Call(layer, inverse, inputs, weights).record(inputs, weights, keep, private)
 
 
 def _make_known(state: _State) -> None:

@@ -136,6 +136,13 @@ def test_has_hooks() -> None:
         assert not private.has_hooks(module)
 
 
+def test_has_saved_tensor_hooks() -> None:
+    assert not private.has_saved_tensor_hooks()
+    with torch.autograd.graph.save_on_cpu():
+        assert private.has_saved_tensor_hooks()
+    assert not private.has_saved_tensor_hooks()
+
+
 def test_hooks_of() -> None:
     module = torch.nn.Linear(1, 1)
     before = private.hooks_of(module)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from monai_iunet.engine.repetition import Conditions
 from monai_iunet.engine.reversible import Converted, InvertibleLayer
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
+from monai_iunet.networks.blocks.mixing import ChannelMixing
+from monai_iunet.networks.blocks.partition import ChannelPartition
 from monai_iunet.planning.live_bytes import LiveBytes
 from tests.helpers import randomize, relative_errors
 
@@ -160,6 +164,37 @@ def test_what_is_rebuilt_from_a_held_output_is_not_written_over(keep: bool) -> N
     before = end.detach().clone()
     one.square().sum().backward()  # writes over the second state, where it may
     assert torch.equal(end.detach(), before)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_only_private_outputs_are_written_over(private: bool, retained: bool, hooked: bool) -> None:
+    layer, other = coupling(), coupling()
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor) if hooked else nullcontext():
+        outputs = layer(*other(*halves()), keep=True, private=private)
+    before = [output.detach().clone() for output in outputs]
+    sum(output.sum() for output in outputs).backward(retain_graph=retained)
+    same = all(torch.equal(output.detach(), then) for output, then in zip(outputs, before))
+    assert same == (not private or retained or hooked)
+
+
+LAYERS: dict[str, Callable[[], InvertibleLayer]] = {
+    "coupling": coupling,
+    "mixing": lambda: randomize(ChannelMixing((2, 2), (3, 1))).double(),
+    "partition": lambda: ChannelPartition((2, 2), (3, 1)),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_that_the_caller_holds_are_not_written_over(kind: str, keep: bool) -> None:
+    before, layer = coupling(), LAYERS[kind]()
+    a, b = (torch.randn(1, 2, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    outputs = layer(*before(a, b), keep=keep)
+    then = [output.detach().clone() for output in outputs]
+    sum(output.sum() for output in outputs).backward()
+    assert all(torch.equal(output.detach(), value) for output, value in zip(outputs, then))
 
 
 def test_memory_of_rebuilding_a_branch_does_not_grow_with_its_length() -> None:

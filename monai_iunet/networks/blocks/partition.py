@@ -11,7 +11,7 @@ from torch import Tensor
 from monai_iunet.engine.pytorch_private import is_view
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 
-__all__ = ["ChannelPartition"]
+__all__ = ["ChannelPartition", "join_rounded"]
 
 
 class ChannelPartition(InvertibleLayer):
@@ -50,6 +50,29 @@ class ChannelPartition(InvertibleLayer):
         if tuple(before) == tuple(after) or is_recorded_by_autograd_alone(*pieces):
             return _cut(pieces, after)
         return _Partition.apply(before, after, *pieces)  # type: ignore[no-untyped-call]
+
+
+def join_rounded(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the whole that pieces make up, rounded to a type, without a copy of it in the type of the pieces.
+
+    Example:
+        >>> join_rounded([torch.ones(1, 2, 4), torch.ones(1, 3, 4)], torch.bfloat16).shape
+        torch.Size([1, 5, 4])
+    """
+    whole: Tensor = _RoundedWhole.apply(dtype, *pieces)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _RoundedWhole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *pieces: Tensor) -> Tensor:
+        ctx.sizes = [piece.shape[1] for piece in pieces]
+        ctx.dtype = pieces[0].dtype
+        return torch.cat(pieces, 1, out=pieces[0].new_empty((0,), dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, *(piece.to(ctx.dtype) for piece in gradient.split(ctx.sizes, 1))
 
 
 class _Partition(torch.autograd.Function):

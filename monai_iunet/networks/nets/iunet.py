@@ -21,7 +21,7 @@ from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
-from monai_iunet.networks.blocks.partition import ChannelPartition
+from monai_iunet.networks.blocks.partition import ChannelPartition, join_rounded
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.layers.autocast import autocast_type, without_cast_copies
 from monai_iunet.networks.nets.activations import ChosenActivations
@@ -310,23 +310,22 @@ class IUNet(ChosenActivations):
             codes = *skips, *self._bottom_up.inverse(*state, keep=True)
         return tuple(checked(self._leave(code, y)) for code in codes)
 
-    def _forward(self, images: list[Tensor], crop: bool, levels: bool, handed_over: bool) -> list[Tensor]:
+    def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
         x = images.pop()
         # Has the shape and the type of the images, which nobody else may hold from here on.
         like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
-        overwrite = not levels and self._may_overwrite(x)
+        private = not levels and self._is_private(x)
         with self._walk(x.device) as checked:
             images.append(self._pad(x))
             del x
-            codes = self._encode(images, overwrite)
+            codes = self._encode(images, private)
             codes.append(self._turn(*codes.pop()))
             tapped: list[Tensor] | None = [] if levels else None
-            y = self._decode(codes, tapped, overwrite, like.dtype if handed_over else None)
-        compact = is_integer(like)  # as what is behind a convolution under autocast
-        y = checked(self._leave(y, like, compact))
+            y = self._decode(codes, tapped, private, like.dtype)
+        y = checked(self._leave(y, like, rounded=True))
         return [
             crop_like(y, like, list(self.factors)) if crop else y,
-            *(checked(self._leave(level, like, compact)) for level in reversed(tapped or [])),
+            *(checked(self._leave(level, like, rounded=True)) for level in reversed(tapped or [])),
         ]
 
     _forward_uncompiled = torch.compiler.disable(_forward)
@@ -336,26 +335,26 @@ class IUNet(ChosenActivations):
 
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
-        handed_over = isinstance(x, list)
         images = x if isinstance(x, list) else [x]
         del x
         self.design.check_images(images[0], "x", self.channels[0])
         self.design.check_number(images[0].shape, max(self.design.halves(0)), "Half a state")
         self._fit(images[0])
         if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and not is_exporting():
-            return self._forward_uncompiled(images, crop, levels, handed_over)
-        return self._forward(images, crop, levels, handed_over)
+            return self._forward_uncompiled(images, crop, levels)
+        return self._forward(images, crop, levels)
 
     # The four walks below hand states over in lists that are emptied on the way, so that no caller's variable keeps a
     # state alive that the next layer has replaced.
 
-    def _encode(self, images: list[Tensor], overwrite: bool = False) -> list[Any]:
+    def _encode(self, images: list[Tensor], private: bool = False) -> list[Any]:
         """Return the skipped channels per level, then the halves of the coarsest level.
 
         Args:
             images: a list of these alone, which is emptied.
-            overwrite: whether states may be written over, see `_may_overwrite`.
+            private: whether nobody else can hold states, see `_is_private`.
         """
+        overwrite = private and not torch.is_grad_enabled()
         state = [*map(self._enter, self._open(images.pop()))]
         codes: list[Any] = []
         for level, layers in enumerate(self.encoder):
@@ -382,7 +381,7 @@ class IUNet(ChosenActivations):
         self,
         codes: list[Any],
         tapped: list[Tensor] | None = None,
-        overwrite: bool = False,
+        private: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Return the output of the decoder.
@@ -390,21 +389,28 @@ class IUNet(ChosenActivations):
         Args:
             codes: what `_encode` returns, emptied.
             tapped: gets what the decoder has at each level.
-            overwrite: whether states may be written over, see `_may_overwrite`.
-            dtype: of the output, if it may have another one where states may be written over.
+            private: whether nobody else can hold states, see `_is_private`.
+            dtype: to which the output will be rounded, if known.
         """
+        overwrite = private and not torch.is_grad_enabled()
         state = [*codes.pop()]
+        # If rounded, no whole is made in the type of the states, and the backward pass starts from the halves.
+        if not private or is_integer(state[0]) or dtype not in (torch.float16, torch.bfloat16):
+            dtype = None
         for level in reversed(range(len(self.decoder))):
             if level < len(self.merges):
                 state = [codes.pop(), *self.upsamplings[level].inverse(*state)]
                 state = _after(self.merges[level], state, overwrite, inverse=True)
-            for layer in self.decoder[level]:
+            *layers, last = self.decoder[level]
+            for layer in layers:
                 state = _after(layer, state, overwrite)
+            if dtype is not None and level == 0 and not overwrite:
+                state = [*last(*state, keep=True, private=True)]
+            else:
+                state = _after(last, state, overwrite)
             if tapped is not None and 0 < level < len(self.merges):
                 tapped.append(self._joins[level](*state)[0])
-        if overwrite and dtype is not None and not is_integer(state[0]):
-            return torch.cat(state, 1, out=state[0].new_empty((0,), dtype=dtype))
-        return self._joins[0](*state, keep=True)[0]
+        return self._joins[0](*state, keep=True)[0] if dtype is None else join_rounded(state, dtype)
 
     def _decode_inverse(self, y: Tensor) -> list[Any]:
         state = self._joins[0].inverse(y)
@@ -431,17 +437,11 @@ class IUNet(ChosenActivations):
             return x
         return x.clone()  # in inference a half must not keep the whole alive, of which it is a view
 
-    def _leave(self, y: Tensor, x: Tensor, compact: bool = False) -> Tensor:
-        """Return an output in the type of the input, but in float32 under autocast.
-
-        Args:
-            y: the output.
-            x: the input.
-            compact: whether integers of 16 bits are returned as floating-point numbers of 16 bits.
-        """
+    def _leave(self, y: Tensor, x: Tensor, rounded: bool = False) -> Tensor:
+        """Return an output in the type of the input; under autocast in float32, unless it may be rounded."""
         if self.exact and is_integer(y):
-            return values(y, y.dtype if compact else torch.float32)
-        return y.to(x.dtype) if autocast_type(x.device) is None else y
+            return values(y, x.dtype if rounded else torch.float32)
+        return y.to(x.dtype) if rounded or autocast_type(x.device) is None else y
 
     def _may_use_integers(self, x: Tensor) -> bool:
         """Return whether nobody looks at what is between the layers, nor needs more digits."""
@@ -458,14 +458,13 @@ class IUNet(ChosenActivations):
             and not any(map(has_hooks, self._layers()))
         )
 
-    def _may_overwrite(self, x: Tensor) -> bool:
-        """Return whether states may be written over by the next ones: no gradients, and nobody else can hold them.
+    def _is_private(self, x: Tensor) -> bool:
+        """Return whether nobody else can hold states: in inference they may then be written over by the next ones.
 
         A branch of one's own, or a hook in a branch, may keep what goes into it.
         """
         return (
-            not torch.is_grad_enabled()
-            and self._is_unwatched(x)
+            self._is_unwatched(x)
             and all(type(layer) in OVERWRITING for layer in self._layers())
             and all(type(layer.branch) is Branch for layer in self._layers() if isinstance(layer, AdditiveCoupling))
             and not any(has_hooks(module) or "forward" in vars(module) for module in self.modules())

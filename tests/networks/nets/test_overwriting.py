@@ -1,7 +1,8 @@
-"""Without gradients states are written over by the next ones: only where nobody else can hold them."""
+"""States are written over, in inference and in backward passes, only where nobody else can hold them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet, plan_training
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
@@ -120,3 +122,86 @@ def test_logits_under_autocast_are_those_with_gradients(exact: bool) -> None:
             found = net(x)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("watch", [hook_of_couplings, hook_in_branches, forward_of_an_instance])
+def test_what_is_watched_is_not_written_over_by_the_backward_pass(watch: Callable[[IUNet, Seen], None]) -> None:
+    net, seen = net_of(), []
+    watch(net, seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(torch.randn(1, 5, 16, 16).bfloat16())
+    watched = len(seen)
+    (y * torch.randn_like(y)).sum().backward()
+    assert watched > 8
+    assert all(torch.equal(tensor, then) for tensor, then in seen[:watched])
+
+
+def gradients(net: nn.Module, x: Tensor, backward_passes: int = 1) -> list[Tensor]:
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(x).float().square().mean()
+    for remaining in reversed(range(backward_passes)):
+        net.zero_grad()
+        loss.backward(retain_graph=remaining > 0)
+    return [parameter.grad.clone() for parameter in net.parameters()]
+
+
+def offloaded(net: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.autograd.graph.save_on_cpu():
+        return gradients(net, x)
+
+
+def checkpointed(net: nn.Module, x: Tensor) -> list[Tensor]:
+    return gradients(torch.nn.Sequential(Checkpointed(net)), x)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.net, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("way", [lambda net, x: gradients(net, x, backward_passes=3), offloaded, checkpointed])
+def test_gradients_of_states_that_may_be_asked_for_again(way: Callable[[nn.Module, Tensor], list[Tensor]]) -> None:
+    net = SegIUNet(3, 1, 3, (8, 16, 32), couplings=2)
+    x = torch.randn(1, 1, 16, 16, 16)
+    for found, expected in zip(way(net, x), gradients(net, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_under_autocast_are_as_near_to_float64_as_with_stored_activations() -> None:
+    net = SegIUNet(3, 1, 3, (8, 16, 32), couplings=2)
+    x = torch.randn(1, 1, 16, 16, 16)
+    double = copy.deepcopy(net).double()
+    double(x.double()).square().mean().backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in double.parameters()])
+    errors = []
+    for net.activations in ("invert", "store"):
+        found = torch.cat([gradient.flatten() for gradient in gradients(net, x)])
+        errors.append(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+    assert errors[0] < 1.5 * errors[1] < 0.03
+
+
+def test_a_step_under_autocast_holds_less_than_three_states_of_float32() -> None:
+    net = SegIUNet(3, 1, 2, (24, 112, 416), couplings=1)
+    plan = plan_training(net, (64, 64, 64), dtype=torch.bfloat16, optimizer=None)
+    assert plan.training_peak - plan.parameters - plan.gradients < 2.95 * 24 * 4 * 64**3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_output_has_the_type_of_the_image_under_autocast_too(exact: bool, dtype: torch.dtype) -> None:
+    net = net_of(exact=exact)
+    x = torch.randn(1, 5, 16, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = net(x)
+        with torch.no_grad():
+            without = net(x)
+        hook_of_couplings(net, [])
+        watched = net(x)
+        levels = net.forward_levels(x)
+    assert {y.dtype for y in (with_gradients, without, watched, *levels)} == {dtype}
