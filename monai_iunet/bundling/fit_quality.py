@@ -3,8 +3,9 @@
 1. The true labels of the training cases say how each structure looks: the references.
 2. The validation cases are segmented as they are and damaged (`damage`), and compared with their true labels.
 3. Every second patient fits the model: least squares of the predicted and the true Dice, by weights that are not
-   negative. The bound of doubt is where the shares of bad results that pass and of good ones that are doubted come
-   closest to what is wanted, `WANTED`.
+   negative and an offset of each structure, which both sides of it share, because few patients fit it. The bound of
+   doubt is where the shares of bad results that pass and of good ones that are doubted come closest to what is wanted,
+   `WANTED`.
 4. The other patients, damaged alike, judge it.
 """
 
@@ -47,6 +48,7 @@ from monai_iunet.segmentation.quality import (
 )
 from monai_iunet.segmentation.quality_features import Description, describe_structures
 from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.segmentation.sides import side_pairs
 
 __all__ = ["as_markdown", "draw_quality", "evaluate_quality", "fit_quality"]
 
@@ -293,20 +295,21 @@ def fit_quality(results: Sequence[Result], references: Mapping[str, Reference], 
     fitting, judging = ([result for result in results if result.fits is fits] for fits in (True, False))
     features = np.array([result.features for result in fitting])
     dice = np.array([result.dice for result in fitting])
-    place = np.array([structures.index(result.structure) for result in fitting])
+    numbers = dict(zip(structures, _shared_offsets(structures)))
+    place = np.array([numbers[result.structure] for result in fitting])
 
     def residuals(values: np.ndarray) -> np.ndarray:
         weights, offsets = np.split(values, [len(FEATURES)])
         predicted = 1 / (1 + np.exp(np.clip(features @ weights - offsets[place], -50, 50)))
         return np.concatenate([predicted - dice, np.sqrt(PENALTY) * values])
 
-    start = np.ones(len(FEATURES) + len(structures))
+    start = np.ones(len(FEATURES) + len(set(numbers.values())))
     lower = np.where(np.arange(len(start)) < len(FEATURES), 0, -np.inf)
     solution = np.round(least_squares(residuals, start, bounds=(lower, np.inf)).x, 5)
     weights, offsets = np.split(solution, [len(FEATURES)])
     model = QualityModel(
         weights=dict(zip(FEATURES, weights.tolist())),
-        offsets=dict(zip(structures, offsets.tolist())),
+        offsets={name: float(offsets[number]) for name, number in numbers.items()},
         references=dict(references),
         warn_below=0.0,
         digest=digest,
@@ -314,6 +317,14 @@ def fit_quality(results: Sequence[Result], references: Mapping[str, Reference], 
     )
     model = replace(model, warn_below=_bound(predicted_dice(model, fitting), dice))
     return replace(model, held_out=judge_quality(model, judging))
+
+
+def _shared_offsets(structures: Sequence[str]) -> list[int]:
+    """Return the number of the offset of each structure, which those on the left share with those on the right."""
+    first = list(range(len(structures)))
+    for one, other in side_pairs(structures)[0]:
+        first[other - 1] = one - 1
+    return [sorted(set(first)).index(number) for number in first]
 
 
 def _check_results(results: Sequence[Result], structures: Sequence[str]) -> None:

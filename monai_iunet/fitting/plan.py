@@ -22,7 +22,7 @@ from rich.table import Table
 
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
-from monai_iunet.fitting.fingerprint import Fingerprint, side_pairs
+from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet, target_spacing
 from monai_iunet.io.checks import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
@@ -30,6 +30,7 @@ from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import TrainingPlan, plan_training
+from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -61,6 +62,14 @@ def test_a_known_relation_is_found() -> None:
     assert model.held_out["good_that_are_doubted"] <= 0.05
     assert 0.5 < model.warn_below < 0.8
     assert model.held_out["cases"] == 30
+
+
+def test_both_sides_of_a_structure_share_an_offset_that_all_their_results_fit() -> None:
+    names = dict(zip(STRUCTURES, ("RightParotid", "LeftParotid")))
+    results = [replace(result, structure=names[result.structure]) for result in made_results({"uncertainty": 3.0})]
+    made = {names.get(name, name): reference for name, reference in references().items()}
+    model = fit_quality(results, made, "digest")
+    assert model.offsets["LeftParotid"] == model.offsets["RightParotid"] == pytest.approx(2.5, abs=0.3)
 
 
 def test_what_is_better_when_it_looks_worse_gets_no_weight() -> None:

@@ -16,7 +16,6 @@ from monai_iunet.fitting.fingerprint import (
     draw_fingerprint,
     fingerprint_tables,
     read_fingerprint,
-    side_pairs,
     take_fingerprint,
     write_fingerprint,
 )
@@ -120,17 +119,3 @@ def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
     change(folder / "imagesTr" / "case_01_0003.nii.gz", lambda data: data[1:])
     with pytest.raises(InputError, match=r"case_01_0003.nii.gz: has the shape .*, the first channel"):
         take(folder)
-
-
-@pytest.mark.parametrize(
-    ("names", "pairs", "alone"),
-    [
-        (["RightParotid", "LeftParotid", "Mandible"], [(1, 2)], []),
-        (["kidney_left", "liver", "kidney_right"], [(1, 3)], []),
-        (["left atrium"], [], ["left atrium"]),
-        (["L lung", "R lung"], [(1, 2)], []),
-        (["Cleft", "Bright spot"], [], []),
-    ],
-)
-def test_sides_are_found_by_the_names(names: list[str], pairs: list[tuple[int, int]], alone: list[str]) -> None:
-    assert side_pairs(names) == (pairs, alone)
