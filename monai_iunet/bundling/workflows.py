@@ -85,7 +85,7 @@ def _optimization(task: Task) -> Config:
     """Return the optimizer, its schedule, and the average of the weights."""
     schedule: Config = {"_target_": "torch.optim.lr_scheduler.PolynomialLR", "total_iters": "@max_epochs"}
     if task.max_seconds is not None:
-        timed = {"max_seconds": "@max_seconds", "validator": "@validate#evaluator"}
+        timed = {"max_seconds": "@max_seconds", "validator": "@validate#evaluator", "val_interval": "@val_interval"}
         schedule = {"_target_": "monai_iunet.TimedDecay", **timed}
     return {
         **({} if task.max_seconds is None else {"max_seconds": task.max_seconds}),
@@ -120,6 +120,12 @@ def any_contrast_config(task: Task) -> Config:
 def _train_section(task: Task, distributed: bool) -> Config:
     not_first = {"_disabled_": "$@rank > 0"}
     first = "train#label_maps" if task.synthetic else "deterministic_transforms"
+    validation = {
+        "_target_": "ValidationHandler",
+        "validator": "@validate#evaluator",
+        "epoch_level": True,
+        "interval": "@val_interval",
+    }
     return {
         **({"label_maps": loading(IMAGE_AND_LABEL)} if task.synthetic else {}),
         "label_transforms": label_transforms(task),
@@ -152,12 +158,7 @@ def _train_section(task: Task, distributed: bool) -> Config:
             },
             {"_target_": "ignite.handlers.ProgressBar", "disable": "$@rank > 0"},
             {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler", "print_lr": "$@rank == 0"},
-            {
-                "_target_": "ValidationHandler",
-                "validator": "@validate#evaluator",
-                "epoch_level": True,
-                "interval": "@val_interval",
-            },
+            *([] if task.max_seconds else [validation]),  # a timed training validates by its time
             {"_target_": "StatsHandler", **log_of_loss(), **not_first},
             {"_target_": "TensorBoardStatsHandler", "log_dir": "@output_dir", **log_of_loss(), **not_first},
             # Last, so that what the others do at the end of an epoch is in what is saved.

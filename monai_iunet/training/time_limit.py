@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 __all__ = ["TimedDecay"]
 
 SAY_EVERY = 60.0  # seconds
-NOT_STATE = ("max_seconds", "clock")  # but arguments, of which those of the training that goes on count
+VALIDATION = 0.1  # of the time since the last validation: what the next one may take, if it takes as long
+NOT_STATE = ("max_seconds", "clock", "val_interval")  # but arguments, of which those of the training that goes on count
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,15 @@ class TimedDecay(LRScheduler):
 
     At a share `t` of the time the learning rate is `(1 - t) ** power` times that of the beginning. The time that a
     training was interrupted does not count: the state holds the seconds that were used, and is saved with the training.
-    The network is validated once more at the end.
+
+    It validates the network, too: at the end, and before as often as that takes about a tenth of the time.
 
     Args:
         optimizer: whose learning rate is lowered, once per epoch.
         max_seconds: of the training with its validations.
         power: of the decay.
         validator: the evaluator that validates the network.
+        val_interval: epochs from one validation to the next, at least.
         clock: "wall", or "processor" to count what the process gets of the processor's time, all threads together, so
             that a training among other programs is not the shorter for them.
 
@@ -54,6 +57,7 @@ class TimedDecay(LRScheduler):
         max_seconds: float,
         power: float = 0.9,
         validator: Evaluator | None = None,
+        val_interval: int = 1,
         clock: str = "wall",
     ) -> None:
         if clock not in ("wall", "processor"):
@@ -62,6 +66,8 @@ class TimedDecay(LRScheduler):
         self.max_seconds = max_seconds
         self.power = power
         self.used = 0.0
+        self.val_interval = val_interval
+        self.validated = {"epoch": 0, "used": 0.0, "seconds": 0.0}  # the last one, and how long it took
         self._validator = validator
         self._since: float | None = None  # when seconds were last added
         self._said = -SAY_EVERY  # when the time left was last said
@@ -101,15 +107,34 @@ class TimedDecay(LRScheduler):
             trainer.terminate_epoch()
 
     def _end_epoch(self, trainer: Engine) -> None:
-        now = self._now()
-        self.used += now - (self._since if self._since is not None else now)
-        self._since = now
+        epoch = trainer.state.epoch
+        self._count()
+        if self._validator is not None and self._is_to_validate(epoch):
+            before = self.used
+            self._validator.run(epoch)
+            self._count()
+            self.validated = {"epoch": epoch, "used": self.used, "seconds": self.used - before}
         if self.share == 1:
-            if self._validator is not None:
-                self._validator.run(trainer.state.epoch)
             trainer.terminate()
+        now = self._now()
         if now - self._said < SAY_EVERY and self.share < 1:
             return
         self._said = now
         left = max(self.max_seconds - self.used, 0) / 60
-        logger.info("Epoch %d, %.0f %% of the time, %.0f minutes left", trainer.state.epoch, 100 * self.share, left)
+        logger.info("Epoch %d, %.0f %% of the time, %.0f minutes left", epoch, 100 * self.share, left)
+
+    def _count(self) -> None:
+        """Add the seconds since they were last added."""
+        now = self._now()
+        self.used += now - (self._since if self._since is not None else now)
+        self._since = now
+
+    def _is_to_validate(self, epoch: int) -> bool:
+        if self.share == 1:
+            return True
+        seconds = self.validated["seconds"]
+        return (
+            epoch - self.validated["epoch"] >= self.val_interval
+            and seconds <= VALIDATION * (self.used - self.validated["used"])
+            and self.used + seconds < self.max_seconds  # the one at the end is near
+        )

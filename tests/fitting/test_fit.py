@@ -303,7 +303,7 @@ def test_a_training_lasts_for_its_time_across_interruptions(monkeypatch: pytest.
 
     def run(state: dict[str, Any] | None, epochs: int) -> tuple[Engine, TimedDecay, torch.optim.Optimizer]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        schedule = TimedDecay(optimizer, 100, power=1, validator=Validator())
+        schedule = TimedDecay(optimizer, 100, power=1, validator=Validator(), val_interval=10)
         if state is not None:
             schedule.load_state_dict(state)
 
@@ -329,6 +329,42 @@ def test_a_training_lasts_for_its_time_across_interruptions(monkeypatch: pytest.
     assert trainer.state.epoch == 6
     assert schedule.share == 1
     assert validated == [6]
+
+
+def test_validation_takes_about_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("monai_iunet.training.time_limit.time.monotonic", lambda: clock[0])
+
+    class Validator:
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.epochs = seconds, list[int]()
+
+        def run(self, epoch: int) -> None:
+            clock[0] += self.seconds
+            self.epochs.append(epoch)
+
+    def step(*_: Any) -> None:
+        clock[0] += 10
+
+    for seconds, val_interval, expected in (
+        (0.1, 7, [7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77, 84, 91, 98, 100]),  # a quick one: every so many epochs
+        (20, 3, [3, 23, 43, 63, 83, 90]),  # then after 200 seconds; the last is at the end
+        (29.5, 1, [1, 31, 61, 92]),  # none that would last to the end
+    ):
+        validator = Validator(seconds)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = TimedDecay(optimizer, 1000, validator=validator, val_interval=val_interval)
+        trainer = Engine(step)
+        schedule.attach(trainer)
+        trainer.run([0], max_epochs=40)
+        state = schedule.state_dict()  # an interruption changes nothing
+        schedule = TimedDecay(optimizer, 1000, validator=validator, val_interval=val_interval)
+        schedule.load_state_dict(state)
+        schedule.attach(trainer := Engine(step))
+        trainer.state.max_epochs = None
+        trainer.add_event_handler("STARTED", lambda engine: setattr(engine.state, "epoch", 40))
+        trainer.run([0], max_epochs=1000)
+        assert validator.epochs == expected
 
 
 def test_a_training_may_be_timed_by_what_it_gets_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
