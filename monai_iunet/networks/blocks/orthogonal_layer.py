@@ -46,8 +46,8 @@ class OrthogonalLayer(InvertibleLayer):
         in_sizes: channels of the pieces before.
         out_sizes: channels of the pieces after.
         stride: factor per axis by which the pieces after are smaller; empty for none.
-        rounds_gradients: whether the gradients of the inputs are rounded to the type of autocast, as those of a
-            convolution are.
+        rounds_gradients: whether the gradients of the inputs are rounded to bfloat16 where autocast computes in it, as
+            those of a convolution are. Not to float16, whose range asks for a scaled loss.
     """
 
     is_function_of_weights = True
@@ -174,7 +174,8 @@ class _Product(torch.autograd.Function):
         ctx.layer, ctx.inverse, ctx.integers = layer, inverse, layer.exact and is_integer(pieces[0])
         # Autograd converts them back, but when those of the outputs are gone: a third of the memory less.
         rounded = layer.rounds_gradients and pieces[0].dtype == torch.float32
-        ctx.dtype = (autocast_type(pieces[0].device) if rounded else None) or pieces[0].dtype
+        rounded = rounded and autocast_type(pieces[0].device) == torch.bfloat16
+        ctx.dtype = torch.bfloat16 if rounded else pieces[0].dtype
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 

@@ -83,6 +83,18 @@ def test_in_place_as_beside(sizes: Any, joined: bool, request: pytest.FixtureReq
             assert any(result.data_ptr() in addresses for result in results)
 
 
+def test_small_gradients_pass_under_autocast_to_float16() -> None:
+    layer = randomize(ChannelMixing((2, 3), (4, 1)), std=0.5)
+    inputs = [torch.randn(2, size, 6, 7, requires_grad=True) for size in (2, 3)]
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            loss = sum(output.sum() * 1e-12 for output in layer(*inputs))
+        found.append(torch.autograd.grad(loss, inputs))
+    for one, other in zip(*found):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=0)
+
+
 def test_gradients_of_the_input_are_rounded_under_autocast_alone() -> None:
     layer = randomize(ChannelMixing((2, 3), (4, 1)), std=0.5)
     inputs = [torch.randn(2, size, 6, 7, requires_grad=True) for size in (2, 3)]
