@@ -9,6 +9,7 @@ from typing import Literal
 
 from monai_iunet.errors import InputError
 from monai_iunet.transforms.head_labels import FLUID, OUTSIDE, STRUCTURES, SWAP, TYPICAL
+from monai_iunet.transforms.mirror import read_swap
 from monai_iunet.transforms.patches import WHOLE, read_size
 
 __all__ = ["BRAIN", "HEADNECK", "HIPPOCAMPUS", "TASKS", "SyntheticImages", "Task"]
@@ -139,14 +140,16 @@ class Task:
             raise InputError(
                 "modality CT: its contrast is the same in all images. Leave out any_contrast and synthetic."
             )
-        if not all(self.classes) or len(set(self.classes)) < len(self.classes):
+        if not self.classes or not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
         if len(self.classes) > MOST_CLASSES:
             raise InputError(
                 f"{len(self.classes)} classes: labels are written as bytes, so {MOST_CLASSES} are the most."
             )
-        if not all(0 < size < math.inf for size in self.spacing):
-            raise InputError(f"spacing {self.spacing}: must be positive.")
+        if len(self.spacing) != 3 or not all(0 < size < math.inf for size in self.spacing):
+            raise InputError(f"spacing {self.spacing}: must be three positive numbers of millimeters.")
+        self._check_numbers()
+        self._check_labels()
         if len(self.couplings) != len(self.channels):
             raise InputError(f"couplings {self.couplings}: must be one per level, as channels {self.channels} are.")
         if self.strides is not None and len(self.strides) != len(self.channels) - 1:
@@ -157,6 +160,31 @@ class Task:
             if not isinstance(size, str) and any(extent % factor for extent, factor in zip(size, self.factors)):
                 one = len(set(self.factors)) == 1
                 raise InputError(f"roi_size {size}: must be multiples of {self.factors[0] if one else self.factors}.")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers with which no training runs, or one that nobody means."""
+        for name in ("max_epochs", "batch_size", "val_interval", "in_channels", "members"):
+            if (number := getattr(self, name)) < 1:
+                raise InputError(f"{name} {number}: must be at least 1.")
+        for name in ("learning_rate", "max_seconds", "max_field_of_view"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} {value}: must be a positive number.")
+        if not self.window[0] < self.window[1]:
+            raise InputError(f"window {self.window}: must be a smaller and a larger intensity.")
+        if self.fold is not None and not 0 <= self.fold < self.folds:
+            raise InputError(f"fold {self.fold}: of {self.folds} folds, one from 0 to {self.folds - 1} is needed.")
+
+    def _check_labels(self) -> None:
+        """Refuse numbers of structures that are none."""
+        values = self.label_values
+        if values is not None and (len(set(values)) < len(values) or len(values) != len(self.classes) or 0 in values):
+            raise InputError(
+                f"label_values {values}: must be one for each of {len(self.classes)} classes, none twice or 0."
+            )
+        kept = self.largest_component if isinstance(self.largest_component, tuple) else ()
+        for name, labels in (("mirrored", sum(read_swap(self.mirrored or ()), ())), ("largest_component", kept)):
+            if not all(0 < label <= len(self.classes) for label in labels):
+                raise InputError(f"{name} {getattr(self, name)}: must be labels from 1 to {len(self.classes)}.")
 
     @property
     def factors(self) -> tuple[int, int, int]:

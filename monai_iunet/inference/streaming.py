@@ -12,12 +12,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.utils import convert_to_dst_type, ensure_tuple_rep
+from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -134,7 +135,9 @@ class StreamingInferer(SlidingWindowInferer):
         argmax: bool = False,
         **options: Any,
     ) -> None:
-        self.whole = roi_size == WHOLE
+        self.whole = isinstance(roi_size, str) and roi_size == WHOLE
+        if not self.whole and not all(isinstance(size, Integral | None) for size in ensure_tuple(roi_size)):
+            raise ValueError(f'roi_size {roi_size!r}: must be "{WHOLE}", a whole number, or one for each axis.')
         extent: Any = -1 if self.whole else roi_size  # which MONAI takes for that of the image
         super().__init__(extent, sw_batch_size, overlap, **{**options, "cache_roi_weight_map": False})
         if self.whole:
@@ -143,6 +146,8 @@ class StreamingInferer(SlidingWindowInferer):
             raise ValueError("with_coord: not supported here. Use MONAI's SlidingWindowInferer.")
         if self.sw_batch_size < 1:
             raise ValueError(f"sw_batch_size {sw_batch_size}: the network must get at least 1 window at once.")
+        if not all(scale > 0 for scale in ensure_tuple(self.sigma_scale)):
+            raise ValueError(f"sigma_scale {self.sigma_scale}: must be positive, or windows would weigh nothing.")
         self.shrink, self.divisible_by, self.argmax = shrink, divisible_by, argmax
 
     @property

@@ -13,6 +13,8 @@ import nibabel
 import numpy as np
 import SimpleITK
 
+from monai_iunet.errors import InputError
+
 __all__ = ["RAS_TO_LPS", "from_simpleitk", "simpleitk_affine", "to_simpleitk"]
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -53,11 +55,16 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
 
 
 def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> Any:
-    """Convert a 3D nibabel image to a SimpleITK image; shear, which SimpleITK cannot express, is left out.
+    """Convert a 3D nibabel image to a SimpleITK image, whose directions are sheared if those of the image are.
+
+    NRRD and MetaImage keep shear; as NIfTI, SimpleITK would write directions without it.
 
     Args:
         image: gives the geometry.
         data: voxels on its grid; None for those of the image, as float32.
+
+    Raises:
+        InputError: when the voxels are not on its grid.
 
     Example:
         >>> import nibabel, numpy
@@ -65,6 +72,8 @@ def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> 
         (4, 5, 6)
     """
     data = image.get_fdata(dtype=np.float32) if data is None else data
+    if data.shape != image.shape or data.ndim != 3:
+        raise InputError(f"data of the shape {data.shape} for an image of {image.shape}: one 3D grid is needed.")
     affine = RAS_TO_LPS @ image.affine
     spacing = nibabel.affines.voxel_sizes(affine)
     converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(data.T))

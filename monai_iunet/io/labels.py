@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from monai_iunet.errors import InputError
+from monai_iunet.io.checks import planes
 from monai_iunet.io.files import write_atomically
 
 __all__ = ["label_image", "write_labels", "write_probability_image"]
@@ -16,20 +18,34 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
     """Return a label volume as a uint8 NIfTI image in the geometry of an image.
 
     Args:
-        labels: of the shape of the image.
+        labels: of the shape of the image, whole numbers from 0 to 255.
         like: the image whose affine, codes and units it gets.
+
+    Raises:
+        InputError: when the labels are others, or have another shape.
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((4, 5, 6)), np.diag([1, 1, 2, 1]))
         >>> label_image(np.ones((4, 5, 6)), image).get_data_dtype()
         dtype('uint8')
     """
+    if labels.shape != like.shape[:3]:
+        raise InputError(
+            f"labels have the shape {labels.shape}, but their image {like.shape}. Resample them to its grid."
+        )
+    if labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels))):
+        raise InputError("labels must be whole numbers from 0 to 255, but there are others. Map them first.")
     image = nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), like.affine)
     for name in ("qform", "sform"):
         matrix, code = getattr(like, f"get_{name}")(coded=True)
         getattr(image, f"set_{name}")(matrix, int(code))
     image.header.set_xyzt_units(*like.header.get_xyzt_units())
     return image
+
+
+def _are_bytes(values: np.ndarray) -> bool:
+    """Return whether values are whole numbers that a byte holds; NaN is none."""
+    return bool(((values >= 0) & (values <= np.iinfo(np.uint8).max) & (values == np.rint(values))).all())
 
 
 def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         Per level, finest first, the relative error (norm of the difference over norm) of what the network in its first
         coupling reads, the larger one of encoder and decoder.
 
+    Raises:
+        ValueError: when activations are not finite, which no error can be told of.
+
     Example:
         >>> errors = reconstruction_error(IUNet(2, (4, 8)), torch.randn(1, 4, 8, 8))
         >>> len(errors), max(errors) < 1e-4
@@ -46,6 +50,8 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         loss = torch.stack([part.float().square().mean() for part in outputs]).sum()
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         torch.autograd.grad(loss, trained, allow_unused=True)
+    if not np.isfinite(errors).all():
+        raise ValueError("input or weights give activations that are not finite, whose error cannot be told.")
     return errors
 
 
@@ -59,6 +65,6 @@ def _watch(layer: nn.Module, errors: list[float], level: int) -> None:
             return
         norm = float(originals[0].norm())
         difference = float((inputs[0].detach().double() - originals[0]).norm())
-        errors[level] = max(errors[level], difference / norm if norm else 0.0)
+        errors[level] = float(np.maximum(errors[level], difference / norm if norm else 0.0))  # NaN stays
 
     next(layer.children()).register_forward_pre_hook(compare)

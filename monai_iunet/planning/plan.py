@@ -123,7 +123,8 @@ def plan_training(
             mean square of the output.
 
     Raises:
-        ValueError: when the network cannot be run on such images.
+        ValueError: when the network cannot be run on such images, or in such a type.
+        TypeError: when the optimizer is none.
 
     Example:
         >>> from monai.networks.nets import UNet
@@ -131,6 +132,10 @@ def plan_training(
         >>> plan.training_peak > plan.inference_peak > plan.parameters
         True
     """
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(f"optimizer {optimizer!r}: must make one of parameters, as torch.optim.AdamW does, or be None.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype}: must be that of autocast, such as torch.bfloat16, or torch.float32 for none.")
     shape = (batch_size, in_channels, *spatial_size)
     with rehearse(network, shape, dtype) as fake:
         counted = _count_step(fake, shape, dtype, optimizer, loss)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import nibabel
 import numpy as np
 
+from monai_iunet.errors import InputError
 from monai_iunet.io.checks import planes
 
 __all__ = ["Segmentation"]
@@ -26,6 +27,9 @@ class Segmentation:
         warn_below: predicted Dice below which a structure is doubtful; None if the quality is unknown.
         weights: name of the bundle's weights that found each structure; None if it is unknown.
 
+    Raises:
+        InputError: when labels or probabilities are not on the grid of the image.
+
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
         >>> Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "tumor"}).volumes()["tumor"]
@@ -40,16 +44,30 @@ class Segmentation:
     warn_below: float | None = None
     weights: dict[str, str] | None = None
 
+    def __post_init__(self) -> None:
+        shapes = [self.labels.shape, *([] if self.probabilities is None else [self.probabilities.shape[1:]])]
+        if any(shape != self.image.shape[:3] for shape in shapes):
+            found = " and ".join(map(str, shapes))
+            raise InputError(
+                f"a segmentation of the shape {found} for an image of {self.image.shape}: one grid is needed."
+            )
+
     def volumes(self) -> dict[str, float]:
         """Return the volume of each structure in mm³.
 
         If the structures are parts of one organ on each side, whose name ends theirs, that of each side as a whole is
         given too.
+
+        Raises:
+            InputError: when there are labels that have no name.
         """
         voxel_volume = abs(float(np.linalg.det(self.image.affine[:3, :3])))
-        counts = np.zeros(max(self.names) + 1, dtype=np.int64)
+        counts = np.zeros(np.iinfo(np.uint8).max + 1, dtype=np.int64)
         for plane in planes(self.labels):
-            counts += np.bincount(plane.ravel(), minlength=len(counts))[: len(counts)]
+            counts += np.bincount(plane.ravel(), minlength=len(counts))
+        nameless = sorted(set(np.flatnonzero(counts).tolist()) - {0, *self.names})
+        if nameless:
+            raise InputError(f"labels {', '.join(map(str, nameless))} have no name: there are {self.names}.")
         volumes = {name: float(counts[value]) * voxel_volume for value, name in self.names.items()}
         organs = {name.rpartition(" ")[2] for name in self.names.values()}
         for side in ("left", "right") if len(organs) == 1 else ():

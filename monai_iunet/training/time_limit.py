@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -38,7 +39,7 @@ class TimedDecay(LRScheduler):
             that a training among other programs is not the shorter for them.
 
     Raises:
-        ValueError: when there is no such clock.
+        ValueError: when there is no such clock, or no time, or validations are not at least one epoch apart.
 
     Example:
         >>> import torch
@@ -62,6 +63,10 @@ class TimedDecay(LRScheduler):
     ) -> None:
         if clock not in ("wall", "processor"):
             raise ValueError(f'clock {clock!r}: must be "wall" or "processor".')
+        if not 0 < max_seconds < math.inf:
+            raise ValueError(f"max_seconds {max_seconds}: must be a positive number of seconds.")
+        if val_interval < 1:
+            raise ValueError(f"val_interval {val_interval}: must be at least 1 epoch.")
         self.clock = clock
         self.max_seconds = max_seconds
         self.power = power

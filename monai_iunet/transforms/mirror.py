@@ -43,6 +43,9 @@ class RandMirrord(RandomizableTransform, MapTransform):
         prob: probability of a flip.
         spatial_axis: axis that runs from left to right.
 
+    Raises:
+        InputError: when `swap` are no pairs, or a label map is not among `keys`.
+
     Example:
         >>> import torch
         >>> flip = RandMirrord(["image", "label"], "label", swap=[[1, 2]], prob=1)
@@ -62,6 +65,10 @@ class RandMirrord(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)  # type: ignore[arg-type]
+        if others := [key for key in self.label_keys if key not in self.keys]:
+            raise InputError(
+                f"label_keys {others}: are not among keys {list(self.keys)}, so labels would not be swapped."
+            )
         self.flip = Flip(spatial_axis)
         self.swap = read_swap(swap)
 

@@ -113,7 +113,14 @@ class TrainingPatchd(Randomizable, MapTransform):
         return self
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the entries with a patch in the place of each image."""
+        """Return the entries with a patch in the place of each image.
+
+        Raises:
+            ValueError: when images and labels are not on one grid.
+        """
+        shapes = {key: tuple(data[key].shape[1:]) for key in self.key_iterator(data)}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"images and labels must have the same size, got {shapes}. Resample them to one grid.")
         if self._steps is None:
             self._steps = Compose(self._make_steps()).set_random_state(int(self.R.randint(2**31)))
         found: Any = self._steps(dict(data))
@@ -163,7 +170,16 @@ class CollatePadded:
         self.label_key = label_key
 
     def __call__(self, cases: Sequence[Any]) -> Any:
-        """Return the batch."""
+        """Return the batch.
+
+        Raises:
+            ValueError: when the cases differ in the number of channels or of axes.
+        """
+        for key in (self.image_key, self.label_key):
+            kinds = {(case[key].shape[0], case[key].ndim - 1) for case in cases}
+            if len(kinds) > 1:
+                found = ", ".join(f"{channels} in {axes}D" for channels, axes in sorted(kinds))
+                raise ValueError(f"{key}: the cases of a batch have different channels ({found}).")
         common = torch.tensor([case[self.image_key].shape[1:] for case in cases]).amax(0).tolist()
         values = {self.image_key: self.cval, self.label_key: 0.0}
         padded = [

@@ -30,6 +30,7 @@ from monai.transforms.utils import create_rotate, create_scale, create_shear
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from monai_iunet.errors import InputError
 from monai_iunet.losses.class_numbers import check_labels
 from monai_iunet.transforms.mirror import read_swap
 
@@ -94,6 +95,12 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         max_shift: float = 20.0,
         max_displacement: float = 4.0,
     ) -> None:
+        if not 0 < pixdim < math.inf:
+            raise InputError(f"pixdim {pixdim}: must be a positive number of millimeters.")
+        if not all(0 <= prob <= 1 for prob in (prob_crop, prob_typical, prob_strip)):
+            raise InputError(
+                f"prob_crop, prob_typical, prob_strip: must be 0 to 1, got {prob_crop, prob_typical, prob_strip}."
+            )
         MapTransform.__init__(self, keys)
         self.label_key = label_key
         self.pixdim = pixdim

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -17,7 +20,7 @@ from monai_iunet import BundleSegmenter, InputError, Task, read_image
 from monai_iunet.cli import app
 from monai_iunet.training.evaluation import compare
 from tests.bundles.helpers import SCHEMA, launch, losses, run
-from tests.bundles.made_data import make_hippocampus_data
+from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
 OPTIONS = {"--name": "my_task", "--modality": "MR", "--classes": "front,back", "--roi-size": "24,32,24"}
 
@@ -83,9 +86,9 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         ({"classes": "a,"}, "differ"),
         ({"spacing": "1,2"}, "three numbers"),
         ({"classes": ",".join(map(str, range(256)))}, "255 are the most"),
-        ({"spacing": "1,2,-1"}, "must be positive"),
-        ({"spacing": "1,2,nan"}, "must be positive"),
-        ({"spacing": "1,2,inf"}, "must be positive"),
+        ({"spacing": "1,2,-1"}, "must be three positive numbers"),
+        ({"spacing": "1,2,nan"}, "must be three positive numbers"),
+        ({"spacing": "1,2,inf"}, "must be three positive numbers"),
         ({"roi_size": "30,30,30"}, "multiples of 8"),
     ],
 )
@@ -117,3 +120,32 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
     assert code == 2
     assert "not an empty folder" in output
     assert [path.name for path in (tmp_path / "my_task").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spacing": (1.0, 1.0)}, "three positive numbers"),
+        ({"classes": ()}, "must be names"),
+        ({"window": (5.0, 5.0)}, "a smaller and a larger intensity"),
+        ({"window": (math.nan, 5.0)}, "a smaller and a larger intensity"),
+        ({"max_epochs": 0}, "max_epochs 0: must be at least 1"),
+        ({"batch_size": -1}, "batch_size -1: must be at least 1"),
+        ({"val_interval": 0}, "val_interval 0: must be at least 1"),
+        ({"in_channels": 0}, "in_channels 0: must be at least 1"),
+        ({"members": 0}, "members 0: must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate -1.0: must be a positive number"),
+        ({"learning_rate": math.nan}, "learning_rate nan: must be a positive number"),
+        ({"max_seconds": 0.0}, "max_seconds 0.0: must be a positive number"),
+        ({"fold": 5}, "one from 0 to 4 is needed"),
+        ({"label_values": (1, 1)}, "one for each of 2 classes"),
+        ({"label_values": (0, 1)}, "none twice or 0"),
+        ({"label_values": (1, 2, 3)}, "one for each of 2 classes"),
+        ({"mirrored": ((1, 3),)}, "must be labels from 1 to 2"),
+        ({"largest_component": (3,)}, "must be labels from 1 to 2"),
+    ],
+    ids=str,
+)
+def test_numbers_that_describe_no_task_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(SMALL_TASK, **changes)

@@ -388,6 +388,11 @@ def test_a_training_may_be_timed_by_what_it_gets_of_the_processor(monkeypatch: p
     assert "clock" not in schedule.state_dict()
     with pytest.raises(ValueError, match="wall"):
         TimedDecay(schedule.optimizer, 100, clock="sun")
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a positive number of seconds"):
+            TimedDecay(schedule.optimizer, seconds)
+    with pytest.raises(ValueError, match="at least 1 epoch"):
+        TimedDecay(schedule.optimizer, 100, val_interval=0)
 
 
 def score(case: str, dice: float, apart: float = 1.0, structure: str = "a") -> Score:

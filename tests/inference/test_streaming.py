@@ -208,6 +208,20 @@ def test_what_does_not_fit_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"roi_size": "all"}, "roi_size 'all': must be \"whole\""),
+        ({"roi_size": (8.5, 8)}, "a whole number"),
+        ({"roi_size": 8, "mode": "gaussian", "sigma_scale": 0}, "sigma_scale 0: must be positive"),
+        ({"roi_size": 8, "mode": "gaussian", "sigma_scale": float("nan")}, "must be positive"),
+    ],
+)
+def test_windows_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamingInferer(**options)
+
+
 def test_coordinates_and_conditions_are_refused() -> None:
     with pytest.raises(ValueError, match="with_coord"):
         StreamingInferer((8, 8), with_coord=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from monai_iunet import IUNet, SegIUNet, reconstruction_error
@@ -45,3 +46,11 @@ def test_a_level_that_is_rebuilt_wrongly_shows() -> None:
     network.encoder[1][1] = Forgetful(network.encoder[1][1].branch)
     errors = reconstruction_error(network, torch.randn(1, 4, 8, 8))
     assert errors[1] > 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_error_is_told_of_activations_that_are_not_finite(value: float) -> None:
+    x = torch.randn(1, 4, 8, 8)
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite"):
+        reconstruction_error(IUNet(2, (4, 8), couplings=1), x)

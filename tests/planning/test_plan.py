@@ -114,3 +114,11 @@ def test_a_volume_that_no_convolution_takes_is_refused() -> None:
 def test_what_a_network_cannot_take_is_said() -> None:
     with pytest.raises(ValueError, match="SegIUNet cannot be planned for images of 1 x 2 x 16 x 16 x 16"):
         plan_training(seg(), (16, 16, 16), in_channels=2)
+
+
+def test_types_and_optimizers_that_are_none_are_refused() -> None:
+    net = SegIUNet(2, 1, 2, (4, 8), couplings=1)
+    with pytest.raises(ValueError, match=r"dtype torch.int32: must be that of autocast"):
+        plan_training(net, (8, 8), dtype=torch.int32)
+    with pytest.raises(TypeError, match="optimizer 'adam': must make one"):
+        plan_training(net, (8, 8), optimizer="adam")  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import nibabel
 import numpy as np
+import pytest
 
+from monai_iunet.errors import InputError
 from monai_iunet.segmentation.result import Segmentation
 
 
@@ -25,3 +27,14 @@ def test_organs_of_a_side_are_no_whole() -> None:
     assert volumes("left putamen", "left thalamus", "right putamen", "right thalamus") == {
         "left putamen": 6, "left thalamus": 6, "right putamen": 6, "right thalamus": 6,
     }  # fmt: skip
+
+
+def test_another_grid_and_labels_without_a_name_are_refused() -> None:
+    image = nibabel.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.eye(4))
+    for labels, probabilities in (((3, 2, 4), None), ((2, 3, 4), (2, 3, 2, 4))):
+        with pytest.raises(InputError, match="one grid is needed"):
+            Segmentation(
+                image, np.zeros(labels, np.uint8), {1: "a"}, np.zeros(probabilities) if probabilities else None
+            )
+    with pytest.raises(InputError, match="labels 3, 7 have no name"):
+        Segmentation(image, np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 5 // 3 * 4 + 3, {1: "a"}).volumes()

@@ -10,7 +10,15 @@ import torch
 from monai.data import CacheDataset, DataLoader
 from monai.transforms import Compose, RandAffined
 
-from monai_iunet import CollatePadded, InputError, MarginalLoss, OneHotContouredd, StreamingInferer, TrainingPatchd
+from monai_iunet import (
+    CollatePadded,
+    InputError,
+    MarginalLoss,
+    OneHotContouredd,
+    RandMirrord,
+    StreamingInferer,
+    TrainingPatchd,
+)
 
 KEYS = ["image", "label"]
 AFFINE = partial(
@@ -120,3 +128,20 @@ def test_what_is_padded_of_partly_contoured_cases_has_no_class() -> None:
 def test_what_is_no_size_is_refused(size: Any) -> None:
     with pytest.raises(InputError, match='must be "whole", or three numbers'):
         TrainingPatchd(KEYS, size)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    image, label = torch.rand(1, 12, 12, 12), torch.zeros(1, 12, 12, 12)
+    cut = TrainingPatchd(["image", "label"], roi_size=(8, 8, 8))
+    with pytest.raises(ValueError, match="must have the same size"):
+        cut({"image": image, "label": label[:, :6]})
+    cases = [{"image": image, "label": label}, {"image": torch.rand(2, 12, 12, 12), "label": label}]
+    with pytest.raises(ValueError, match=r"image: the cases of a batch have different channels \(1 in 3D, 2 in 3D\)"):
+        CollatePadded()(cases)
+    with pytest.raises(ValueError, match=r"label: the cases of a batch have different channels \(1 in 2D, 1 in 3D\)"):
+        CollatePadded()([{"image": image, "label": label}, {"image": image, "label": label[..., 0]}])
+
+
+def test_labels_that_would_not_be_swapped_are_refused() -> None:
+    with pytest.raises(InputError, match=r"label_keys \['labels'\]: are not among keys"):
+        RandMirrord(["image", "label"], ["labels"], swap=[[1, 2]])
