@@ -11,6 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from monai_iunet.io.labels import label_image
 from monai_iunet.visualization.palette import label_colors
 
 __all__ = ["PLANES", "canonical", "draw_plane", "intensity_range"]
@@ -19,12 +20,12 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a plane is c
 
 
 def canonical(image: nibabel.Nifti1Image, *volumes: np.ndarray) -> tuple[nibabel.Nifti1Image, list[np.ndarray]]:
-    """Turn an image, and label volumes on its grid, so that the axes run to the right, to the front and up."""
-    volumes = tuple(volume.astype(np.uint8, copy=False) for volume in volumes)
-    turned = [
-        np.asarray(nibabel.as_closest_canonical(nibabel.Nifti1Image(volume, image.affine)).dataobj)
-        for volume in volumes
-    ]
+    """Turn an image, and label volumes on its grid, so that the axes run to the right, to the front and up.
+
+    Raises:
+        InputError: when a label volume is not on the grid of the image, or its labels are no bytes.
+    """
+    turned = [np.asarray(nibabel.as_closest_canonical(label_image(volume, image)).dataobj) for volume in volumes]
     return nibabel.as_closest_canonical(image), turned
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from monai_iunet import VolumeViewer, draw_overlay, draw_slice, draw_surfaces, save_overlay
+from monai_iunet import InputError, VolumeViewer, draw_overlay, draw_slice, draw_surfaces, save_overlay
 from monai_iunet.visualization.palette import label_colors
 
 NAMES = {1: "liver", 2: "tumor"}
@@ -159,3 +160,12 @@ def test_a_viewer_opens_at_the_largest_structure_and_has_a_picture_beside_it() -
 def test_a_viewer_without_ipyniivue_is_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ipyniivue", None)
     assert VolumeViewer(*case(), NAMES)._repr_mimebundle_().keys() == {"text/plain", "image/png"}
+
+
+@pytest.mark.parametrize("draw", [draw_overlay, draw_slice, lambda _, *arguments: VolumeViewer(*arguments)])
+def test_labels_of_another_grid_are_not_drawn(draw: Any) -> None:
+    image = nibabel.Nifti1Image(np.random.rand(8, 9, 10), np.eye(4))
+    with pytest.raises(InputError, match=r"labels have the shape \(4, 9, 10\)"):
+        draw(Figure(), image, np.ones((4, 9, 10), np.uint8), {1: "liver"})
+    with pytest.raises(InputError, match="whole numbers from 0 to 255"):
+        draw(Figure(), image, np.full((8, 9, 10), -1), {1: "liver"})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -235,16 +236,16 @@ def reachable_channels(channels: Sequence[int], strides: Sequence[Sequence[int]]
 
 
 def is_positive_int(value: Any) -> bool:
-    """Return whether a value is an int above 0; True is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Return whether a value is an int above 0, of NumPy too; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _strides(
     strides: int | Sequence[int | Sequence[int]], spatial_dims: int, count: int
 ) -> tuple[tuple[int, ...], ...]:
     """Return one tuple per downsampling, with one factor per axis."""
-    entries = [strides] * count if isinstance(strides, int) else list(strides)
-    result = tuple((entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries)
+    entries = list(strides) if isinstance(strides, Iterable) else [strides] * count
+    result = tuple(tuple(entry) if isinstance(entry, Iterable) else (entry,) * spatial_dims for entry in entries)
     if len(result) != count or any(
         len(stride) != spatial_dims or not all(map(is_positive_int, stride)) for stride in result
     ):
@@ -257,7 +258,7 @@ def _strides(
 
 def _couplings(couplings: int | Sequence[int], levels: int) -> tuple[int, ...]:
     """Return the number of couplings of each level."""
-    result = (couplings,) * levels if isinstance(couplings, int) else tuple(couplings)
+    result = tuple(couplings) if isinstance(couplings, Iterable) else (couplings,) * levels
     if len(result) != levels or not all(map(is_positive_int, result)):
         raise ValueError(f"couplings must be a positive int or {levels} of them (one per level), got {couplings!r}.")
     return result

@@ -123,6 +123,10 @@ class IUNet(ChosenActivations):
         super().__init__()
         if channel_mixing not in ("split", None) and not is_positive_int(channel_mixing):
             raise ValueError(f'channel_mixing must be "split", a positive int or None, got {channel_mixing!r}.')
+        if not isinstance(learnable_resampling, bool):
+            raise ValueError(f"learnable_resampling must be True or False, got {learnable_resampling!r}.")
+        if make_branch is not None and not callable(make_branch):
+            raise ValueError(f"make_branch must make a network for each coupling, got {make_branch!r}.")
         self.design = Architecture.of(spatial_dims, channels, strides, couplings, padding_mode)
         self.spatial_dims, self.channels, self.strides = spatial_dims, self.design.channels, self.design.strides
         self.couplings, self.factors, self.padding_mode = self.design.couplings, self.design.factors, padding_mode
@@ -336,6 +340,8 @@ class IUNet(ChosenActivations):
         It would break its graph at every layer and compile each piece again; better one break around the whole.
         """
         images = x if isinstance(x, list) else [x]
+        if len(images) != 1:
+            raise ValueError(f"x must be a tensor, or a list of it alone, got a list of {len(images)}.")
         del x
         self.design.check_images(images[0], "x", self.channels[0])
         self.design.check_number(images[0].shape, max(self.design.halves(0)), "Half a state")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from monai_iunet.networks.layers.slab_convolution import convolve
 from monai_iunet.networks.nets.activations import ChosenActivations
+from monai_iunet.networks.nets.architecture import is_positive_int
 from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
 from monai_iunet.networks.nets.scripting import Traced
 
@@ -81,8 +82,12 @@ class SegIUNet(ChosenActivations):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
-        if in_channels < 1 or out_channels < 1:
+        if not is_positive_int(in_channels) or not is_positive_int(out_channels):
             raise ValueError(f"in_channels and out_channels must be positive, got {in_channels} and {out_channels}.")
+        if not isinstance(
+            deep_supervision, bool
+        ):  # a config may well bring the text "false", which would count as true
+            raise ValueError(f"deep_supervision must be True or False, got {deep_supervision!r}.")
         self.iunet = IUNet(
             spatial_dims,
             channels,

@@ -306,6 +306,10 @@ def test_branches_and_layers_of_ones_own() -> None:
         ({"resampling_init": "db4"}, "resampling_init must be"),
         ({"padding_mode": "mirror"}, "padding_mode must be"),
         ({"activations": "forget"}, "activations must be"),
+        ({"strides": 2.5}, "strides must be"),
+        ({"couplings": 1.5}, "couplings must be"),
+        ({"make_branch": 3}, "make_branch must make"),
+        ({"learnable_resampling": "False"}, "learnable_resampling must be True or False"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -329,6 +333,25 @@ def test_bad_inputs(x: object, message: str) -> None:
     for method in (net, net.inverse, net.encode, net.decode_inverse):
         with pytest.raises(ValueError, match=message):
             method(x)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_list_of_several_images_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"got a list of {count}"):
+        IUNet(2, (4, 8))([torch.zeros(1, 4, 8, 8) for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_channels": 1.5}, "must be positive, got 1.5 and 2"),
+        ({"out_channels": 0}, "must be positive, got 1 and 0"),
+        ({"deep_supervision": "false"}, "deep_supervision must be True or False, got 'false'"),
+    ],
+)
+def test_bad_arguments_of_the_segmentation_network(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegIUNet(**{"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": (4, 8), **arguments})
 
 
 def test_bad_codes() -> None:
