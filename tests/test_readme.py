@@ -1,7 +1,8 @@
-"""The guide to memory and speed shows what was measured."""
+"""The guide to memory and speed, and the README, show what was measured."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def test_the_tables_are_those_of_the_committed_benchmark() -> None:
     assert with_tables(text, stored()) == text
     for row in ("ours, invert", "iunets", "SegIUNet", "DynUNet", "store", "118", "deterministic", "SegIUNet, exact"):
         assert f"\n| {row} |" in text
+
+
+def test_the_readme_says_what_the_guide_says_of_larger_patches() -> None:
+    (said,) = re.findall(
+        r"beside optimizer and loss: (.* float32 and .* autocast)\.",
+        (PAGE.read_text(encoding="utf-8")).split("## On a GPU")[0],
+    )
+    readme = " ".join((PAGE.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"more voxels than with the `DynUNet`, beside optimizer and loss: {said}." in readme
 
 
 def test_what_was_not_measured_is_an_empty_cell() -> None:
