@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
@@ -151,17 +152,28 @@ def test_a_hippocampus_is_rated_well_and_what_is_none_badly(
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 def test_brains_are_rated_well_and_nonsense_badly(segmenter: BundleSegmenter) -> None:
+    """With dark and bright exchanged, the first weights doubt themselves, and the second find what is there."""
+    first = copy.copy(segmenter)
+    first.second = None
     for path in sorted((DATA / "BrainManual" / "images").glob("*.nii.gz"))[:2]:
         image = monai_iunet.read_image(path)
         region = segmenter.locate(image, path.name)
         assert segmenter.segment(image, region=region).doubts() is None
+        truth = np.asarray(monai_iunet.read_image(DATA / "BrainManual" / "labels" / path.name).dataobj)
         data = image.get_fdata(dtype=np.float32)
         brightest = np.percentile(data, 99.5)
         for inverted in (brightest - np.minimum(data, brightest), np.where(data > 0, brightest - data, 0)):
             turned = nibabel.Nifti1Image(inverted.astype(np.float32), image.affine)
-            doubts = segmenter.segment(turned, region=region).doubts()
+            doubts = first.segment(turned, region=region).doubts()
             assert doubts is not None
             assert doubts.count("hippocampus") == 4
+            found = segmenter.segment(turned, region=region)
+            assert set((found.weights or {}).values()) == {"any_contrast"}
+            assert found.doubts() is None
+            for side, number in (("left", 48), ("right", 47)):
+                mine = np.isin(found.labels, [value for value, name in found.names.items() if name.startswith(side)])
+                true = truth == number
+                assert 2 * (mine & true).sum() / (mine.sum() + true.sum()) > 0.7
     torso = monai_iunet.read_image(DATA / "examples" / "mr_torso.nii.gz")
     assert doubtful_or_refused(segmenter, torso)
     organs = BundleSegmenter(bundle_folder("headneck"), "cpu")
