@@ -7,6 +7,7 @@ import math
 import time
 from typing import Any
 
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from torch.optim import Optimizer
@@ -28,6 +29,8 @@ class TimedDecay(LRScheduler):
     training was interrupted does not count: the state holds the seconds that were used, and is saved with the training.
 
     It validates the network, too: at the end, and before as often as that takes about a tenth of the time.
+
+    The processes of a distributed training go by the clock of the first one, and end when an epoch does.
 
     Args:
         optimizer: whose learning rate is lowered, once per epoch.
@@ -108,6 +111,8 @@ class TimedDecay(LRScheduler):
 
     def _end_in_time(self, trainer: Engine) -> None:
         """End the last epoch when the time has passed: an epoch of large images may be long."""
+        if idist.get_world_size() > 1:  # where the others would wait for this process's gradients
+            return
         if self._since is not None and self.used + self._now() - self._since >= self.max_seconds:
             trainer.terminate_epoch()
 
@@ -131,7 +136,10 @@ class TimedDecay(LRScheduler):
     def _count(self) -> None:
         """Add the seconds since they were last added."""
         now = self._now()
-        self.used += now - (self._since if self._since is not None else now)
+        seconds = now - (self._since if self._since is not None else now)
+        if idist.get_world_size() > 1:
+            seconds = float(idist.broadcast(seconds))  # type: ignore[arg-type] # a number, as it went in
+        self.used += seconds
         self._since = now
 
     def _is_to_validate(self, epoch: int) -> bool:
