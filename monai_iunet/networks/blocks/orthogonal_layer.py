@@ -172,10 +172,10 @@ class _Product(torch.autograd.Function):
         else:
             outputs = layer.multiply(pieces, matrix, inverse)
         ctx.layer, ctx.inverse, ctx.integers = layer, inverse, layer.exact and is_integer(pieces[0])
-        # Autograd converts them back, but when those of the outputs are gone: a third of the memory less.
-        rounded = layer.rounds_gradients and pieces[0].dtype == torch.float32
-        rounded = rounded and autocast_type(pieces[0].device) == torch.bfloat16
-        ctx.dtype = torch.bfloat16 if rounded else pieces[0].dtype
+        dtype, autocast = pieces[0].dtype, autocast_type(pieces[0].device)
+        # Autograd makes float32 of them again, but only when the gradients of the outputs are gone.
+        rounded = layer.rounds_gradients and dtype == torch.float32 and autocast == torch.bfloat16
+        ctx.dtype = torch.bfloat16 if rounded else dtype
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
