@@ -23,6 +23,7 @@ __all__ = [
     "TorchDispatchMode",
     "can_pack_saved_tensors",
     "current_backward_pass",
+    "frees_gradients_before_converting",
     "graph_is_retained",
     "has_hooks",
     "has_saved_tensor_hooks",
@@ -63,6 +64,14 @@ def can_pack_saved_tensors() -> bool:
 def current_backward_pass() -> int:
     """Return the number of the backward pass that runs in this thread, -1 without one; others may share the pass."""
     return torch._C._current_graph_task_id()
+
+
+def frees_gradients_before_converting() -> bool:
+    """Return whether autograd lets go of a node's incoming gradients before it converts those that the node returned.
+
+    It converts what has not the type of the node's input; before PyTorch 2.13 it holds both meanwhile.
+    """
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def graph_is_retained(ctx: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +120,34 @@ def test_dispatch_modes_see_operators_and_trees_have_leaves() -> None:
     assert len(seen) == 2
     assert private.tree_leaves([1, {"a": 2}]) == [1, 2]
     assert private.tree_map(abs, (-1, {"a": [-2]})) == (1, {"a": [2]})
+
+
+def test_frees_gradients_before_converting() -> None:
+    """What the version says is what this version does."""
+    incoming: list[weakref.ref[torch.UntypedStorage]] = []
+    held: list[bool] = []
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            incoming.append(weakref.ref(gradient.untyped_storage()))
+            return gradient.bfloat16()
+
+    class Watch(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16:
+                held.append(incoming[0]() is not None)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3, requires_grad=True)
+    loss = (Rounded.apply(x) * torch.rand(3)).sum()
+    with Watch():
+        loss.backward()
+    assert held == [not private.frees_gradients_before_converting()]
 
 
 def test_has_hooks() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_iunet.engine.pytorch_private import frees_gradients_before_converting
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.grid import (
@@ -47,7 +48,7 @@ class OrthogonalLayer(InvertibleLayer):
         out_sizes: channels of the pieces after.
         stride: factor per axis by which the pieces after are smaller; empty for none.
         rounds_gradients: whether the gradients of the inputs are rounded to bfloat16 where autocast computes in it, as
-            those of a convolution are. Not to float16, whose range asks for a scaled loss.
+            those of a convolution are, if that saves memory. Not to float16, whose range asks for a scaled loss.
     """
 
     is_function_of_weights = True
@@ -173,9 +174,9 @@ class _Product(torch.autograd.Function):
             outputs = layer.multiply(pieces, matrix, inverse)
         ctx.layer, ctx.inverse, ctx.integers = layer, inverse, layer.exact and is_integer(pieces[0])
         dtype, autocast = pieces[0].dtype, autocast_type(pieces[0].device)
-        # Autograd makes float32 of them again, but only when the gradients of the outputs are gone.
-        rounded = layer.rounds_gradients and dtype == torch.float32 and autocast == torch.bfloat16
-        ctx.dtype = torch.bfloat16 if rounded else dtype
+        # Autograd makes float32 of them again, when the gradients of the outputs are gone.
+        rounds = layer.rounds_gradients and frees_gradients_before_converting()
+        ctx.dtype = torch.bfloat16 if rounds and dtype == torch.float32 and autocast == torch.bfloat16 else dtype
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
