@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ignite.engine import Engine
 from torch import distributed, multiprocessing
@@ -46,6 +47,18 @@ def train(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+def test_the_second_process_goes_by_what_the_first_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_iunet.training.time_limit.idist.get_world_size", lambda: PROCESSES)
+    monkeypatch.setattr("monai_iunet.training.time_limit.idist.broadcast", lambda seconds: 30.0)
+    schedule = TimedDecay(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), 100)
+    schedule._now = iter(range(0, 10_000, 99)).__next__  # type: ignore[method-assign] # a clock that runs too fast
+    trainer = Engine(lambda *_: None)
+    schedule.attach(trainer)
+    trainer.run([0] * 7, max_epochs=1000)
+    assert (trainer.state.epoch, trainer.state.iteration) == (4, 28)
+
+
+@pytest.mark.slow
 def test_processes_of_a_training_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
     multiprocessing.spawn(train, (tmp_path,), nprocs=PROCESSES)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(PROCESSES))
