@@ -43,7 +43,9 @@ def test_every_public_name_can_be_had() -> None:
         monai_iunet.UNet  # noqa: B018
 
 
-@pytest.mark.parametrize("imports", ["", "import monai_iunet.networks; "])
+@pytest.mark.parametrize(
+    "imports", ["", pytest.param("import monai_iunet.networks; ", marks=pytest.mark.slow)], ids=["alone", "imported"]
+)
 def test_a_config_finds_the_networks(imports: str) -> None:
     # In a fresh interpreter: MONAI looks names up in the modules that are loaded.
     target = "SegIUNet" if imports else "monai_iunet.SegIUNet"
