@@ -1,18 +1,21 @@
-"""What `monai-iunet segment` does: images are read, checked, segmented and written, one after another."""
+"""What `monai-iunet segment` does: images are read, checked, segmented and written."""
 
 from __future__ import annotations
 
 import errno
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import nibabel
 import SimpleITK
+import torch
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
@@ -23,6 +26,7 @@ from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, ima
 from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.io.labels import label_image, write_probability_image
 from monai_iunet.io.read import read_image
+from monai_iunet.segmentation.at_once import SegmenterPool, images_at_once, run_in_order
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.origin import check_origin, origin_of
 from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
@@ -52,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 # The disk is full, the quota or the limit of a file is used up, the disk is read-only, or it fails.
 ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-SMALL = 64 * 2**20  # bytes of an image's files, up to which reading and writing overlap with segmenting
+SMALL = 64 * 2**20  # bytes of an image's files, up to which several images are in memory at once
 # What a volume is written as whose own format keeps header and data in two files.
 IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 
@@ -70,14 +74,15 @@ class Settings:
         overlay: write a picture of the contours.
         format: "nifti", or "input" for the format that the image came in; DICOM SEG for a DICOM series.
         series: DICOM series, if a folder holds several.
-        fail_fast: raise what is wrong with an image instead of going on with the next.
+        fail_fast: raise what is wrong with an image instead of going on with the next; then images are segmented one
+            after another.
         overwrite: replace files that are there.
         skip_done: leave out images whose labels are there, if they were made of the same image by the same bundle.
         record: write the record of each image, `NAME_seg.json`.
         view: write what the page shows of each image.
         share: part of the images that this process does.
         strict: take a doubtful segmentation for a failure, and write nothing of it.
-        overlap: read the next image, and write the one before, while one is segmented.
+        overlap: work on several images at once, if their files are small.
     """
 
     mirror: bool = False
@@ -166,7 +171,7 @@ class Failure:
 def segment_files(
     images: Sequence[Path], segmenter: BundleSegmenter, output: Path, settings: Settings
 ) -> Iterator[WrittenSegmentation | Failure]:
-    """Segment image files one after another; the next one is read while one is segmented and the last one is written.
+    """Segment image files; several at once if they are small, but what is yielded is in their order.
 
     Args:
         images: files, or folders with a DICOM series. Where the bundle takes several channels, files NAME_0000,
@@ -197,40 +202,43 @@ def segment_files(
 def segment_cases(
     cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
 ) -> Iterator[WrittenSegmentation | Failure]:
-    """Segment cases one after another, see `segment_files`; their files were checked by `check_outputs`.
+    """Segment cases, see `segment_files`; their files were checked by `check_outputs`.
 
-    While one image is segmented, the next is read and the one before is written, each in a thread of its own, if both
-    are small enough that memory for three of them does not matter.
+    Of images whose files are small, several are in memory at once, see `images_at_once`.
     """
     _check_strict(segmenter, settings)
     left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading: Future[nibabel.Nifti1Image] | None = None
-        writing: tuple[Case, Future[WrittenSegmentation]] | None = None
-        # A bar on a terminal, nothing elsewhere.
-        bar = tqdm(left, desc="segmenting", unit="image", leave=False, disable=None)
-        for case, following in zip(bar, [*left[1:], None]):
-            wait([current := reading or reader.submit(read_image, case.files, settings.series, segmenter.channels)])
-            overlaps = settings.overlap and _is_small(case)
-            reading = None
-            if following is not None and overlaps and _is_small(following):
-                reading = reader.submit(read_image, following.files, settings.series, segmenter.channels)
-            try:
-                segmentation = segmenter.segment(current.result(), str(case.image), settings.mirror)
-            except Exception as error:
-                result: Future[WrittenSegmentation] = Future()
-                result.set_exception(error)
-            else:
-                result = writer.submit(_write, segmentation, case, settings.strict)
-            del current
-            if writing is not None:
-                yield _outcome(*writing, settings)
-            writing = (case, result)
-            if not overlaps or result.done():  # done already, if it has failed: then nothing more is begun
-                yield _outcome(*writing, settings)
-                writing = None
-        if writing is not None:
-            yield _outcome(*writing, settings)
+    # A bar on a terminal, nothing elsewhere.
+    for case, result in tqdm(
+        _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None
+    ):
+        yield _outcome(case, result, settings)
+
+
+def _segment_all(
+    cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
+) -> Iterator[tuple[Case, Future[WrittenSegmentation]]]:
+    """Yield each case and what was written of it."""
+    writing = Lock()
+    for small, alike in groupby(cases, _is_small):
+        group = list(alike)
+        overlaps = settings.overlap and small and not settings.fail_fast  # what follows a failure is not begun
+        at_once = images_at_once(segmenter.device, len(group)) if overlaps else 1
+        work = partial(_segment_case, SegmenterPool(segmenter, at_once), segmenter.channels, settings, writing)
+        workers = min(at_once + 1, len(group)) if overlaps else 1
+        yield from run_in_order(work, group, workers, torch.get_num_threads() // at_once)
+
+
+def _segment_case(
+    segmenters: SegmenterPool, channels: int, settings: Settings, writing: Lock, case: Case
+) -> WrittenSegmentation:
+    """Read an image, segment it as soon as a segmenter is free, and write the result when no other is written."""
+    image = read_image(case.files, settings.series, channels)
+    with segmenters.borrow() as segmenter:
+        segmentation = segmenter.segment(image, str(case.image), settings.mirror)
+    del image
+    with writing:  # matplotlib, which draws the pictures, is not made for threads
+        return _write(segmentation, case, settings.strict)
 
 
 def _is_small(case: Case) -> bool:

@@ -1,0 +1,110 @@
+"""Several images at once: the cores are divided among them, and one more is read or written meanwhile.
+
+What the network leaves to one core, such as reading, measuring and drawing, is then done for one image while the others
+go on, and the layers of a network with a core for each of two images need not wait for one another.
+On a GPU one image is segmented at a time, while the next is read and the one before is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+
+from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.system import available_memory
+
+__all__ = ["SegmenterPool", "images_at_once", "run_in_order"]
+
+MOST = 8  # threads of Python take turns, which many would wait for
+MEMORY_OF_AN_IMAGE = 4 * 2**30  # bytes, with room: a whole head takes 1 to 3 GiB
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def images_at_once(device: torch.device, count: int) -> int:
+    """Return how many of `count` images to segment at once.
+
+    Example:
+        >>> images_at_once(torch.device("cuda"), 100)
+        1
+    """
+    if device.type != "cpu":
+        return 1
+    available = available_memory()
+    fitting = MOST if available is None else available // MEMORY_OF_AN_IMAGE
+    return max(1, min(torch.get_num_threads(), MOST, fitting, count))
+
+
+class SegmenterPool:
+    """Lends each segmenter to one thread at a time, since networks and transforms may be in use by one only.
+
+    Args:
+        segmenter: the first one; the others are copies.
+        count: number of segmenters.
+    """
+
+    def __init__(self, segmenter: BundleSegmenter, count: int) -> None:
+        self._free: SimpleQueue[BundleSegmenter] = SimpleQueue()
+        for one in [segmenter, *(deepcopy(segmenter) for _ in range(count - 1))]:
+            self._free.put(one)
+
+    @contextmanager
+    def borrow(self) -> Iterator[BundleSegmenter]:
+        """Wait for a segmenter, and give it back at the end of the `with` block."""
+        segmenter = self._free.get()
+        try:
+            yield segmenter
+        finally:
+            self._free.put(segmenter)
+
+
+def run_in_order(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, torch_threads: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Call a function for each item, several at once, and yield what comes out in the order of the items.
+
+    After a failure nothing more is begun until the caller has seen it and goes on. One call at a time runs in the
+    thread of the caller, so that it can be interrupted at once.
+
+    Args:
+        work: the function.
+        items: what to call it with.
+        workers: number of calls at once, each in a thread.
+        torch_threads: number of threads that PyTorch uses in each.
+    """
+    if workers == 1:
+        yield from ((item, _finished(work, item)) for item in items)
+        return
+    before = torch.get_num_threads()
+    begun: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,)) as pool:
+            for item in items:
+                while begun and (len(begun) == workers or any(_has_failed(result) for _, result in begun)):
+                    yield begun.popleft()
+                begun.append((item, pool.submit(work, item)))
+            yield from begun
+    finally:
+        torch.set_num_threads(before)  # that of the process, which the workers have changed
+
+
+def _finished(work: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Call a function here, and return what comes out as a thread would."""
+    result: Future[Result] = Future()
+    try:
+        result.set_result(work(item))
+    except Exception as error:
+        result.set_exception(error)
+    return result
+
+
+def _has_failed(result: Future[Result]) -> bool:
+    return result.done() and result.exception() is not None
