@@ -122,10 +122,12 @@ def is_exporting() -> bool:
 def is_view(tensor: Tensor) -> bool:
     """Return whether a tensor shares the memory of another tensor that it is a view of.
 
-    PyTorch does not follow views of tensors made in inference mode; there it is told by a memory that is larger.
+    PyTorch does not follow views of tensors made in inference mode; there it is told by a memory that is larger, or by
+    strides with which values share a place, as those of windows that overlap.
     """
     if tensor.is_inference():
-        return tensor.untyped_storage().nbytes() > tensor.nbytes
+        dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # which keeps no other strides
+        return not dense or tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor._is_view()
 
 

@@ -85,6 +85,11 @@ def test_is_view() -> None:
     x = torch.zeros(4)
     assert private.is_view(x[1:])
     assert not private.is_view(x)
+    with torch.inference_mode():
+        whole = torch.zeros(3, 4)
+        assert not any(map(private.is_view, (whole, whole.mT)))
+        assert all(map(private.is_view, (whole[1:], whole[:, ::2], whole[:1].expand(3, 4))))
+        assert private.is_view(torch.zeros(12).unfold(0, 4, 2))
 
 
 def test_keep_versions() -> None:

@@ -45,6 +45,17 @@ def test_the_output_is_that_with_gradients_and_the_image_stays(
         assert torch.equal(torch.as_tensor(x).clone(), image)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_windows_that_share_memory_stay(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    net = net_of()
+    with mode():
+        whole = torch.randn(5, 20, 8)
+        windows = whole.unfold(1, 8, 1).permute(1, 0, 3, 2)
+        expected, before = net(windows.clone()), whole.clone()
+        torch.testing.assert_close(net(windows), expected)
+        assert torch.equal(whole, before)
+
+
 def keep(seen: Seen, tensors: Any) -> None:
     seen.extend((tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor))
 
