@@ -28,8 +28,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "06_scale_out": {"max_epochs": 2, "cases": 4},
     "07_whole_images": {},
 }
-# Half a minute even so; the third is much like the second.
-LONG = ("03_segment_ct", "05_memory", "06_scale_out")
+# Ten to thirty seconds even so; the continuous integration runs these too, after the others.
+LONG = ("02_segment_mri", "03_segment_ct", "04_train_your_own", "05_memory", "06_scale_out")
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 

@@ -103,12 +103,12 @@ def test_threads_share_no_network() -> None:
 
 
 def test_images_at_once_get_the_labels_of_one_after_another(
-    two_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     generator = np.random.default_rng(0)
     images = []
-    for name in "abcd":
-        blurred = torch.nn.functional.avg_pool3d(torch.from_numpy(generator.random((1, 1, 44, 60, 44))), 9, 1)
+    for name in "ab":
+        blurred = torch.nn.functional.avg_pool3d(torch.from_numpy(generator.random((1, 1, 36, 44, 36))), 9, 1)
         nibabel.save(nibabel.Nifti1Image(1000 * blurred[0, 0].numpy(), np.eye(4)), tmp_path / f"{name}.nii.gz")
         images.append(tmp_path / f"{name}.nii.gz")
     segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
@@ -122,10 +122,11 @@ def test_images_at_once_get_the_labels_of_one_after_another(
 
     for overlap in (False, True):
         if overlap:
+            request.getfixturevalue("two_threads")
             monkeypatch.setattr(BundleSegmenter, "segment", meet)
         settings = Settings(overlap=overlap)
         results: list[Any] = list(segment_files(images, segmenter, tmp_path / str(overlap), settings))
-        assert [result.name for result in results] == list("abcd")
+        assert [result.name for result in results] == list("ab")
         written[overlap] = [np.asarray(nibabel.load(result.written).dataobj) for result in results]
     assert any(labels.any() for labels in written[False])
     for one, other in zip(written[False], written[True]):
