@@ -212,11 +212,13 @@ def _description(path: Path) -> Mapping[str, Any]:
 
 
 def _channels(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of channels in the order of their numbers, which need not be that of the file."""
     names = description.get("channel_names", description.get("modality", {}))
     if isinstance(names, str):
         return (names,)
-    values = names.values() if isinstance(names, Mapping) else names if isinstance(names, list) else ()
-    return tuple(map(str, values)) or ("image",)
+    if isinstance(names, Mapping):
+        names = [names[key] for key in sorted(names, key=lambda key: int(key) if key.isdecimal() else 0)]
+    return tuple(map(str, names if isinstance(names, list) else ())) or ("image",)
 
 
 def _stored_channels(path: str) -> int:

@@ -73,6 +73,14 @@ def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:
     assert data.problems == ()
 
 
+def test_channels_are_named_by_their_numbers(tmp_path: Path) -> None:
+    names = {"10": "k", **{str(number): "abcdefghij"[number] for number in range(9, -1, -1)}}
+    files = [f"imagesTr/p_{number:04}.nii.gz" for number in range(11)]
+    description = {"channel_names": names, "labels": {"liver": 1}}
+    data = read_labeled_data(make(tmp_path, [*files, "labelsTr/p.nii.gz"], description))
+    assert data.channels == tuple("abcdefghijk")
+
+
 @pytest.mark.parametrize(
     ("image", "label", "named"),
     [
