@@ -94,7 +94,7 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
     if isinstance(description.get("training"), list):
         training, problems = _listed(folder, description["training"])
         validation = None
-        if isinstance(description.get("validation"), list):
+        if description.get("validation"):
             validation, more = _listed(folder, description["validation"])
             problems += more
     else:

@@ -56,6 +56,7 @@ def test_validation_cases_of_its_own_are_used(tmp_path: Path) -> None:
     assert names(list_cases(folder, "judges", 1, 2, **judges)) == ["c02"]
     assert names(list_cases(folder, "validation", 1, 2, **judges)) == ["c01"]
     assert names(list_cases(folder, "training", 1, 2, **judges)) == ["c00", "c03"]
+    assert names(list_cases(make(tmp_path, [], decathlon(6, validation=[])), "validation")) == ["c00", "c05"]
 
 
 def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:
