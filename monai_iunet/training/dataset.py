@@ -250,6 +250,8 @@ def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] 
         raise InputError(
             f'{path}: "labels" must give each structure a number, such as {{"liver": 1}}, whole and not negative.'
         ) from error
+    if len(by_name) < len(entries):
+        raise InputError(f'{path}: "labels" gives several numbers the same name. Give each its own.')
     parts = ""
     if regions:
         # A label map holds each voxel once: what is learned is each value, named after the smallest region with it.

@@ -148,6 +148,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ('{"training": {"image": "a.nii.gz"}}', '"training" must be a list of cases'),
         ('{"training": [], "validation": "val.json"}', '"validation" must be a list of cases'),
         ('{"training": [], "labels": {"liver": 1, "tumor": 1}}', "the same number"),
+        ('{"training": [], "labels": {"1": "liver", "2": "liver"}}', "the same name"),
         ("{}", "not a data set"),
     ],
 )
