@@ -165,7 +165,7 @@ def read_case(
     values = np.unique(label.get_fdata(dtype=np.float32))
     wrong = [value for value in values if value not in label_values]
     if wrong:
-        some = ", ".join(f"{value:g}" for value in wrong[:5])
+        some = ", ".join(np.format_float_positional(value, trim="-") for value in wrong[:5])
         consecutive = list(label_values) == list(range(len(label_values)))
         known = f"0 to {len(label_values) - 1}" if consecutive else ", ".join(map(str, label_values))
         raise InputError(f"{case['label']}: has the values {some}, labels are {known}.")

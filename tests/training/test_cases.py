@@ -51,6 +51,10 @@ BAD = {
         lambda folder: case(folder, "value", np.full((2, 3, 4), 7, np.uint8)),
         "has the values 7, labels are 0 to 1",
     ),
+    "almost": (
+        lambda folder: case(folder, "almost", np.full((2, 3, 4), np.nextafter(np.float32(1), np.float32(0)))),
+        "has the values 0.99999994, labels",
+    ),
     "empty": (lambda folder: case(folder, "empty", np.zeros((2, 3, 4), np.uint8)), "is empty"),
     "damaged": (damaged, r"damaged\.nii\.gz: (not a readable|truncated)"),
     "nan": (not_finite, "24 voxels are NaN"),
@@ -69,11 +73,11 @@ def test_all_bad_cases_are_listed_together_or_left_out(tmp_path: Path, caplog: p
     with pytest.raises(InputError) as error:
         check_cases(cases, 2)
     lines = str(error.value).splitlines()
-    assert lines[0] == "8 of 9 cases cannot be used:"
-    assert len(lines) == 10
+    assert lines[0] == "9 of 10 cases cannot be used:"
+    assert len(lines) == 11
     with caplog.at_level(logging.WARNING):
         assert check_cases(cases, 2, skip_bad=True) == cases[:1]
-    assert "8 of 9 cases are left out" in caplog.text
+    assert "9 of 10 cases are left out" in caplog.text
     assert check_cases(cases, 2, check=False) == cases
     with pytest.raises(InputError, match="no case to use"):
         check_cases(cases[1:], 2, skip_bad=True)
