@@ -200,7 +200,8 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
     labels = np.asarray(nibabel.as_closest_canonical(label).dataobj).astype(np.int32)
     data = image.get_fdata(dtype=np.float32)
     spacing = nibabel.affines.voxel_sizes(image.affine)
-    mean, deviation = float(data.mean()), float(data.std())
+    # In float64: squares of tiny values are nothing in float32, those of huge ones infinite.
+    mean, deviation = float(data.mean()), float(data.std(dtype=np.float64))
     volumes: list[float] = []
     centers: list[float | None] = []
     contrast: list[float | None] = []

@@ -75,6 +75,13 @@ def test_a_ct_among_mr_images_is_named(tmp_path: Path) -> None:
         take(tmp_path)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_unit_of_intensities_does_not_matter(scale: float, tmp_path: Path) -> None:
+    contrast = take(make_set(tmp_path, count=1)).cases[0].contrast
+    change(tmp_path / "imagesTr" / "case_00.nii.gz", lambda data: data * np.float32(scale))
+    assert take(tmp_path).cases[0].contrast == pytest.approx(contrast, rel=1e-4)
+
+
 def test_all_bad_cases_are_listed_together(tmp_path: Path) -> None:
     folder = make_set(tmp_path)
     description = json.loads((folder / "dataset.json").read_text())
