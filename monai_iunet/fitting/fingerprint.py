@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
             problems.append(str(error))
             left_out.append(image_of(case))
     chosen = modality or _named_modality(data.channels)
-    problems_of_pairs = _other_modality(cases, chosen) | _mirrored(cases)
+    problems_of_pairs = _other_modality(cases, chosen) | _mirrored(cases) | _copies(cases)
     problems += problems_of_pairs.values()
     left_out += problems_of_pairs
     good = tuple(case for case in cases if case.name not in problems_of_pairs)
@@ -261,6 +261,17 @@ def _other_modality(cases: Sequence[CaseFacts], modality: str | None) -> dict[st
         f"{' not' if is_ct else ''}. Keep one modality per data set."
         for name, is_ct in like_ct.items()
         if is_ct != expected and is_ct != usual
+    }
+
+
+def _copies(cases: Sequence[CaseFacts]) -> dict[str, str]:
+    """Return a problem for each case of which all is as in an earlier one: it would be trained and validated on."""
+    first: dict[CaseFacts, str] = {}
+    originals = {case.name: first.setdefault(replace(case, name=""), case.name) for case in cases}
+    return {
+        name: f"{name}: is a copy of {original} by another name. Keep one of them."
+        for name, original in originals.items()
+        if original != name
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_a_ct_among_mr_images_is_named(tmp_path: Path) -> None:
     change(make_set(tmp_path) / "imagesTr" / "case_04.nii.gz", lambda data: data - 1000)
     with pytest.raises(InputError, match=r"case_04.nii.gz: its intensities are those of a CT, most others' are not"):
         take(tmp_path)
+
+
+def test_a_copy_of_a_case_is_named(tmp_path: Path) -> None:
+    folder = make_set(tmp_path)
+    for part in ("imagesTr", "labelsTr"):
+        shutil.copyfile(folder / part / "case_01.nii.gz", folder / part / "case_04.nii.gz")
+    with pytest.raises(InputError, match=r"case_04.nii.gz: is a copy of .*case_01.nii.gz"):
+        take(tmp_path)
+    assert take(tmp_path, skip_bad=True).left_out == ("case_04.nii.gz",)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
