@@ -142,6 +142,9 @@ class Task:
             )
         if not self.classes or not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
+        special = [name for name in self.classes if name[0] in "$@%" or "#" in name]
+        if special:  # the configs read them as expressions, references and paths
+            raise InputError(f"classes {', '.join(special)!r}: no name may begin with $, @ or %, or have a #. Rename.")
         if len(self.classes) > MOST_CLASSES:
             raise InputError(
                 f"{len(self.classes)} classes: labels are written as bytes, so {MOST_CLASSES} are the most."
