@@ -1,11 +1,11 @@
 """Evaluating a module a second time with the result of the first.
 
-A result depends on more than the inputs: on the autocast setting, the random numbers, the parameters, the buffers,
-which an evaluation may change, the hooks, and the settings of each part: attributes that are numbers, texts or
-switches, such as the mode (training or evaluation) and the rate of a dropout. Other attributes, such as functions,
-tensors, lists and dictionaries, count as settings too, unless the evaluation itself changes them. `Conditions` records
-all of it around the first evaluation and has it again around the second, after which everything is as it was before
-that: running statistics move once, random numbers are drawn once.
+A result depends on more than the inputs: on the autocast setting, the random numbers (see `random_numbers.py`), the
+parameters, the buffers, which an evaluation may change, the hooks, and the settings of each part: attributes that are
+numbers, texts or switches, such as the mode (training or evaluation) and the rate of a dropout. Other attributes, such
+as functions, tensors, lists and dictionaries, count as settings too, unless the evaluation itself changes them.
+`Conditions` records all of it around the first evaluation and has it again around the second, after which everything
+is as it was before that: running statistics move once, random numbers are drawn once.
 
 The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
 parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import hooks_of, hooks_of_all_modules, keep_versions, version, without_modes
+from monai_iunet.engine.pytorch_private import hooks_of, hooks_of_all_modules, keep_versions, version
+from monai_iunet.engine.random_numbers import RandomNumbers, generators, is_same_state
 
 __all__ = ["Conditions"]
 
@@ -53,21 +54,22 @@ class Conditions:
         self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
         self._moved: list[tuple[Tensor, Tensor]] = []  # buffers that the module writes to, and their values before
-        self._random: tuple[list[Tensor], list[Tensor]] | None = None  # the generators' states before and after
+        # The generators that were drawn from, with their states before and after.
+        self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Note, around the first evaluation, what the second one needs."""
         versions = [(tensor, version(tensor)) for part in self._parts for tensor in part.tensors()]
         buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
-        before = _generator_states(self._device)
+        modules = [part.module for part in self._parts]
+        before = [(generator, generator.state()) for generator in generators(self._device, modules)]
         with self._autocast_again():
             yield
         for part in self._parts:
             part.forget_what_it_changed()
-        after = _generator_states(self._device)
-        if _bytes(before) != _bytes(after):
-            self._random = before, after
+        states = [(generator, state, generator.state()) for generator, state in before]
+        self._random = [drawn for drawn in states if not is_same_state(*drawn[1:])] or None
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._moved = [(buffer, value) for buffer, value in buffers if id(buffer) not in unmoved]
@@ -95,9 +97,9 @@ class Conditions:
                 stack.callback(_write, buffers, [buffer.detach().clone() for buffer in buffers])
                 for buffer, value in self._moved:
                     _write([buffer], [value])
-            if self._random is not None:
-                stack.callback(_set_generator_states, self._device, _generator_states(self._device))
-                _set_generator_states(self._device, self._random[0])
+            for generator, before, _ in self._random or []:
+                stack.callback(generator.go_to, generator.state())
+                generator.go_to(before)
             stack.enter_context(self._autocast_again())
             yield
             self._check_random_numbers()
@@ -124,11 +126,10 @@ class Conditions:
 
     def _check_random_numbers(self) -> None:
         """Raise an error if another thread drew from the generator while a dropout did."""
-        if self._random is None or not any(
-            isinstance(part.module, DROPOUT) and part.settings["training"] for part in self._parts
-        ):
+        if not any(isinstance(part.module, DROPOUT) and part.settings["training"] for part in self._parts):
             return
-        if _bytes(_generator_states(self._device)) != _bytes(self._random[1]):
+        of_pytorch = [drawn for drawn in self._random or [] if drawn[0].is_of_pytorch]
+        if any(not is_same_state(generator.state(), after) for generator, _, after in of_pytorch):
             raise RuntimeError(
                 "The random numbers of a dropout cannot be drawn again, because another thread has drawn from the same "
                 'generator meanwhile. Let one thread draw at a time, or store activations (activations="store").'
@@ -257,21 +258,3 @@ def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(tensors, values):
             tensor.copy_(value)
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the random number generators that a module on the device may draw from."""
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
-
-
-def _set_generator_states(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-def _bytes(states: list[Tensor]) -> list[bytes]:
-    return without_modes(lambda: [state.numpy().tobytes() for state in states])

@@ -33,9 +33,9 @@ What the engine does not do:
   them rebuilt with that rounding: shard branches, or the whole.
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
   and again. Threads with graphs of their own are independent.
-- What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of PyTorch's
-  random generators is not put back for the second evaluation: a layer that lists its calls lists two in each step, and
-  what is set within an object of one's own, or within an array, between the passes is not noticed.
+- What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of random
+  generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its calls lists two in
+  each step, and what is set within an object of one's own, or within an array, between the passes is not noticed.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 

@@ -6,6 +6,7 @@ Each row is a way to get gradients; it is walked with activations that are rebui
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -804,6 +805,43 @@ def test_two_backward_passes_over_one_graph_in_two_threads() -> None:
     for found in work_in_threads([differentiate] * 2):
         for each in found:
             assert max(relative_errors(each, expected)) < 1e-10
+
+
+class Drawing(nn.Conv2d):
+    """Scales its output by a random number."""
+
+    def __init__(self, draw: Callable[[Any], float], inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.draw = draw
+        self.of_torch, self.of_python = torch.Generator().manual_seed(0), random.Random(0)
+        self.of_numpy, self.new_of_numpy = np.random.RandomState(0), np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.draw(self))
+
+
+DRAWS: dict[str, Callable[[Any], float]] = {
+    "python": lambda _: random.random(),
+    "numpy": lambda _: np.random.rand(),
+    "own of torch": lambda branch: float(torch.rand((), generator=branch.of_torch)),
+    "own of python": lambda branch: branch.of_python.random(),
+    "own of numpy": lambda branch: 0.1 * branch.of_numpy.randn(),
+    "own new one of numpy": lambda branch: branch.new_of_numpy.random(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_numbers_from_other_generators_than_pytorch_s_are_drawn_again(draw: str) -> None:
+    following = []
+
+    def run(net: Any, x: Tensor) -> None:
+        random.seed(0)
+        np.random.seed(0)
+        plain(net, x)
+        following.append(DRAWS[draw](net.iunet.encoder[0][0].branch))
+
+    compare(run, make_branch=lambda _, inputs, outputs, *__: Drawing(DRAWS[draw], inputs, outputs))
+    assert following[0] == following[1]
 
 
 def test_a_dropout_whose_generator_another_thread_used_is_noticed() -> None:

@@ -1,0 +1,102 @@
+"""The random number generators that a module may draw from.
+
+Those of PyTorch, those that the parts of a module keep as attributes, and, for modules of one's own and hooks, that of
+Python's `random` and that of NumPy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from monai_iunet.engine.pytorch_private import has_hooks, without_modes
+
+__all__ = ["RandomNumbers", "generators", "is_same_state"]
+
+DRAW_FROM_PYTORCH = ("torch", "monai", "monai_iunet")  # packages whose modules draw from PyTorch's generators alone
+
+
+@dataclass(frozen=True)
+class RandomNumbers:
+    """A generator.
+
+    Attributes:
+        state: returns its state.
+        go_to: gives it a state.
+        is_of_pytorch: whether it is one of those that PyTorch has by itself.
+    """
+
+    state: Callable[[], Any]
+    go_to: Callable[[Any], Any]
+    is_of_pytorch: bool = False
+
+
+def generators(device: torch.device, modules: Sequence[nn.Module]) -> list[RandomNumbers]:
+    """Return the generators that modules on a device may draw from.
+
+    Args:
+        device: of the modules.
+        modules: all parts of a module.
+
+    Example:
+        >>> (of_pytorch, *_) = generators(torch.device("cpu"), [nn.Dropout()])
+        >>> before, first = of_pytorch.state(), torch.rand(3)
+        >>> of_pytorch.go_to(before)
+        >>> torch.equal(torch.rand(3), first)
+        True
+    """
+    found = [_of_torch(torch.get_rng_state, torch.set_rng_state, True)]
+    if device.type not in ("cpu", "meta"):
+        of_device = torch.get_device_module(device)
+        state, go_to = partial(of_device.get_rng_state, device), partial(of_device.set_rng_state, device=device)
+        found.append(_of_torch(state, go_to, True))
+    # To ask NumPy for its state takes longer than all else here.
+    if any(type(module).__module__.split(".")[0] not in DRAW_FROM_PYTORCH or has_hooks(module) for module in modules):
+        found.append(RandomNumbers(random.getstate, random.setstate))
+        found.append(RandomNumbers(partial(np.random.get_state, legacy=False), np.random.set_state))
+    kept = {id(attribute): attribute for module in modules for attribute in vars(module).values()}
+    return [*found, *(generator for attribute in kept.values() for generator in _of_attribute(attribute))]
+
+
+def is_same_state(one: Any, other: Any) -> bool:
+    """Return whether two states of a generator are the same, with the arrays in them.
+
+    Example:
+        >>> is_same_state({"key": np.array([1, 2])}, {"key": np.array([1, 3])})
+        False
+    """
+    if isinstance(one, dict):
+        return all(is_same_state(part, other[name]) for name, part in one.items())
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
+
+
+def _of_attribute(attribute: Any) -> Iterator[RandomNumbers]:
+    """Yield the generator that an attribute is, if it is one."""
+    if isinstance(attribute, torch.Generator):
+        yield _of_torch(attribute.get_state, attribute.set_state)
+    elif isinstance(attribute, random.Random) and not isinstance(attribute, random.SystemRandom):
+        yield RandomNumbers(attribute.getstate, attribute.setstate)
+    elif isinstance(attribute, np.random.RandomState):
+        yield RandomNumbers(partial(attribute.get_state, legacy=False), attribute.set_state)
+    elif isinstance(attribute, np.random.Generator):
+        bits = attribute.bit_generator
+        yield RandomNumbers(partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+
+
+def _of_torch(get: Callable[[], Tensor], put: Callable[[Tensor], Any], is_of_pytorch: bool = False) -> RandomNumbers:
+    """Return a generator of PyTorch; its state are bytes, in whatever mode tensors are made."""
+
+    def state() -> bytes:
+        return without_modes(lambda: get().numpy().tobytes())
+
+    def go_to(state: bytes) -> None:
+        without_modes(lambda: put(torch.frombuffer(bytearray(state), dtype=torch.uint8)))
+
+    return RandomNumbers(state, go_to, is_of_pytorch)
