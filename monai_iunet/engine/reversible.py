@@ -559,7 +559,7 @@ def _kind(tensor: Tensor | Converted) -> _Kind:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return where in its storage a tensor lies, and how it is to be read."""
-    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj()
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _refuse(_: Any) -> NoReturn:

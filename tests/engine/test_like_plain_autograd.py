@@ -954,6 +954,22 @@ def test_a_conjugated_state_is_not_the_state() -> None:
     assert max(relative_errors(*([tensor.abs() for tensor in each] for each in found))) < 1e-10
 
 
+class Exponential(InvertibleLayer):
+    def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].exp(),)
+
+    def restore(self, outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (outputs[0].log(),)
+
+
+def test_a_negated_view_of_a_state_is_not_the_state() -> None:
+    first, second = Exponential(), Exponential()
+    x = torch.randn(5, dtype=torch.double, requires_grad=True)
+    value = second(torch._neg_view(first(x)[0]))[0].sum()  # what `.conj().imag` makes of complex numbers
+    (found,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(found, -(x - x.exp()).exp())
+
+
 def test_a_state_that_several_layers_take() -> None:
     layers = nn.ModuleList(AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())) for _ in range(4)).double()
     inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
