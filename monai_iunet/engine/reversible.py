@@ -178,6 +178,8 @@ class InvertibleLayer(nn.Module):
         with call.repeat() as saved:
             again = (self.restore if call.inverse else self.transform)(call.leaves(inputs), call.weights)
         for tensor, expected in zip(again, outputs):
+            if not (expected.is_floating_point() or expected.is_complex()):  # as a mask, of which there are no norms
+                tensor, expected = tensor.float(), expected.float()
             size = torch.linalg.vector_norm(expected)
             error = torch.linalg.vector_norm(tensor.detach() - expected)
             if size.isfinite() and not error <= LARGEST_ERROR * size:  # an error that is no number counts

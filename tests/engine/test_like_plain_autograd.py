@@ -954,6 +954,39 @@ def test_a_conjugated_state_is_not_the_state() -> None:
     assert max(relative_errors(*([tensor.abs() for tensor in each] for each in found))) < 1e-10
 
 
+class Masked(InvertibleLayer):
+    """A coupling that changes what a mask marks, and passes the mask on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+
+    def shift(self, kept: Tensor, mask: Tensor) -> Tensor:
+        return self.branch(kept).tanh() * mask
+
+    def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        changed, kept, mask = inputs
+        return kept, changed + self.shift(kept, mask), mask
+
+    def restore(self, outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept, changed, mask = outputs
+        return changed - self.shift(kept, mask), kept, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_a_mask_may_be_a_part_of_the_state(dtype: torch.dtype) -> None:
+    chain = InvertibleChain(Masked() for _ in range(3)).double()
+    inputs = [torch.randn(2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    mask = torch.tensor([True, False, True, False]).expand(2, 4).to(dtype)
+    found = []
+    for rebuilds in (True, False):
+        for layer in chain:
+            layer.rebuilds = rebuilds
+        first, second, _ = chain(*inputs, mask)
+        found.append(torch.autograd.grad((first * second).sum(), [*inputs, *chain.parameters()]))
+    assert max(relative_errors(*found)) < 1e-12
+
+
 class Exponential(InvertibleLayer):
     def transform(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].exp(),)
