@@ -56,14 +56,27 @@ class GrowingPatches:
         """Attach to a `monai.engines.Trainer`.
 
         Raises:
-            InputError: when the transforms of its data set have no `TrainingPatchd`.
+            InputError: when the transforms of its data set have no `TrainingPatchd`; and from the trainer when it
+                starts, if workers load its data beyond an epoch.
         """
         transform = getattr(trainer.data_loader.dataset, "transform", None)
         steps: Any = transform.flatten().transforms if isinstance(transform, Compose) else [transform]  # type: ignore[no-untyped-call]
         patches = [step for step in steps if isinstance(step, TrainingPatchd)]
         if not patches:
             raise InputError("growing: the training cuts its patches by no TrainingPatchd, whose size could grow.")
+        trainer.add_event_handler(Events.STARTED, self._check_workers)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._set_size, patches)
+
+    def _check_workers(self, trainer: Any) -> None:
+        """Raise an error where workers load data beyond an epoch: they keep the transforms that they began with."""
+        loader = trainer.data_loader
+        if getattr(loader, "num_workers", 0) and (
+            loader.persistent_workers or trainer.state.epoch_length % len(loader) != 0
+        ):
+            raise InputError(
+                "growing: workers that load data keep the size of patches that they began with. Set persistent_workers "
+                f"to False and give no epoch_length, or a multiple of {len(loader)}; or set num_workers to 0."
+            )
 
     def _set_size(self, trainer: Any, patches: Sequence[TrainingPatchd]) -> None:
         done = (trainer.state.epoch - 1) / trainer.state.max_epochs

@@ -24,13 +24,22 @@ def test_no_sizes_are_refused() -> None:
         GrowingPatches([])
 
 
-def sizes_seen(epochs: int, before: int = 0, share: float | None = None, sizes: Any = SIZES) -> list[tuple[int, ...]]:
+def sizes_seen(
+    epochs: int,
+    before: int = 0,
+    share: float | None = None,
+    sizes: Any = SIZES,
+    epoch_length: int | None = None,
+    **loading: Any,
+) -> list[tuple[int, ...]]:
     """Sizes of the patches of a training, epoch by epoch, which goes on after some."""
     item = {"image": torch.rand(1, 20, 20, 20), "label": torch.zeros(1, 20, 20, 20)}
     patches = Compose([TrainingPatchd(["image", "label"], "whole")])
     seen = []
     trainer: Any = Engine(lambda _, batch: seen.append(tuple(batch["image"].shape[2:])))
-    trainer.data_loader = DataLoader(CacheDataset([item], patches, progress=False))
+    trainer.data_loader = DataLoader(
+        CacheDataset([item] * 2 if epoch_length else [item], patches, progress=False), **loading
+    )
     schedule = None
     if share is not None:
         schedule = TimedDecay(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0), max_seconds=100)
@@ -38,7 +47,7 @@ def sizes_seen(epochs: int, before: int = 0, share: float | None = None, sizes: 
     GrowingPatches(sizes, schedule).attach(trainer)
     trainer.state.epoch = before
     trainer.state.max_epochs = epochs
-    trainer.run(trainer.data_loader)
+    trainer.run(trainer.data_loader, epoch_length=epoch_length)
     return seen
 
 
@@ -48,6 +57,13 @@ def test_each_size_gets_its_part_whenever_the_training_goes_on() -> None:
     for before in (1, 3, 5, 8):
         assert sizes_seen(9, before) == whole[before:]
     assert sizes_seen(4, sizes=[SIZES[0], "whole"]) == [SIZES[0]] * 2 + [(20, 20, 20)] * 2
+
+
+def test_workers_that_would_not_see_them_grow_are_refused() -> None:
+    for options in ({"persistent_workers": True}, {"epoch_length": 1}):
+        with pytest.raises(InputError, match="growing: workers"):
+            sizes_seen(2, sizes=SIZES[:2], num_workers=1, **options)
+    assert sizes_seen(2, sizes=SIZES[:2], num_workers=1) == SIZES[:2]
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.0, SIZES[0]), (0.34, SIZES[1]), (0.67, SIZES[2]), (1.0, SIZES[2])])
