@@ -118,6 +118,11 @@ def frames_of(header: Any, file: str | Path) -> list[Frame]:
             f"{file}: {count} frames without the geometry of each, as of ultrasound, angiography or screenshots. Name "
             "a series of slices with geometry."
         )
+    if count > 1 and per_frame and len(per_frame) != count:  # whose positions are which is in doubt
+        raise InputError(
+            f"{file}: Number of Frames is {count}, but {len(per_frame)} frames are described: damaged, or frames were "
+            "taken out. Export it again."
+        )
     return [
         _frame(header, [*per_frame[number : number + 1], *shared], file, number, constant) for number in range(count)
     ]

@@ -201,6 +201,15 @@ def test_a_position_of_the_file_is_not_that_of_its_frames(tmp_path: Path) -> Non
         read_image(path)
 
 
+def test_frames_that_are_not_all_described_are_refused(tmp_path: Path) -> None:
+    path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS)
+    made = pydicom.dcmread(path)
+    made.NumberOfFrames = 5
+    made.save_as(path)
+    with pytest.raises(InputError, match=r"a\.dcm: Number of Frames is 5, but 6 frames are described"):
+        read_image(path)
+
+
 def test_a_tilted_gantry_is_resampled_to_right_angles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A ramp along each axis of the patient is the same ramp afterwards, wherever something was scanned."""
     shift, heights = 0.4, 2.0 * np.arange(12)
