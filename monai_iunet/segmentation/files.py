@@ -317,12 +317,13 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
     """
     first: dict[Path, Path] = {}
     for case in cases:
-        other = first.setdefault(case.labels, case.image)
-        if other != case.image:
-            raise InputError(
-                f"{other} and {case.image}: both results would be {case.labels}. Keep one of them, or choose one, in a "
-                "BIDS data set by --bids-filter-file."
-            )
+        for path in case.outputs:
+            other = first.setdefault(path, case.image)
+            if other != case.image:
+                raise InputError(
+                    f"{other} and {case.image}: both results would be {path}. Rename one of them, or choose one, in a "
+                    "BIDS data set by --bids-filter-file."
+                )
     images = [path for case in cases for path in case.files if path.exists()]
     inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path])]
     for case in cases:

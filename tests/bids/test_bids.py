@@ -164,6 +164,15 @@ def test_two_images_of_one_name_do_not_share_a_result(data: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_sessions_of_one_name_do_not_share_a_picture(data: Path, tmp_path: Path) -> None:
+    for session in ("pre", "post"):
+        save(image_of(data, "04", session).with_name("sub-04_T1w.nii.gz"), np.ones((9, 9, 9), np.float32))
+    code, _, error = call("bids", data, tmp_path / "out", "participant", "--participant-label", "04")
+    assert code == 2
+    assert "both results would be" in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
