@@ -149,8 +149,19 @@ def _images_of(
             entities = {name: str(value) for name, value in file.get_entities().items()}
             if entities.get("part", "mag") == "mag":  # neither phase nor a part of complex numbers
                 path = Path(file.path)
-                found[path] = BidsImage(path, path.relative_to(bids_dir.resolve()).as_posix(), entities)
+                source = path.relative_to(bids_dir.resolve())
+                _check_name(source)
+                found[path] = BidsImage(path, source.as_posix(), entities)
     return [found[path] for path in sorted(found)]
+
+
+def _check_name(source: Path) -> None:
+    """Refuse a file that is named after another participant or session than its folders: nobody knows whose it is."""
+    named = dict(part.split("-", 1) for part in source.name.split("_") if "-" in part)
+    for folder in source.parts[:-1]:
+        key, _, label = folder.partition("-")
+        if key in ("sub", "ses") and named.get(key, label) != label:
+            raise InputError(f"{source}: is named after {key}-{named[key]}, but lies in {folder}. Rename or move it.")
 
 
 def _read_filters(path: Path | None) -> Mapping[str, Mapping[str, Any]]:

@@ -173,6 +173,15 @@ def test_sessions_of_one_name_do_not_share_a_picture(data: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["sub-02_T1w.nii.gz", "sub-04_ses-post_T1w.nii.gz"])
+def test_a_file_in_the_folder_of_another_is_refused(name: str, data: Path, tmp_path: Path) -> None:
+    save(image_of(data, "04", "pre").with_name(name), np.ones((9, 9, 9), np.float32))
+    code, _, error = call("bids", data, tmp_path / "out", "participant")
+    assert code == 2
+    assert f"{name}: is named after " in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
