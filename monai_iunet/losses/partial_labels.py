@@ -114,7 +114,7 @@ class MarginalLoss(nn.Module):
             target: of the same shape; one-hot, -1 in the channels of classes that were not contoured.
 
         Raises:
-            ValueError: when the shapes differ.
+            ValueError: when the shapes differ, or the target is not one-hot.
         """
         if input.shape != target.shape:
             raise ValueError(
@@ -129,6 +129,12 @@ class MarginalLoss(nn.Module):
                 # A single class is certain: no loss, and no gradient, whatever the logits are.
                 losses.append(torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0).sum())
                 continue
+            if truth[0].amin() < 0 or truth[known].amax() >= 2:
+                raise ValueError(
+                    "target must be one-hot: 0 and 1, and -1 in the channels of classes that were not contoured, of "
+                    f"which the background is none. Got down to {truth[0].amin():g} in the background, and up to "
+                    f"{truth.amax():g}. OneHotContouredd makes it."
+                )
             background = logits[~known].logsumexp(0, keepdim=True)
             merged = torch.cat([background, logits[known]])
             losses.append(self.loss(merged[None], torch.cat([truth[:1], truth[known]])[None]))

@@ -91,6 +91,10 @@ def test_logits_of_unknown_classes_get_the_gradient_of_the_background() -> None:
 def test_a_target_that_is_not_one_hot_is_refused() -> None:
     with pytest.raises(ValueError, match="OneHotContouredd"):
         MarginalLoss(DiceCELoss(softmax=True))(torch.zeros(1, 4, 2, 2), torch.zeros(1, 1, 2, 2))
+    for background, marks in ((-1.0, 1.0), (0.0, 255.0)):
+        target = torch.tensor([background, marks, -1.0, 0.0]).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+        with pytest.raises(ValueError, match="must be one-hot: 0 and 1"):
+            MarginalLoss(DiceCELoss(softmax=True))(torch.zeros(1, 4, 2, 2), target)
 
 
 def test_mirroring_flips_both_and_swaps_paired_labels() -> None:
