@@ -35,7 +35,6 @@ from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
-from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.quality import (
     FEATURES,
     Normal,
@@ -49,6 +48,7 @@ from monai_iunet.segmentation.quality import (
 from monai_iunet.segmentation.quality_features import Description, describe_structures
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.sides import side_pairs
+from monai_iunet.training.cases import read_case
 
 __all__ = ["as_markdown", "draw_quality", "evaluate_quality", "fit_quality"]
 
@@ -158,7 +158,7 @@ def describe_training(segmenter: BundleSegmenter, cases: Sequence[Case]) -> dict
     """Return how each structure looks in training cases, by their true labels on the grid of the network."""
     described = []
     for case in tqdm(cases, "describing training cases", leave=False, disable=None):
-        image, labels = read_image(case["image"]), read_image(case["label"])
+        image, labels = read_case(case, [0, *segmenter.labels])
         prepared, meta = segmenter.prepare(image)
         truth = MetaTensor(torch.from_numpy(labels.get_fdata(dtype=np.float32))[None], affine=labels.affine)
         resampled = ResampleToMatch(mode="nearest", padding_mode="zeros")(truth, meta)
@@ -233,7 +233,8 @@ def _segment_damaged(
 
     Damaged images are cropped to about a window of the inferer, lest the fit of large images take days.
     """
-    image, labels = read_image(case["image"]), np.asarray(read_image(case["label"]).dataobj).astype(np.uint8)
+    image, truth = read_case(case, [0, *segmenter.labels])
+    labels = np.asarray(truth.dataobj).astype(np.uint8)
     random = np.random.RandomState(zlib.crc32(" ".join(map(str, job)).encode()))
     if job[1] != "none":
         sizes = voxel_sizes(np.asarray(segmenter.prepare(image)[1].affine))

@@ -14,8 +14,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from monai_iunet import BundleSegmenter, InputError
-from monai_iunet.bundling.fit_quality import Result, fit_quality, judge_quality
+from monai_iunet import BundleSegmenter, InputError, bundle_folder
+from monai_iunet.bundling.fit_quality import Result, damaged_results, describe_training, fit_quality, judge_quality
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.segmentation.quality import FEATURES, Normal, Reference, quality_file, read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE
@@ -112,6 +112,20 @@ def bundle(tmp_path: Path) -> Path:
         path.write_text(json.dumps(config))
     torch.save({}, folder / "models" / "model.pt")
     return folder
+
+
+def test_labels_of_other_structures_are_refused(tmp_path: Path) -> None:
+    segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+    image, labels = np.random.default_rng(0).random((35, 50, 36), np.float32), np.zeros((35, 50, 36), np.int16)
+    labels[5:9] = 257  # a byte would take it for 1
+    for name, data in (("image", image), ("label", labels)):
+        nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    cases = [{name: str(tmp_path / f"{name}.nii.gz") for name in ("image", "label")}]
+    message = "has the values 257, labels are 0 to 2"
+    with pytest.raises(InputError, match=message):
+        describe_training(segmenter, cases)
+    with pytest.raises(InputError, match=message):
+        damaged_results(segmenter, {}, cases, 1, tmp_path / "table.csv")
 
 
 def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> None:
