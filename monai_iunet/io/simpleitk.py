@@ -74,12 +74,37 @@ def _check_orientation(path: Path) -> None:
             raise InputError(
                 f"{path}: says nothing of the size of its voxels. Write it again with ElementSpacing, in millimeters."
             )
+        _check_meaning(path, fields)
         known = bool(fields.keys() & {"transformmatrix", "rotation", "orientation"})
         advice = "Write it again with a TransformMatrix, for example with SimpleITK."
     else:
         return
     if not known:
         raise InputError(f"{path}: has no orientation, so left and right cannot be told apart. {advice}")
+
+
+def _check_meaning(path: Path, fields: dict[str, str]) -> None:
+    """Check that a MetaImage is in millimeters and its voxels are the intensities; SimpleITK takes both for granted.
+
+    Source: the specification of MetaImage ("DistanceUnits", "ElementToIntensityFunctionSlope" and "...Offset").
+    """
+    unit = fields.get("distanceunits", "mm")
+    if unit not in ("mm", "?"):
+        raise InputError(
+            f"{path}: its voxels are given in the unit {unit}, millimeters are needed. Write it again with "
+            "ElementSpacing and Offset in millimeters."
+        )
+    for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
+        value = fields.get(name.lower(), str(neutral))
+        try:
+            changes = float(value) != neutral
+        except ValueError:
+            changes = True
+        if changes:
+            raise InputError(
+                f"{path}: its {name} is {value}, by which voxels become intensities; that is not read. Apply it to the "
+                "voxels, and write the image again without it."
+            )
 
 
 def _check_data(path: Path, needed: int) -> None:

@@ -83,6 +83,28 @@ def test_a_metaimage_without_spacing_is_refused(volume: np.ndarray, tmp_path: Pa
         read_with_simpleitk(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"DistanceUnits = cm", "in the unit cm, millimeters are needed"),
+        (b"ElementToIntensityFunctionSlope = 0.5", "its ElementToIntensityFunctionSlope is 0.5"),
+        (b"ElementToIntensityFunctionOffset = -1024", "its ElementToIntensityFunctionOffset is -1024"),
+    ],
+)
+def test_what_simpleitk_does_not_apply_is_refused(
+    line: bytes, message: str, volume: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.mha"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"ElementType", line + b"\nElementType"))
+    with pytest.raises(InputError, match=message):
+        read_with_simpleitk(path)
+    neutral = b"DistanceUnits = mm\nElementToIntensityFunctionSlope = 1\nElementToIntensityFunctionOffset = 0.0\n"
+    path.write_bytes(content.replace(b"ElementType", neutral + b"ElementType"))
+    np.testing.assert_array_equal(read_with_simpleitk(path).get_fdata(), volume)
+
+
 @pytest.mark.parametrize("following", [b"", b"\0" * 512, b"from a tape"])
 def test_gzip_files_in_several_parts_are_read(following: bytes, volume: np.ndarray, tmp_path: Path) -> None:
     image, path = nibabel.Nifti1Image(volume, oblique()), tmp_path / "image.nii.gz"
