@@ -103,13 +103,16 @@ def largest_patch(
         with rehearse(network, whole, dtype) as fake:
             return step_without_optimizer(fake, whole, dtype, options.get("loss")) + state
 
-    known, peak, fails = fits, plan.training_peak, math.inf
+    known, peak, fails, refused = fits, plan.training_peak, math.inf, False
     while fails - fits > 1 and size_of(fits) != tuple(highest):
         per_voxel = max(1, peak - fixed) / math.prod(size_of(known))
         scale = ((budget - fixed) / per_voxel / math.prod(size_of(known))) ** (1 / len(aspect))
-        known = int(min(max(known * scale, fits + 1), fails - 1))
-        peak = peak_of(known)
-        fits, fails = (known, fails) if peak <= budget else (fits, known)
+        tried = int(min(max(known * scale, fits + 1), (fits + fails) // 2 if refused else fails - 1))
+        try:
+            peak, known, refused = peak_of(tried), tried, False
+        except ValueError:  # as of more values than convolutions take
+            refused = True
+        fits, fails = (fits, tried) if refused or peak > budget else (tried, fails)
     return plan_training(network, size_of(fits), **options)
 
 

@@ -129,3 +129,9 @@ def test_a_window_is_the_whole_image_where_it_fits_and_else_as_large_as_fits() -
     assert plan_inference_pass(network, (1, 1, *size)) < 1.1 * (fixed + (full - fixed) / 8)
     with pytest.raises(ValueError, match="Even in windows of"):
         largest_window(network, 1000, (1, 128, 256), factors)
+
+
+def test_a_patch_that_the_network_refuses_does_not_fit() -> None:
+    net = SegIUNet(3, 1, 2, channels=(24, 48), couplings=1)
+    plan = largest_patch(net, "10 TiB", multiple_of=64)  # 24 channels of 448 cubed are more than 2^31 values
+    assert plan.spatial_size == (384, 384, 384)
