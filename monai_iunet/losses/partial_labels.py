@@ -129,7 +129,7 @@ class MarginalLoss(nn.Module):
                 # A single class is certain: no loss, and no gradient, whatever the logits are.
                 losses.append(torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0).sum())
                 continue
-            if truth[0].amin() < 0 or truth[known].amax() >= 2:
+            if truth[0].amin() < 0 or truth.amax() >= 2:
                 raise ValueError(
                     "target must be one-hot: 0 and 1, and -1 in the channels of classes that were not contoured, of "
                     f"which the background is none. Got down to {truth[0].amin():g} in the background, and up to "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -208,22 +209,22 @@ def segment_cases(
     """
     _check_strict(segmenter, settings)
     left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
-    # A bar on a terminal, nothing elsewhere.
-    for case, result in tqdm(
-        _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None
-    ):
-        yield _outcome(case, result, settings)
+    # An error ends the threads too, at once.
+    with closing(_segment_all(left, segmenter, settings)) as results:
+        # A bar on a terminal, nothing elsewhere.
+        for case, result in tqdm(results, "segmenting", len(left), leave=False, unit="image", disable=None):
+            yield _outcome(case, result, settings)
 
 
 def _segment_all(
     cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
-) -> Iterator[tuple[Case, Future[WrittenSegmentation]]]:
+) -> Generator[tuple[Case, Future[WrittenSegmentation]], None, None]:
     """Yield each case and what was written of it."""
     writing = Lock()
     for small, alike in groupby(cases, _is_small):
         group = list(alike)
         overlaps = settings.overlap and small and not settings.fail_fast  # what follows a failure is not begun
-        at_once = images_at_once(segmenter.device, len(group)) if overlaps else 1
+        at_once = images_at_once(segmenter, len(group)) if overlaps else 1
         work = partial(_segment_case, SegmenterPool(segmenter, at_once), segmenter.channels, settings, writing)
         workers = min(at_once + 1, len(group)) if overlaps else 1
         yield from run_in_order(work, group, workers, torch.get_num_threads() // at_once)

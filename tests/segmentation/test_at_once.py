@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_iunet import BundleSegmenter, bundle_folder
+from monai_iunet import BundleSegmenter, StreamingInferer, bundle_folder
 from monai_iunet.segmentation import at_once
 from monai_iunet.segmentation.at_once import SegmenterPool, images_at_once, run_in_order
 from monai_iunet.segmentation.files import Settings, segment_files
@@ -85,8 +87,29 @@ def test_as_many_images_as_threads_memory_and_images_allow(
 ) -> None:
     monkeypatch.setattr(at_once, "available_memory", lambda: None if memory is None else memory * 2**30)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert images_at_once(torch.device("cpu"), count) == expected
-    assert images_at_once(torch.device("cuda"), count) == 1
+    segmenter: Any = SimpleNamespace(device=torch.device("cpu"), windows=StreamingInferer(8))
+    assert images_at_once(segmenter, count) == expected
+    segmenter.windows = StreamingInferer("whole")  # takes what memory is free for one image
+    assert images_at_once(segmenter, count) == 1
+    segmenter = SimpleNamespace(device=torch.device("cuda"), windows=StreamingInferer(8))
+    assert images_at_once(segmenter, count) == 1
+
+
+def test_an_error_ends_the_threads(two_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [tmp_path / f"{name}.nii.gz" for name in "abc"]
+    for image in images:
+        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((20, 24, 20)), np.eye(4)), image)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("monai_iunet.segmentation.files.read_image", fail)
+    segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+    with pytest.raises(OSError, match="No space left") as caught:
+        list(segment_files(images, segmenter, tmp_path / "out", Settings()))
+    assert caught.tb is not None  # which would keep them alive
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    assert torch.get_num_threads() == 2
 
 
 def test_threads_share_no_network() -> None:
