@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -209,16 +208,16 @@ def segment_cases(
     """
     _check_strict(segmenter, settings)
     left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
-    # An error ends the threads too, at once.
-    with closing(_segment_all(left, segmenter, settings)) as results:
-        # A bar on a terminal, nothing elsewhere.
-        for case, result in tqdm(results, "segmenting", len(left), leave=False, unit="image", disable=None):
-            yield _outcome(case, result, settings)
+    # A bar on a terminal, nothing elsewhere. No variable holds what is iterated: an error ends its threads at once.
+    for case, result in tqdm(
+        _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None
+    ):
+        yield _outcome(case, result, settings)
 
 
 def _segment_all(
     cases: Sequence[Case], segmenter: BundleSegmenter, settings: Settings
-) -> Generator[tuple[Case, Future[WrittenSegmentation]], None, None]:
+) -> Iterator[tuple[Case, Future[WrittenSegmentation]]]:
     """Yield each case and what was written of it."""
     writing = Lock()
     for small, alike in groupby(cases, _is_small):
