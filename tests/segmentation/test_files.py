@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,24 @@ def test_what_goes_wrong_with_one_image_does_not_stop_the_others(
 def test_results_are_written_while_the_next_images_are_segmented(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, seen = files.read_image, []
+    read, write, seen = files.read_image, files._write, []
+    third_is_read = threading.Event()
 
     def note(paths: tuple[Path, ...], *arguments: Any) -> Any:
-        seen.append((paths[0].name, [name for name in names(tmp_path / "out") if not name.startswith(".")]))
+        seen.append(paths[0].name)
+        if paths[0].name == "c.nii.gz":
+            third_is_read.set()
         return read(paths, *arguments)
 
+    def wait(segmentation: Any, case: files.Case, strict: bool) -> Any:
+        # One after another, the third would be read after the second is written, and this would wait in vain.
+        assert case.name != "b" or third_is_read.wait(timeout=60)
+        return write(segmentation, case, strict)
+
     monkeypatch.setattr(files, "read_image", note)
+    monkeypatch.setattr(files, "_write", wait)
     assert call("segment", *images, "--output", tmp_path / "out", "--no-overlay")[0] == 0
-    assert [name for name, _ in seen] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
-    assert "b_seg.nii.gz" not in seen[2][1]  # the third is read before the second is done, to be there in time
+    assert sorted(seen) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
 
 
 def test_of_large_images_one_is_in_memory_at_a_time(
