@@ -792,4 +792,8 @@ def main() -> None:
     # Each `LoadImage` of MONAI 1.6 says that a decoder for GPUs is not there, which nothing here uses.
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        # The system clears large tensors in pages of 2 MiB instead of 4 KiB, which saves a tenth to a quarter of the
+        # CPU time of a network. See pytorch pull request 107697.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -254,6 +255,25 @@ def test_the_installed_command_exits_with_2_and_without_a_traceback(tmp_path: Pa
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == f"Error: {tmp_path / 'no.nii.gz'}: no such file. Check the path.\n"
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="needs Linux with transparent huge pages"
+)
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_large_tensors_are_in_huge_pages_unless_chosen_otherwise(chosen: str | None) -> None:
+    code = (
+        "import contextlib, sys; from pathlib import Path; from monai_iunet.cli import main\n"
+        "sys.argv = ['', 'bundles']\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "import torch; kept = torch.ones(2**24)\n"
+        "flags = [line for line in Path('/proc/self/smaps').read_text().splitlines() if line.startswith('VmFlags')]\n"
+        "print(any(' hg' in line for line in flags))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if chosen is None else {"THP_MEM_ALLOC_ENABLE": chosen}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.splitlines()[-1:] == [str(chosen is None)], result.stderr
 
 
 def test_help_and_version_do_not_load_torch() -> None:
