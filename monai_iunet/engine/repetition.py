@@ -15,6 +15,7 @@ evaluation, and afterwards.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -53,6 +54,7 @@ class Conditions:
         self._parts = [_Part(part) for part in module.modules()]
         self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
+        self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
         self._moved: list[tuple[Tensor, Tensor]] = []  # buffers that the module writes to, and their values before
         # The generators that were drawn from, with their states before and after.
         self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
@@ -60,7 +62,9 @@ class Conditions:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Note, around the first evaluation, what the second one needs."""
-        versions = [(tensor, version(tensor)) for part in self._parts for tensor in part.tensors()]
+        tensors = [tensor for part in self._parts for tensor in part.tensors()]
+        versions = [(tensor, version(tensor)) for tensor in tensors]
+        self._places = [(tensor, _place(tensor)) for tensor in tensors if _stays_in_place(tensor)]
         buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
         modules = [part.module for part in self._parts]
         before = [(generator, generator.state()) for generator in generators(self._device, modules)]
@@ -89,6 +93,14 @@ class Conditions:
                     f"A parameter, buffer or attribute of shape {tuple(tensor.shape)} has been modified by an inplace "
                     "operation between the forward and the backward pass, which computes activations with it once "
                     'more. Step the optimizer after the backward pass, or store activations (activations="store").'
+                )
+        for tensor, place in self._places:
+            if _place(tensor) != place:
+                raise RuntimeError(
+                    f"A parameter, buffer or attribute, now of shape {tuple(tensor.shape)}, was given other memory "
+                    "(`tensor.data = ...`, `module.to(...)`) between the forward and the backward pass, which computes "
+                    "activations with it once more. Do so after the backward pass, or store activations "
+                    '(activations="store").'
                 )
         with ExitStack() as stack:
             buffers = [buffer for part in self._parts for buffer in part.own_buffers()]
@@ -252,6 +264,16 @@ def _same(now: Any, then: dict[str, Any]) -> bool:
         tensor is then[name] or hasattr(tensor, "full_tensor") or hasattr(then[name], "full_tensor")
         for name, tensor in now.items()
     )
+
+
+def _stays_in_place(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor lie in its own memory, and none that DeepSpeed gathers for each pass."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not hasattr(tensor, "ds_id")
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where the values of a tensor lie, without keeping them there."""
+    return weakref.ref(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:

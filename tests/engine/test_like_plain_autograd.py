@@ -616,6 +616,29 @@ def test_a_bias_that_changes_between_the_passes_is_noticed() -> None:
         value.backward()
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_other_memory_of_a_parameter_is_noticed(name: str) -> None:
+    """Plain autograd has saved the values of before, where neither the parameter nor its version changes."""
+    net = network(norm=None)
+    value = loss(net(image()))
+    parameter = getattr(net.iunet.encoder[0][0].branch[0], name)
+    parameter.data = parameter.data + 1
+    with pytest.raises(RuntimeError, match=r"was given other memory"):
+        value.backward()
+
+
+def test_a_state_dict_that_is_assigned_between_the_passes_changes_no_gradient() -> None:
+    found = []
+    for activations in MODES:
+        net = network(activations=activations)
+        x = image().requires_grad_()
+        value, before = loss(net(x)), list(net.parameters())
+        net.load_state_dict({name: tensor + 0.1 for name, tensor in net.state_dict().items()}, assign=True)
+        value.backward()
+        found.append([x.grad, *(parameter.grad for parameter in before)])
+    assert max(relative_errors(*found)) < 1e-10
+
+
 # -- functional transforms
 
 

@@ -265,6 +265,8 @@ class IUNet(ChosenActivations):
     def inverse(self, y: Tensor, spatial_size: Sequence[int] | None = None) -> Tensor:
         """Apply the inverse of the network.
 
+        A dropout that is active draws other masks than it did in `forward`: call `eval()` to have the inverse of that.
+
         Args:
             y: `(batch, channels[0], *spatial)`, of a size that divides by `factors`.
             spatial_size: size of the image before it was padded, if it was; the result is cropped to it.
