@@ -17,9 +17,9 @@ importing the package is light.
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
 - Make a bundle from images and labels: `fit`.
 - Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
-- Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_images`, `images_to_segment`, `Checkpoints`,
-  `check_switches`, `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `GrowingPatches`,
-  `HandlerGroup`, `CaseReport`, `PictureHandler`.
+- Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_structures`, `check_images`,
+  `images_to_segment`, `Checkpoints`, `check_switches`, `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`,
+  `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
   `LabelInferer`.
@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.training.record import check_training, trained_value, training_record
+    from monai_iunet.training.structures import check_structures
     from monai_iunet.training.switches import check_switches
     from monai_iunet.training.time_limit import TimedDecay
     from monai_iunet.transforms.components import LargestComponentsd
@@ -197,6 +198,7 @@ __all__ = [
     "bundle_folder",
     "check_cases",
     "check_images",
+    "check_structures",
     "check_switches",
     "check_training",
     "draw_overlay",
@@ -278,6 +280,7 @@ _NAMES = {
     "training.handler_group": ("HandlerGroup",),
     "training.pictures": ("PictureHandler",),
     "training.record": ("check_training", "trained_value", "training_record"),
+    "training.structures": ("check_structures",),
     "training.switches": ("check_switches",),
     "training.time_limit": ("TimedDecay",),
     "transforms.components": ("LargestComponentsd",),

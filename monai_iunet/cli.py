@@ -667,7 +667,8 @@ def quality(
 ) -> None:
     """Fit the model that predicts the Dice of a bundle's segmentations: models/quality.json and docs/quality.png."""
     with _input_errors("train"):
-        from monai_iunet.bundling.fit_quality import as_markdown, bundle_cases, evaluate_quality
+        from monai_iunet.bundling.evaluation_data import bundle_cases
+        from monai_iunet.bundling.fit_quality import as_markdown, evaluate_quality
         from monai_iunet.io.bundles import bundle_folder
 
         folder = bundle_folder(bundle)

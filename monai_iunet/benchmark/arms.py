@@ -26,7 +26,9 @@ from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import plan_training
+from monai_iunet.training.cases import check_cases
 from monai_iunet.training.dataset import list_cases
+from monai_iunet.training.structures import check_structures
 
 __all__ = ["ARMS", "arms_as_markdown", "compare_arms"]
 
@@ -97,6 +99,9 @@ def compare_arms(
     task = read_plan(plan / "docs" / "plan.json").task
     if task.in_channels > 1 or task.roi_size == "whole" or task.growing:
         raise InputError(f"{plan}: must be the plan of a patch, of images of one channel: fit --roi-size 56,56,40.")
+    check_structures(dataset_dir, task.classes, task.label_values)
+    values = None if task.label_values is None else (0, *task.label_values)
+    check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
     test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests)
     task = replace(task, max_seconds=60.0 * minutes, validation_cases=True, judges=(), max_epochs=NEVER - 1)
     extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)

@@ -20,7 +20,9 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from monai_iunet.benchmark.measure import peak_of_training, time_alternately
+from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
+from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, write_atomically
 
 __all__ = ["NETWORKS", "Config", "as_markdown", "compare_networks", "difference", "read_rows", "run_config", "scores"]
@@ -86,8 +88,10 @@ def compare_networks(
     for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
         if not needed.is_file():
             raise InputError(f"{needed}: no such file. Needed are the folder of a bundle and that of a data set.")
-    folder = check_folder(output_dir / f"{max_epochs}_epochs")
     common = {"bundle_root": str(bundle.resolve()), "dataset_dir": str(Path(dataset_dir).resolve())}
+    bundle_cases(bundle, dataset_dir)  # refuses a data set of other structures
+    parsed_content(_parser(bundle, "train.json", common), "datalist")  # reads all cases, and lists the bad ones
+    folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
     definitions = {
         OURS: _parser(bundle, "train.json", common)["network_def"],
         **{name: NETWORKS[name] for name in networks},

@@ -18,11 +18,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from nibabel.affines import voxel_sizes
@@ -30,9 +28,9 @@ from scipy.optimize import least_squares
 from tqdm import tqdm
 
 from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
+from monai_iunet.bundling.evaluation_data import Case
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
 from monai_iunet.segmentation.quality import (
@@ -62,7 +60,6 @@ LEAST_CASES = 3  # with a structure, to describe it
 PENALTY = 1e-3  # of large weights
 COLUMNS = ("case", "damage", "repetition", "structure", *FEATURES, "dice")
 
-Case = dict[str, Any]  # paths "image" and "label"
 Job = tuple[str, str, int]  # name of a case, damage, repetition
 
 
@@ -143,15 +140,6 @@ def evaluate_quality(
     draw_quality(results, model, bundle / "docs" / f"{quality_file(bundle, weights).stem}.png")
     logger.info("%s\n%s", write_quality(model, bundle, weights), as_markdown(model))
     return model
-
-
-def bundle_cases(bundle: Path, dataset_dir: str | Path) -> dict[str, list[Case]]:
-    """Return the training and validation cases of a bundle's `evaluate.json`."""
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "evaluate.json")
-    parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
-    cases: dict[str, list[Case]] = parsed_content(parser, "datalist")
-    return cases
 
 
 def describe_training(segmenter: BundleSegmenter, cases: Sequence[Case]) -> dict[str, Reference]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
 from monai.transforms import MapLabelValue
 from tqdm import tqdm
 
+from monai_iunet.bundling.evaluation_data import bundle_cases, label_values
 from monai_iunet.errors import InputError
-from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.channels import first_channel
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
@@ -125,13 +123,15 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
             dice.setdefault(row["case"], []).append(float(row["dice"]))
     means = {case: float(np.nanmean(values)) for case, values in dice.items()}
     ranked = sorted(means, key=lambda case: means[case])
-    known, number_labels = _validation_cases(Path(bundle), dataset_dir)
+    known = {Path(case["label"]).name: case for case in bundle_cases(Path(bundle), dataset_dir)["validation"]}
     unknown = sorted(set(ranked) - set(known))
     if unknown:
         raise InputError(
             f"{cases}: of other cases than {dataset_dir}, such as {unknown[0]}. Evaluate the bundle again."
         )
     segmenter = BundleSegmenter(bundle)
+    values = label_values(Path(bundle))
+    number_labels = None if values is None else MapLabelValue(values, [*segmenter.labels], dtype=np.uint8)
     chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
     figure = plt.figure(figsize=(12, 4.6 * len(chosen)), facecolor="black")
     try:
@@ -154,18 +154,3 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, facecolor="black", format="png"))
     finally:
         plt.close(figure)
-
-
-def _validation_cases(
-    bundle: Path, dataset_dir: str | Path
-) -> tuple[dict[str, dict[str, Any]], Callable[[np.ndarray], Any] | None]:
-    """Return the validation cases by the names of their labels' files, and what numbers labels of other values."""
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "evaluate.json")
-    parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
-    cases: Sequence[dict[str, Any]] = parsed_content(parser, "datalist")["validation"]
-    for transform in parser["validate"]["preprocessing"]["transforms"]:
-        if transform["_target_"] == "MapLabelValued":
-            mapping = MapLabelValue(transform["orig_labels"], transform["target_labels"], dtype=np.uint8)
-            return {Path(case["label"]).name: case for case in cases}, mapping
-    return {Path(case["label"]).name: case for case in cases}, None

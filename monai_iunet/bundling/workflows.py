@@ -302,9 +302,15 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "$monai.utils.set_determinism(seed=0)",
             check_record(task, "@validate#preprocessing"),
         ],
-        "run": ["$@validate#evaluator.run()", _fit_quality()],
+        "run": [_check_structures(task), "$@validate#evaluator.run()", _fit_quality()],
         "finalize": end(distributed),
     }
+
+
+def _check_structures(task: Task) -> str:
+    """Return what refuses a data set of other structures."""
+    values = "" if task.label_values is None else f", {list(task.label_values)}"
+    return f"$monai_iunet.check_structures(@dataset_dir, @structures{values})"
 
 
 def _fit_quality() -> str:

@@ -27,7 +27,8 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from rich.console import Console
 
-from monai_iunet.bundling.fit_quality import as_markdown, bundle_cases, evaluate_quality
+from monai_iunet.bundling.evaluation_data import bundle_cases
+from monai_iunet.bundling.fit_quality import as_markdown, evaluate_quality
 from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import draw_cases, draw_training
 from monai_iunet.bundling.workflows import evaluate_config
