@@ -25,7 +25,9 @@ def bundle_cases(bundle: Path, dataset_dir: str | Path) -> dict[str, list[Case]]
     parser = _evaluation(bundle)
     if "structures" in parser.get():
         check_structures(dataset_dir, parser["structures"], label_values(bundle))
-    parser.update({"bundle_root": str(bundle), "dataset_dir": str(dataset_dir), "check_data": False})
+    # Absolute, since MONAI evaluates text that begins with $, @ or %.
+    place = {"bundle_root": str(bundle.absolute()), "dataset_dir": str(Path(dataset_dir).absolute())}
+    parser.update({**place, "check_data": False})
     cases: dict[str, list[Case]] = parsed_content(parser, "datalist")
     return cases
 

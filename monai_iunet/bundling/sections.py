@@ -82,7 +82,7 @@ def header(task: Task, distributed: bool, training: bool = False) -> Config:
     return {
         "imports": [f"$import {module}" for module in IMPORTS],
         "bundle_root": ".",
-        "dataset_dir": f"$os.path.join(@bundle_root, 'data', '{task.dataset}')",
+        "dataset_dir": f"$os.path.join(@bundle_root, 'data', {task.dataset!r})",
         "rank": "$int(os.environ['RANK'])" if distributed else 0,
         "device": f"$torch.device({device} if torch.cuda.is_available() else 'cpu')",
         "amp": "$torch.device(@device).type == 'cuda'",

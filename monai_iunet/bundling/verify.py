@@ -250,5 +250,5 @@ def _exportable(folder: Path) -> str:
 def _parser(folder: Path, *configs: str) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([str(folder / "configs" / name) for name in configs])
-    parser.update({"bundle_root": str(folder), "device": torch.device("cpu"), "rank": 0})
+    parser.update({"bundle_root": str(folder.absolute()), "device": torch.device("cpu"), "rank": 0})
     return parser

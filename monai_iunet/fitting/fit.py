@@ -193,8 +193,9 @@ class _Fit:
     """A fit, step by step."""
 
     def __init__(self, dataset: Path, output: Path, options: FitOptions, console: Console) -> None:
-        self.dataset = dataset
-        self.folder = output
+        # Absolute, since MONAI evaluates text in a config that begins with $, @ or %.
+        self.dataset = dataset.absolute()
+        self.folder = output.absolute()
         self.options = options
         self.share = Share.parse("auto") if "RANK" in os.environ else Share()
         self.console = console if self.share.index == 0 else Console(quiet=True)

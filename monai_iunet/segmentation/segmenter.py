@@ -150,7 +150,7 @@ class BundleSegmenter:
             parser.read_config(path)
         except Exception as error:  # whatever a damaged file brings about
             raise InputError(f"{path}: not a config ({first_line(error)}). Copy the bundle again.") from error
-        parser["bundle_root"] = str(self.folder)
+        parser["bundle_root"] = str(self.folder.absolute())  # MONAI evaluates text that begins with $, @ or %
         parser["device"] = self.device
         missing = [name for name in SECTIONS if name not in parser.get()]
         if missing:
