@@ -296,8 +296,12 @@ class Call:
         return tensor.tensor() if isinstance(tensor, Converted) else tensor
 
     def _rebuild(self) -> list[Tensor | Converted | None]:
+        # What is rebuilt then becomes a part of the graph of a second derivative.
+        is_recorded = torch.is_grad_enabled()
         with torch.no_grad():
             outputs, overwrite = self._take_outputs(for_good=True)
+            if is_recorded:
+                overwrite = [False] * len(overwrite)
             others = _others(outputs, overwrite)
             inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
             if list(map(_kind, saved)) != self._kinds:
@@ -307,6 +311,8 @@ class Call:
                     "or types. It must compute the same whenever it is given the same input; else store activations "
                     '(activations="store").'
                 )
+            if is_recorded:
+                others += [tensor.untyped_storage() for tensor in inputs]
             self._hand_on(inputs, others, let_go=not _is_retained())
         rebuilt: list[Tensor | Converted | None] = list(saved)
         self._saved = _here(), rebuilt

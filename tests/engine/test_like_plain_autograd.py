@@ -206,6 +206,30 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(net, (x,))
 
 
+@pytest.mark.parametrize("options", [{}, {"channel_mixing": 1, "norm": None}, {"act": "LEAKYRELU"}], ids=str)
+def test_second_derivatives_by_parameters(options: dict[str, Any]) -> None:
+    """The graph of the first ones holds what was rebuilt, which nothing else may be written over."""
+
+    def run(net: Any, x: Tensor) -> None:
+        inputs = [x, *net.parameters()]
+        first = torch.autograd.grad(loss(net(x)), inputs, create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+
+    compare(run, **options)
+
+
+def test_second_derivatives_beside_gradients_of_the_first_order() -> None:
+    """What a pass that records its gradients has rebuilt, another one in the same graph may take."""
+
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        first = torch.autograd.grad(value, list(net.iunet.decoder.parameters()), create_graph=True)
+        torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
+        (sum(gradient.square().sum() for gradient in first) + value).backward()
+
+    compare(run)
+
+
 def test_gradients_of_a_part_then_of_the_rest() -> None:
     def run(net: Any, x: Tensor) -> None:
         value = loss(net(x))
