@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,17 +26,32 @@ def write_report(bundle: str | Path, dataset_dir: str | Path) -> list[Path]:
     """Write `docs/training.png` and `docs/cases.png` of a bundle that was trained and evaluated in its folder.
 
     Args:
-        bundle: folder of the bundle, with the logs in `train` and the tables in `eval`.
+        bundle: folder of the bundle, with the logs in `train` and the tables in `eval`, or where `fit` keeps them.
         dataset_dir: folder with `dataset.json`.
 
     Raises:
         InputError: when the training log or the evaluation is missing.
     """
     bundle = Path(bundle)
+    log, cases = bundle / "train", bundle / "eval" / "cases.csv"
+    if (bundle / "fit.json").is_file():
+        kept = _kept_by_fit(bundle)
+        log = log if any(log.glob("events.*")) else kept["log"]
+        cases = cases if cases.is_file() else kept["cases"]
     docs = check_folder(bundle / "docs")
-    draw_training(bundle / "train", docs / "training.png")
-    draw_cases(bundle, dataset_dir, bundle / "eval" / "cases.csv", docs / "cases.png")
+    draw_training(log, docs / "training.png")
+    draw_cases(bundle, dataset_dir, cases, docs / "cases.png")
     return [docs / "training.png", docs / "cases.png"]
+
+
+def _kept_by_fit(bundle: Path) -> dict[str, Path]:
+    """Return where a fit keeps the log and the table of the network that it chose."""
+    drawn = json.loads((bundle / "fit.json").read_text(encoding="utf-8")).get("drawn")
+    if drawn is None:
+        raise InputError(
+            f"{bundle}: its fit is not finished. Call `monai-iunet fit` as before to go on; it draws both pictures."
+        )
+    return {name: bundle / place for name, place in drawn.items()}
 
 
 def draw_training(log_dir: str | Path, path: Path) -> None:

@@ -470,20 +470,22 @@ class _Fit:
             shutil.copyfile(source, self.folder / "models" / source.name)
         _write_table(self.folder / "eval" / "cross_validation.csv", rows)
         docs = self.folder / "docs"
-        draw_training(self.folder / "train" / _name(best), docs / "training.png")
+        log, cases = self.folder / "train" / _name(best), evaluation / TABLE
+        draw_training(log, docs / "training.png")
         quality = None
         if task.in_channels > 1 or task.label_values is not None:
             logger.warning("No quality model is fitted: that is for images of one channel and labels 1, 2, ... only")
         else:
-            cases = bundle_cases(self.folder, self.dataset)
-            quality = evaluate_quality(self.folder, cases, self.device, required=False)
-        draw_cases(self.folder, self.dataset, evaluation / TABLE, docs / "cases.png")
+            lists = bundle_cases(self.folder, self.dataset)
+            quality = evaluate_quality(self.folder, lists, self.device, required=False)
+        draw_cases(self.folder, self.dataset, cases, docs / "cases.png")
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
         of_quality = "" if quality is None else as_markdown(quality)
         write_page(
             self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, of_quality
         )
-        self._note(finished=True)
+        drawn = {"log": log, "cases": cases}
+        self._note(finished=True, drawn={name: str(path.relative_to(self.folder)) for name, path in drawn.items()})
         self._remove_states()
         self.console.print(score_table(rows))
         if comparison is not None:

@@ -89,3 +89,17 @@ def test_what_is_missing_is_said(bundle: Path, data: Path) -> None:
         log.unlink()
     code, output = report(bundle, data)
     assert (code, "Train the bundle first" in output) == (2, True)
+
+
+def test_what_a_fit_keeps_elsewhere_is_drawn(bundle: Path, data: Path) -> None:
+    for part in ("train", "eval"):
+        (bundle / part).rename(bundle / "kept")
+        (bundle / part).mkdir()
+        (bundle / "kept").rename(bundle / part / "fold_1")
+    (bundle / "fit.json").write_text(json.dumps({"asked": {}}))
+    code, output = report(bundle, data)
+    assert (code, "its fit is not finished. Call `monai-iunet fit`" in output) == (2, True)
+    drawn = {"log": "train/fold_1", "cases": "eval/fold_1/cases.csv"}
+    (bundle / "fit.json").write_text(json.dumps({"asked": {}, "finished": True, "drawn": drawn}))
+    assert report(bundle, data)[0] == 0
+    assert (bundle / "docs" / "cases.png").is_file()

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, TimedDecay, fit, segment, verify_bundle
 from monai_iunet.bundling.new_bundle import write_configs
+from monai_iunet.bundling.report import write_report
 from monai_iunet.cli import app
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.cross_validation import Score, choose_clean_up, mean_dice, read_scores, summarize
@@ -87,6 +88,10 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
     image = nibabel.load(data / "imagesTr" / "case_00.nii.gz")
     truth = np.asarray(nibabel.load(data / "labelsTr" / "case_00.nii.gz").dataobj)
     assert dice_of(np.asarray(segment(image, folder, device="cpu").dataobj), truth) > 0.7
+    pictures = [folder / "docs" / name for name in ("training.png", "cases.png")]
+    drawn = [picture.read_bytes() for picture in pictures]
+    assert write_report(folder, data) == pictures
+    assert [picture.read_bytes() for picture in pictures] == drawn
     # Called again there is nothing left to do; with other options it is another fit.
     before = (folder / "models" / "fold_0" / "model.pt").stat().st_mtime
     fit(data, folder, folds=2, device="cpu")
