@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import has_hooks, without_modes
+from monai_iunet.engine.foreign_code import runs_foreign_code
+from monai_iunet.engine.pytorch_private import without_modes
 
 __all__ = ["RandomNumbers", "generators", "is_same_state"]
-
-DRAW_FROM_PYTORCH = ("torch", "monai", "monai_iunet")  # packages whose modules draw from PyTorch's generators alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def generators(device: torch.device, modules: Sequence[nn.Module]) -> list[Rando
         state, go_to = partial(of_device.get_rng_state, device), partial(of_device.set_rng_state, device=device)
         found.append(_of_torch(state, go_to, True))
     # To ask NumPy for its state takes longer than all else here.
-    if any(type(module).__module__.split(".")[0] not in DRAW_FROM_PYTORCH or has_hooks(module) for module in modules):
+    if any(map(runs_foreign_code, modules)):
         found.append(RandomNumbers(random.getstate, random.setstate))
         found.append(RandomNumbers(partial(np.random.get_state, legacy=False), np.random.set_state))
     kept = {id(attribute): attribute for module in modules for attribute in vars(module).values()}

@@ -56,6 +56,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
+from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import (
     can_pack_saved_tensors,
     current_backward_pass,
@@ -210,6 +211,7 @@ class Call:
         self.outputs: tuple[_State, ...] = ()
         self._layer = layer
         self._conditions = None if layer.is_function_of_weights else Conditions(layer, inputs[0].device)
+        self._may_keep_inputs = any(map(runs_foreign_code, layer.modules()))
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
@@ -334,7 +336,8 @@ class Call:
         for tensor, source in zip(inputs, self._sources):
             state = source() if source is not None else None
             if state is not None:
-                state.give(tensor, all(tensor.untyped_storage() is not storage for storage in others), let_go)
+                ours = not self._may_keep_inputs and all(tensor.untyped_storage() is not storage for storage in others)
+                state.give(tensor, ours, let_go)
 
 
 class Caught(list[Saved]):

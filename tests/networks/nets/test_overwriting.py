@@ -148,6 +148,26 @@ def test_what_is_watched_is_not_written_over_by_the_backward_pass(watch: Callabl
     assert all(torch.equal(tensor, then) for tensor, then in seen[:watched])
 
 
+def branches_of_ones_own(net: IUNet, seen: Seen) -> None:
+    for module in net.modules():
+        if isinstance(module, AdditiveCoupling):
+            convolution = module.branch[0]
+            module.branch = Keeping(convolution.in_channels, convolution.out_channels, 3, padding=1)
+            module.branch.seen = seen  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("watch", [hook_in_branches, branches_of_ones_own])
+def test_what_is_seen_of_the_second_evaluation_is_not_written_over(watch: Callable[[IUNet, Seen], None]) -> None:
+    """As a loop does that takes statistics of what goes into convolutions, for a preconditioned optimizer."""
+    net, seen = net_of(), []
+    watch(net, seen)
+    y = net(torch.randn(1, 5, 16, 16))
+    watched = len(seen)
+    y.square().sum().backward()
+    assert len(seen) > watched > 8
+    assert all(torch.equal(tensor, then) for tensor, then in seen)
+
+
 def gradients(net: nn.Module, x: Tensor, backward_passes: int = 1) -> list[Tensor]:
     net.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
