@@ -33,7 +33,7 @@ def origin_of(
 
     Returns:
         What can be written as JSON: "image", the SHA-256 of its files; "bundle", its name and version; "weights", the
-        SHA-256 of each; "options".
+        SHA-256 of each, and of those that find regions; "options".
     """
     inside = [sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path] for path in files]
     return {

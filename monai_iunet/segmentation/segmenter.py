@@ -25,13 +25,13 @@ from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
-from monai_iunet.io.bundles import bundle_folder
+from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab
-from monai_iunet.segmentation.region_finders import REGION_FINDERS
+from monai_iunet.segmentation.region_finders import BY_BRAIN, REGION_FINDERS
 from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.system import available_memory
@@ -47,6 +47,7 @@ SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
 # What a training is given by these names.
 GIVEN = ("num_classes", "roi_size", "spacing", "intensity_window", "intensity_percentiles")
 SOFT_TISSUE = (-160.0, 240.0)
+BRAIN = "iunet_brain_mri_segmentation"
 
 
 class BundleSegmenter:
@@ -65,6 +66,7 @@ class BundleSegmenter:
 
     Attributes:
         channels: of the images; several are the last axis of a 4D image.
+        digests: SHA-256 of all weights that results depend on, by their names.
 
     Raises:
         InputError: when the folder is not a bundle, or its weights are not those of its network.
@@ -114,6 +116,9 @@ class BundleSegmenter:
         # Now, since the files may change while a batch runs.
         used = [weights] if self.second is None else [weights, self.second.weights]
         self.digests = {name: weights_digest(self.folder, name) for name in used}
+        brain = installed_bundles().get(BRAIN)
+        if brain is not None and self.metadata.get("region_finder") in BY_BRAIN:
+            self.digests["brain bundle"] = weights_digest(brain)
 
     def _read_metadata(self) -> dict[str, Any]:
         """Read the metadata, and check that they say what the classes and the images are."""
@@ -480,7 +485,7 @@ def _left_right(image: nibabel.Nifti1Image) -> int:
 @cache
 def _brain_segmenter(device: torch.device) -> BundleSegmenter:
     """Return the brain bundle, opened once."""
-    return BundleSegmenter(bundle_folder("iunet_brain_mri_segmentation"), device)
+    return BundleSegmenter(bundle_folder(BRAIN), device)
 
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.segmentation import files
-from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.segmentation.origin import origin_of
+from monai_iunet.segmentation.segmenter import BRAIN, BundleSegmenter
 from tests.bundles.helpers import command, copy_bundle
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 from tests.io.dicom_files import write_slices
@@ -236,6 +238,18 @@ def test_only_a_result_of_the_same_image_and_bundle_is_left_out(images: list[Pat
     assert go_on(moved)[:2] == (0, "Left out: 1 of 1 images, whose results are there.\n")
     assert call("segment", other, "--output", out, "--no-overlay", "--overwrite", "--volumes", "csv")[0] == 0
     assert go_on(other)[0] == 0
+
+
+def test_the_weights_that_find_regions_are_part_of_the_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = save(tmp_path / "a.nii.gz", np.zeros((4, 5, 6)))
+    for bundle, depends in (("hippocampus", True), ("headneck", False)):
+        monkeypatch.undo()
+        before = origin_of([image], BundleSegmenter(bundle_folder(bundle), "cpu"))
+        brain = other_weights(tmp_path / bundle)
+        installed = {**installed_bundles(), BRAIN: brain}
+        monkeypatch.setattr("monai_iunet.segmentation.segmenter.installed_bundles", lambda found=installed: found)
+        after = origin_of([image], BundleSegmenter(bundle_folder(bundle), "cpu"))
+        assert (before["weights"] != after["weights"]) is depends
 
 
 @pytest.mark.parametrize("record", [None, "{", '{"origin": [1]}'])
