@@ -64,7 +64,8 @@ class Windows:
             sigma_scale: width of the Gaussian in windows.
             shrink: whether a window that is larger than the image shrinks to it.
             divisible_by: what the sizes of a window that shrinks shall divide by; by default the largest power of 2
-                that divides its axis, with which any network is content that takes `roi_size`.
+                that divides its axis, with which any network is content that takes `roi_size`. One that does not
+                shrink gets longer where the network would pad it to this size.
 
         Raises:
             ValueError: when the arguments do not fit each other.
@@ -80,6 +81,8 @@ class Windows:
             powers = [extent & -extent for extent in roi]
             factors = powers if divisible_by is None else ensure_tuple_rep(divisible_by, axes)
             roi = _shrunken(roi, image_size, factors)
+        elif divisible_by is not None:
+            roi = _of_two_coarse_voxels(roi, ensure_tuple_rep(divisible_by, axes))
         size = tuple(min(extent, whole) for extent, whole in zip(roi, image_size))
         missing = [extent - part for extent, part in zip(roi, size)]
         padding = tuple((part // 2, part - part // 2) for part in missing)
@@ -130,9 +133,15 @@ class Windows:
 def _shrunken(roi_size: Sequence[int], image_size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
     """Return the size of a window that is not larger than the image, rounded up to multiples of the factors."""
     sizes = [min(roi, -(-image // factor) * factor) for roi, image, factor in zip(roi_size, image_size, factors)]
-    if sizes == list(factors):  # one voxel on the coarsest level, of which an instance norm has no deviation
+    if sizes == list(factors):
         sizes[0] = min(roi_size[0], 2 * factors[0])
     return tuple(sizes)
+
+
+def _of_two_coarse_voxels(roi_size: tuple[int, ...], factors: Sequence[int]) -> tuple[int, ...]:
+    """Return the size of a window, or a longer one: an instance norm of one voxel on the coarsest level is none."""
+    small = all(extent <= factor for extent, factor in zip(roi_size, factors))
+    return (2 * factors[0], *roi_size[1:]) if small else roi_size
 
 
 def _starts(image_size: int, window: int, overlap: float) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.utils import ensure_tuple_rep
 from scipy import ndimage
 from torch import Tensor
 
@@ -66,7 +67,11 @@ class SoftDice:
 
 
 def second_run(
-    image: Image, labels: np.ndarray, window: Sequence[int] | np.ndarray, network: Callable[[Tensor], Tensor]
+    image: Image,
+    labels: np.ndarray,
+    window: Sequence[int] | np.ndarray,
+    network: Callable[[Tensor], Tensor],
+    divisible_by: Sequence[int] | int | None = None,
 ) -> dict[int, float]:
     """Return the Dice of each structure with that of a second run of the network, near the structure, with some noise.
 
@@ -77,13 +82,15 @@ def second_run(
         labels: found in the image, `(*spatial)`.
         window: largest extent of a window.
         network: gives logits `(1, classes, *spatial)` for a window `(1, channels, *spatial)`.
+        divisible_by: what the network pads extents to multiples of, at least.
     """
     agreement = {}
     for values, box in _windows(labels, np.asarray(window)):
         part = image.cut(box)
         generator = torch.Generator().manual_seed(0)  # the same image always gets the same estimate
         noise = torch.randn(part.shape, generator=generator).to(part.device)
-        logits = network(_padded(part + NOISE * part.std(correction=0) * noise)[None])[0]
+        noisy = part + NOISE * part.std(correction=0) * noise
+        logits = network(_padded(noisy, ensure_tuple_rep(divisible_by or 8, 3))[None])[0]
         found = logits.argmax(0)[tuple(slice(extent) for extent in part.shape[1:])].cpu().numpy()
         for value in values:
             first, second = labels[box] == value, found == value
@@ -91,9 +98,11 @@ def second_run(
     return agreement
 
 
-def _padded(part: Tensor) -> Tensor:
-    """Continue a window to extents that networks take: multiples of 8, at least 16."""
+def _padded(part: Tensor, factors: Sequence[int]) -> Tensor:
+    """Continue a window to extents that networks take: multiples of 8, at least 16, and more than one coarse voxel."""
     pad = [(0, max(-extent % 8, 16 - extent)) for extent in reversed(part.shape[1:])]
+    if all(extent + more <= factor for extent, (_, more), factor in zip(part.shape[1:], pad[::-1], factors)):
+        pad[-1] = (0, 2 * factors[0] - part.shape[1])
     return torch.nn.functional.pad(part[None], [side for sides in pad for side in sides], mode="replicate")[0]
 
 
@@ -235,7 +244,12 @@ class SlabBySlab:
 
     @torch.no_grad()
     def describe(
-        self, image: Image, spacing: Sequence[float], window: Any, network: Callable[[Tensor], Tensor]
+        self,
+        image: Image,
+        spacing: Sequence[float],
+        window: Any,
+        network: Callable[[Tensor], Tensor],
+        divisible_by: Sequence[int] | int | None = None,
     ) -> dict[int, Description]:
         """Describe the structures.
 
@@ -244,11 +258,12 @@ class SlabBySlab:
             spacing: size of a voxel, in mm.
             window: largest extent of a window of the second run, as inferers of MONAI take their `roi_size`.
             network: gives logits `(1, classes, *spatial)` for `(1, channels, *spatial)`.
+            divisible_by: see `second_run`.
         """
         if self.soft_dice is None:
             return {}
         labels = np.concatenate(self.labels, self.axis)
         extents = np.broadcast_to(labels.shape if window is None else window, 3)
         extents = np.where(extents > 0, extents, labels.shape)
-        agreement = second_run(image, labels, extents, network)
+        agreement = second_run(image, labels, extents, network, divisible_by)
         return describe_structures(image, labels, spacing, self.soft_dice.values(), agreement)

@@ -353,6 +353,7 @@ class BundleSegmenter:
             spacing.tolist(),
             getattr(self.windows, "roi_size", None),
             lambda part: self.network(part.to(self.device)),
+            getattr(self.windows, "divisible_by", None),
         )
         return labels, probabilities, {self.labels[value]: description for value, description in described.items()}
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from monai_iunet import BundleSegmenter
 from monai_iunet.errors import InputError
 from monai_iunet.training.record import trained_value
 from monai_iunet.transforms.head_labels import STRUCTURES
@@ -96,3 +97,10 @@ def test_learns_from_label_maps(made_heads: Path, tmp_path: Path) -> None:
     assert len(found) == 60
     assert np.mean(found[-20:]) < 0.8 * np.mean(found[:20])
     assert {"model.pt", "last.pt", "training.json"} <= {path.name for path in (tmp_path / "weights").iterdir()}
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 20), (32, 9, 31), (1, 1, 1)])
+def test_an_image_smaller_than_two_voxels_of_the_coarsest_level_is_segmented(shape: tuple[int, int, int]) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random(shape, np.float32), np.eye(4))
+    segmenter = BundleSegmenter(BUNDLE, "cpu")
+    assert segmenter.segment_crop(image).labels.shape == shape

@@ -75,6 +75,8 @@ def test_what_agrees_and_what_does_not_in_a_second_run() -> None:
     labels[2, 2, 2] = 2  # far away: each structure then has a window of its own, of 16 voxels at most
     second_run(image, labels, (16, 16, 16), note)
     assert seen[1:] == [(1, 1, 16, 16, 16), (1, 1, 16, 16, 16)]
+    second_run(image, labels, (16, 16, 16), note, divisible_by=16)
+    assert seen[3:] == [(1, 1, 32, 16, 16)] * 2  # of more than one voxel on the coarsest level
 
 
 def test_descriptions_show_fragments_edges_sides_and_contrast() -> None:
