@@ -51,6 +51,7 @@ class Frame:
         spacing: of rows and of columns, mm.
         size: number of rows and of columns.
         rescale: slope and intercept; None if the file has neither.
+        echo_time: of an MR image, ms; None if the file has none.
         constant: attributes that may not differ within a volume, by their names.
     """
 
@@ -62,6 +63,7 @@ class Frame:
     spacing: tuple[float, float]
     size: tuple[int, int]
     rescale: tuple[float, float] | None
+    echo_time: float | None
     constant: dict[str, Any]
 
 
@@ -145,6 +147,7 @@ def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, co
 
     position = numbers("position", "PlanePositionSequence", "ImagePositionPatient", 3)
     orientation = numbers("orientation", "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    echo_times = _numbers(_find(groups, "MREchoSequence", "EffectiveEchoTime", []) or header.get("EchoTime"), 1)
     between_rows, between_columns = numbers("spacing", "PixelMeasuresSequence", "PixelSpacing", 2)
     return Frame(
         file=str(file),
@@ -155,6 +158,7 @@ def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, co
         spacing=(between_rows, between_columns),
         size=(int(header.Rows), int(header.Columns)),
         rescale=_rescale(groups, header, name),
+        echo_time=None if echo_times is None else echo_times[0],
         constant=constant,
     )
 

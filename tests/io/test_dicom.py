@@ -18,7 +18,7 @@ from monai_iunet.io.dicom_series import list_series
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.result import Segmentation
-from tests.io.dicom_files import AXIAL, UID, dataset, write_multiframe, write_slices
+from tests.io.dicom_files import AXIAL, UID, dataset, group, write_multiframe, write_slices
 
 CORONAL = [1, 0, 0, 0, 0, -1]
 HEIGHTS = [0, 2, 4, 6, 8, 10]
@@ -96,6 +96,20 @@ def test_how_a_viewer_shows_values_does_not_change_them(multiframe: bool, tmp_pa
     np.testing.assert_array_equal(read_image(path).get_fdata(), expected(values))
 
 
+def write_echoes(path: Path, times: list[float]) -> Path:
+    """A multi-frame file whose frames have echo times of their own."""
+    made = pydicom.dcmread(write_multiframe(path, stored(), HEIGHTS))
+    for frame, time in zip(made.PerFrameFunctionalGroupsSequence, times):
+        frame.MREchoSequence = group(EffectiveEchoTime=time)
+    made.save_as(path)
+    return path
+
+
+def test_echo_times_may_differ_a_little(tmp_path: Path) -> None:
+    read_image(write_echoes(tmp_path / "a.dcm", [4.598, 4.6, 4.602, 4.6, 4.6, 4.6]))
+    read_image(write_slices(tmp_path / "b", stored(), {2: {"EchoTime": ""}}, EchoTime=4.6))
+
+
 Write = Callable[[Path], Path]
 REFUSED: dict[str, tuple[Write, str]] = {
     "gap": (lambda path: write_multiframe(path, stored(), [0, 2, 4, 10, 12, 14]), "6.00 mm between 4.0 and 10.0 mm"),
@@ -166,6 +180,22 @@ REFUSED: dict[str, tuple[Write, str]] = {
         lambda path: write_slices(path.parent / "s", stored(), {1: {"PatientID": "other"}}, PatientID="one"),
         "differ in PatientID, one in .*, other in",
     ),
+    "two echoes that alternate": (
+        lambda path: write_slices(
+            path.parent / "s", stored(), {index: {"EchoTime": 4.6} for index in (1, 3, 5)}, EchoTime=2.3
+        ),
+        "have the echo times 2.3, 4.6 ms",
+    ),
+    "two echoes of each slice": (
+        lambda path: write_slices(
+            path.parent / "s",
+            stored(),
+            {n: {"EchoTime": 4, "ImagePositionPatient": [-10, 20, 2 * n - 6]} for n in (3, 4, 5)},
+            EchoTime=2,
+        ),
+        "have the echo times 2, 4 ms",
+    ),
+    "two echoes of frames": (lambda path: write_echoes(path, [2.3, 4.6] * 3), "have the echo times 2.3, 4.6 ms"),
 }
 NO_GEOMETRY = {
     "secondary capture": "1.2.840.10008.5.1.4.1.1.7.3",
