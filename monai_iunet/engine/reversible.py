@@ -215,10 +215,8 @@ class Call:
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
-        self._saved: tuple[_Maker, list[Tensor | Converted | None]] = (
-            (0, -1),
-            [],
-        )  # who has rebuilt these, and what is left
+        # Who has rebuilt these tensors, what is left of them, and their versions.
+        self._saved: tuple[_Maker, list[Saved | None], list[int]] = ((0, -1), [], [])
 
     def record(self, inputs: Tensors, weights: Tensors, keep: bool, private: bool) -> Tensors:
         """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
@@ -290,14 +288,21 @@ class Call:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, number: int) -> Tensor:
-        maker, saved = self._saved
+        maker, saved, versions = self._saved
         if not _is_here(maker) or saved[number] is None:
-            saved = self._rebuild()
+            saved, versions = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None
-        return tensor.tensor() if isinstance(tensor, Converted) else tensor
+        if isinstance(tensor, Converted):
+            return tensor.tensor()
+        if version(tensor) != versions[number]:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(tensor.shape)}, which {type(self._layer).__name__} needs to compute a "
+                "gradient, has been modified by an inplace operation. Use one that is not in place."
+            )
+        return tensor
 
-    def _rebuild(self) -> list[Tensor | Converted | None]:
+    def _rebuild(self) -> tuple[list[Saved | None], list[int]]:
         # What is rebuilt then becomes a part of the graph of a second derivative.
         is_recorded = torch.is_grad_enabled()
         with torch.no_grad():
@@ -316,9 +321,10 @@ class Call:
             if is_recorded:
                 others += [tensor.untyped_storage() for tensor in inputs]
             self._hand_on(inputs, others, let_go=not _is_retained())
-        rebuilt: list[Tensor | Converted | None] = list(saved)
-        self._saved = _here(), rebuilt
-        return rebuilt
+        rebuilt: list[Saved | None] = list(saved)
+        versions = saved.versions if isinstance(saved, Caught) else [_version(tensor) for tensor in saved]
+        self._saved = _here(), rebuilt, versions
+        return rebuilt, versions
 
     def _layer_then(self) -> Any:
         return self._conditions.module_then() if self._conditions else self._layer
@@ -345,14 +351,20 @@ class Caught(list[Saved]):
 
     Attributes:
         stands: a stand-in for one of them, which is collected in its place.
+        versions: of the tensors when they were saved.
     """
 
     stands: Converted | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions: list[int] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def catch(self, tensor: Tensor) -> None:
         stands = self.stands
         self.append(stands if stands is not None and stands.is_of(tensor) else tensor.detach())
+        self.versions.append(_version(self[-1]))
 
 
 class Converted:
@@ -564,8 +576,12 @@ def _is_here(maker: _Maker) -> bool:
 _Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
-def _kind(tensor: Tensor | Converted) -> _Kind:
+def _kind(tensor: Saved) -> _Kind:
     return tensor.shape, tensor.dtype, tensor.device
+
+
+def _version(tensor: Saved) -> int:
+    return 0 if isinstance(tensor, Converted) else version(tensor)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

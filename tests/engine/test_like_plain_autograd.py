@@ -1076,6 +1076,33 @@ def test_a_branch_that_changes_its_input_in_place_is_refused() -> None:
         coupling.inverse(x, x - 1)
 
 
+class ChangedInPlace(nn.Conv1d):
+    """Changes, in place, what autograd has saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh().mul_(2)
+
+
+@pytest.mark.parametrize("rebuilds", [True, False])
+def test_a_branch_that_changes_what_autograd_has_saved_is_refused(rebuilds: bool) -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_of_a_branch(ChangedInPlace(2, 2, 1), lambda _: None, rebuilds)
+
+
+@pytest.mark.parametrize("activations", MODES)
+def test_a_parameter_that_changes_between_two_passes_through_a_branch_is_noticed(activations: str) -> None:
+    """The first pass evaluates the branch again, of which the second uses what is left."""
+    net, caught = network(activations=activations), []
+    convolution, norm, *_ = net.iunet.encoder[0][0].branch
+    convolution.register_forward_hook(lambda module, args, output: caught.append(output))
+    x = image().requires_grad_()
+    torch.autograd.grad(loss(net(x)), norm.weight, retain_graph=True)
+    with torch.no_grad():
+        convolution.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        caught[0].sin().sum().backward()
+
+
 def test_a_wrong_inverse_is_noticed() -> None:
     class Wrong(InvertibleLayer):
         def __init__(self) -> None:
