@@ -53,7 +53,7 @@ from monai_iunet.fitting.fingerprint import (
 from monai_iunet.fitting.page import write_page
 from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_speed, plan_table, read_plan
 from monai_iunet.io.bundles import parsed_content
-from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.cases import image_of
@@ -249,7 +249,8 @@ class _Fit:
     def _check_same_cases(self) -> None:
         """Refuse other cases than those of the plan: folds would be others, and what was trained on be validated on."""
         planned = {Path(case.name).name for case in self.fingerprint.cases}
-        found = {Path(image_of(case)).name for case in self._cases(None, None)}
+        cases = self._cases(None, None)
+        found = {Path(image_of(case)).name for case in cases}
         if planned != found:
             change = "is new" if found - planned else "is gone"
             name = min(found - planned or planned - found)
@@ -257,6 +258,22 @@ class _Fit:
                 f"{self.dataset}: {name} {change} since the fit in {self.folder} was planned. Restore the data set to "
                 "go on with it, or name another --output."
             )
+
+        before = self._state().get("files", {})
+        files = self._files(cases)
+        changed = [name for name, path in files.items() if name in before and not is_as_before(path, before[name])]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise InputError(
+                f"{self.dataset}: {changed[0]}{more} changed since the fit in {self.folder} was planned. Restore what "
+                "was there to go on with it, or name another --output."
+            )
+
+    def _files(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+        """Return the files of cases, and what describes them, by their places in the data set."""
+        parts = [part if isinstance(part, list) else [part] for case in cases for part in case.values()]
+        files = [str(self.dataset / "dataset.json"), *(file for part in parts for file in part)]
+        return {os.path.relpath(file, self.dataset): Path(file) for file in files}
 
     def _begin(self, asked: Mapping[str, Any]) -> None:
         """Read the data set, make the plan, and write the folder, whole or not at all."""
@@ -272,7 +289,9 @@ class _Fit:
             write_fingerprint(self.fingerprint, docs / "fingerprint.json")
             draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
             write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
-            write_text(folder / self._state_file.name, json.dumps({"asked": asked}, indent=1) + "\n")
+            cases = [*data.training, *(data.validation or [])]
+            files = {name: describe_file(path) for name, path in self._files(cases).items() if path.is_file()}
+            write_text(folder / self._state_file.name, json.dumps({"asked": asked, "files": files}, indent=1) + "\n")
             if self.folder.exists():
                 self.folder.rmdir()  # which is empty
             folder.rename(self.folder)

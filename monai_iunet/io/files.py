@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import tempfile
@@ -12,7 +13,18 @@ from pathlib import Path
 
 from monai_iunet.errors import InputError
 
-__all__ = ["NIFTI", "SUFFIXES", "check_folder", "check_names", "image_name", "write_atomically", "write_text"]
+__all__ = [
+    "NIFTI",
+    "SUFFIXES",
+    "check_folder",
+    "check_names",
+    "describe_file",
+    "files_digest",
+    "image_name",
+    "is_as_before",
+    "write_atomically",
+    "write_text",
+]
 
 NIFTI = (".nii.gz", ".nii")
 SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
@@ -67,6 +79,38 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another output folder.") from error
     return path
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of files, one after another."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> list[int | str]:
+    """Return size, time of modification and SHA-256 of a file, by which `is_as_before` knows it."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, files_digest([path])]
+
+
+def is_as_before(path: Path, before: Sequence[int | str]) -> bool:
+    """Return whether a file is what `describe_file` described; of one that was touched or copied, its digest tells.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp(), "a.txt")
+        >>> _ = path.write_text("a")
+        >>> before = describe_file(path)
+        >>> os.utime(path, (0, 0))
+        >>> is_as_before(path, before)
+        True
+    """
+    if not path.is_file() or path.stat().st_size != before[0]:
+        return False
+    return path.stat().st_mtime_ns == before[1] or files_digest([path]) == before[2]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,13 +6,13 @@ result lies a JSON file with its origin: digests of the image's files and of the
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.files import files_digest
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 
 __all__ = ["check_origin", "origin_of"]
@@ -37,7 +37,7 @@ def origin_of(
     """
     inside = [sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path] for path in files]
     return {
-        "image": _digest([file for paths in inside for file in paths if file.exists()]),
+        "image": files_digest([file for paths in inside for file in paths if file.exists()]),
         "bundle": segmenter.title,
         "weights": segmenter.digests,
         "options": {"mirror": mirror, "series": series},
@@ -70,12 +70,3 @@ def check_origin(labels: Path, described_in: Path, origin: Mapping[str, Any]) ->
             "another output folder."
         )
     return True
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()

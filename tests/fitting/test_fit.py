@@ -253,6 +253,15 @@ def test_the_command_plans(tmp_path: Path) -> None:
         (tmp_path / part).rename(data / part / "case_04.nii.gz")
     (data / "dataset.json").write_text(description)
     assert CliRunner().invoke(app, words).exit_code == 0
+    # Contents that changed are noticed; a file that was written again as it was is the same.
+    for changed in (data / "labelsTr" / "case_02.nii.gz", data / "dataset.json"):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b" ")
+        other = CliRunner().invoke(app, words)
+        assert other.exit_code == 2
+        assert f"{changed.relative_to(data)} changed since the fit" in " ".join(other.output.split())
+        changed.write_bytes(before)
+    assert CliRunner().invoke(app, words).exit_code == 0
     bad = CliRunner().invoke(app, ["fit", str(tmp_path), "--output", str(tmp_path / "other")])
     assert bad.exit_code == 2
     # What is left out of the plan is left out of the training too.
