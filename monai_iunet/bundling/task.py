@@ -142,6 +142,8 @@ class Task:
             )
         if not self.classes or not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise InputError(f"classes {', '.join(self.classes)!r}: must be names that differ from each other.")
+        if any(name.casefold() == "background" for name in self.classes):  # whose numbers would be one too high
+            raise InputError("classes: the background is label 0 by itself, and no class. Leave it out.")
         special = [name for name in self.classes if name[0] in "$@%" or "#" in name]
         if special:  # the configs read them as expressions, references and paths
             raise InputError(f"classes {', '.join(special)!r}: no name may begin with $, @ or %, or have a #. Rename.")

@@ -84,6 +84,7 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         ({"modality": "PET"}, "must be MR or CT"),
         ({"classes": "a,a"}, "differ"),
         ({"classes": "a,"}, "differ"),
+        ({"classes": "background,liver"}, "the background is label 0 by itself"),
         ({"classes": "a,@network"}, "no name may begin with"),
         ({"classes": "a,#2"}, "no name may begin with"),
         ({"spacing": "1,2"}, "three numbers"),
