@@ -338,7 +338,7 @@ class _Planner:
         target = np.array(target_spacing(self.spacings, self.shapes))
         extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
         if self.wishes.spacing is not None:
-            if len(self.wishes.spacing) != 3 or min(self.wishes.spacing) <= 0:
+            if len(self.wishes.spacing) != 3 or not all(0 < size < math.inf for size in self.wishes.spacing):
                 raise InputError(f"spacing {self.wishes.spacing}: must be three positive numbers, in mm.")
             self._note("spacing, mm", _times(self.wishes.spacing), "as asked", _times(self.nnunet.spacing))
             first, second, third = self.wishes.spacing

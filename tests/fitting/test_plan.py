@@ -224,5 +224,6 @@ def test_what_was_asked_for_is_planned_or_refused() -> None:
     assert task.roi_size == (32, 40, 32)
     with pytest.raises(InputError, match="multiples of 8"):
         plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes(roi_size=(32, 41, 32)))
-    with pytest.raises(InputError, match="three positive numbers"):
-        plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes((1.0, 0.0, 1.0)))
+    for size in (0.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="three positive numbers"):
+            plan(fingerprint(shape=(35, 51, 36)), wishes=Wishes((1.0, size, 1.0)))
