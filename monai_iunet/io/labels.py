@@ -33,7 +33,8 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
         raise InputError(
             f"labels have the shape {labels.shape}, but their image {like.shape}. Resample them to its grid."
         )
-    if labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels))):
+    is_numeric = labels.dtype.kind in "buif"
+    if not is_numeric or (labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels)))):
         raise InputError("labels must be whole numbers from 0 to 255, but there are others. Map them first.")
     image = nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), like.affine)
     for name in ("qform", "sform"):

@@ -29,6 +29,12 @@ def test_what_a_byte_does_not_hold_is_refused(value: float) -> None:
         label_image(labels, LIKE)
 
 
+@pytest.mark.parametrize("dtype", [complex, str, object])
+def test_labels_that_are_no_numbers_are_refused(dtype: type) -> None:
+    with pytest.raises(InputError, match="whole numbers from 0 to 255"):
+        label_image(np.ones((4, 5, 6)).astype(dtype), LIKE)
+
+
 def test_another_grid_is_refused() -> None:
     with pytest.raises(InputError, match=r"labels have the shape \(5, 4, 6\), but their image \(4, 5, 6\)"):
         label_image(np.zeros((5, 4, 6), np.uint8), LIKE)
