@@ -2,15 +2,16 @@
 
 A result depends on more than the inputs: on the autocast setting, the random numbers (see `random_numbers.py`), the
 parameters, the buffers, which an evaluation may change, the hooks, and the settings of each part: attributes that are
-numbers, texts or switches, such as the mode (training or evaluation) and the rate of a dropout. Other attributes, such
-as functions, tensors, lists and dictionaries, count as settings too, unless the evaluation itself changes them.
+numbers, texts or switches, such as the mode (training or evaluation) and the rate of a dropout, or arrays, lists,
+dictionaries and sets of them. Other attributes, such as functions, tensors and lists of tensors, count as settings too,
+unless the evaluation itself puts something else in their place.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
 The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
 parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
-first. The exception are buffers that the module writes to: their values are put back for the time of the second
-evaluation, and afterwards.
+first. The exception are buffers and other tensors that the module writes to: their values are put back for the time of
+the second evaluation, and afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import hooks_of, hooks_of_all_modules, keep_versions, version
 from monai_iunet.engine.random_numbers import RandomNumbers, generators, is_same_state
 
@@ -55,7 +57,7 @@ class Conditions:
         self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
         self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
-        self._moved: list[tuple[Tensor, Tensor]] = []  # buffers that the module writes to, and their values before
+        self._moved: list[tuple[Tensor, Tensor]] = []  # what the module writes to, and the values before
         # The generators that were drawn from, with their states before and after.
         self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
 
@@ -65,7 +67,7 @@ class Conditions:
         tensors = [tensor for part in self._parts for tensor in part.tensors()]
         versions = [(tensor, version(tensor)) for tensor in tensors]
         self._places = [(tensor, _place(tensor)) for tensor in tensors if _stays_in_place(tensor)]
-        buffers = [(buffer, buffer.detach().clone()) for part in self._parts for buffer in part.own_buffers()]
+        values = [(tensor, tensor.detach().clone()) for part in self._parts for tensor in part.own_tensors()]
         modules = [part.module for part in self._parts]
         before = [(generator, generator.state()) for generator in generators(self._device, modules)]
         with self._autocast_again():
@@ -76,7 +78,9 @@ class Conditions:
         self._random = [drawn for drawn in states if not is_same_state(*drawn[1:])] or None
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
-        self._moved = [(buffer, value) for buffer, value in buffers if id(buffer) not in unmoved]
+        if any(map(runs_foreign_code, modules)):  # which may write to `buffer.data`, what no version tells
+            unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -103,18 +107,25 @@ class Conditions:
                     '(activations="store").'
                 )
         with ExitStack() as stack:
-            buffers = [buffer for part in self._parts for buffer in part.own_buffers()]
-            if buffers:
-                stack.enter_context(keep_versions(buffers))
-                stack.callback(_write, buffers, [buffer.detach().clone() for buffer in buffers])
-                for buffer, value in self._moved:
-                    _write([buffer], [value])
+            own = [buffer for part in self._parts for buffer in part.own_buffers()]
+            own += [tensor for tensor, _ in self._moved if all(tensor is not buffer for buffer in own)]
+            if own:
+                stack.enter_context(keep_versions(own))
+                stack.callback(_write, own, [tensor.detach().clone() for tensor in own])
+                for tensor, value in self._moved:
+                    _write([tensor], [value])
             for generator, before, _ in self._random or []:
                 stack.callback(generator.go_to, generator.state())
                 generator.go_to(before)
             stack.enter_context(self._autocast_again())
             yield
             self._check_random_numbers()
+
+    def writes_to(self, tensor: Tensor) -> bool:
+        """Return whether a tensor may have other values behind the second evaluation than in it."""
+        return tensor.layout is torch.strided and any(
+            moved.untyped_storage() is tensor.untyped_storage() for moved, _ in self._moved
+        )
 
     def module_then(self) -> nn.Module:
         """Return the module, or a replica of it as it was in the first evaluation if it has changed since.
@@ -177,6 +188,11 @@ class _Part:
     def own_buffers(self) -> Iterator[Tensor]:
         return (buffer for buffer in self.buffers.values() if buffer is not None)
 
+    def own_tensors(self) -> Iterator[Tensor]:
+        """Yield buffers, and attributes but those that autograd has computed."""
+        yield from self.own_buffers()
+        yield from (value for value in self.settings.values() if isinstance(value, Tensor) and not value.requires_grad)
+
     def forget_what_it_changed(self) -> None:
         """Count as settings, behind the evaluation, what it has left as it was, and numbers, texts and switches."""
         now = self.module.__dict__
@@ -184,7 +200,8 @@ class _Part:
         self.settings = {
             name: value
             for name, value in self.settings.items()
-            if _is_setting(value) or (name in now and _is_equal(now[name], value))
+            if _is_setting(value)
+            or (name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value))))
         }
 
     def is_as_it_was(self) -> bool:
@@ -220,7 +237,8 @@ class _Part:
             )
         # What has come since may hide something of the class.
         attributes = {name: value for name, value in self.module.__dict__.items() if name in self.attributes}
-        attributes |= {**self.settings, **self.hooks, "_modules": children}
+        settings = {name: _noted(value) for name, value in self.settings.items()}  # which the replica may change
+        attributes |= {**settings, **self.hooks, "_modules": children}
         attributes["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):
             attributes["_parameters"] = dict(self.parameters)
@@ -237,8 +255,17 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, SETTINGS) or (type(value) is tuple and all(map(_is_setting, value)))
 
 
+def _is_plain(value: Any) -> bool:
+    """Return whether a setting, an array, or a list, dictionary or set is made of settings all through."""
+    if type(value) in (list, dict, set):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return _is_setting(value) or type(value) is np.ndarray
+
+
 def _noted(value: Any) -> Any:
-    """Return copies of lists, dictionaries and sets, also of those in them, and anything else as it is."""
+    """Return copies of arrays, lists, dictionaries and sets, also of those in them, and anything else as it is."""
+    if type(value) is np.ndarray:
+        return value.copy()
     if type(value) is list:
         return [_noted(part) for part in value]
     if type(value) is dict:
@@ -248,6 +275,8 @@ def _noted(value: Any) -> Any:
 
 def _is_equal(now: Any, then: Any) -> bool:
     """Return whether a setting has the same value, or is the same object; what it became need not be a setting."""
+    if type(now) is type(then) is np.ndarray:
+        return (now.dtype, now.shape, now.tobytes()) == (then.dtype, then.shape, then.tobytes())
     if type(now) is not type(then) or type(now) not in (list, dict, set):
         return now is then or (_is_setting(now) and _is_setting(then) and bool(now == then))
     if isinstance(now, set):

@@ -34,8 +34,8 @@ What the engine does not do:
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
   and again. Threads with graphs of their own are independent.
 - What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of random
-  generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its calls lists two in
-  each step, and what is set within an object of one's own, or within an array, between the passes is not noticed.
+  generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its outputs lists two
+  in each step, and what is set within an object of one's own is not noticed.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
@@ -241,7 +241,7 @@ class Call:
     @contextmanager
     def repeat(self) -> Iterator[Caught]:
         """Record the second evaluation by autograd; the value of the context collects the tensors that it saves."""
-        saved = Caught()
+        saved = Caught(self._conditions.writes_to if self._conditions else None)
         with (
             self._conditions.repeated() if self._conditions else nullcontext(),
             torch.enable_grad(),
@@ -349,6 +349,9 @@ class Call:
 class Caught(list[Saved]):
     """Collects the tensors that autograd is about to save.
 
+    Args:
+        changes: whether a tensor may change when everything is collected, so that it must be copied.
+
     Attributes:
         stands: a stand-in for one of them, which is collected in its place.
         versions: of the tensors when they were saved.
@@ -356,13 +359,16 @@ class Caught(list[Saved]):
 
     stands: Converted | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, changes: Callable[[Tensor], bool] | None = None) -> None:
         super().__init__()
+        self._changes = changes
         self.versions: list[int] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def catch(self, tensor: Tensor) -> None:
         stands = self.stands
+        if self._changes is not None and self._changes(tensor):
+            tensor = tensor.clone()
         self.append(stands if stands is not None and stands.is_of(tensor) else tensor.detach())
         self.versions.append(_version(self[-1]))
 

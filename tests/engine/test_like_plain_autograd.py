@@ -596,6 +596,63 @@ def test_branches_that_change_their_own_buffers(make: Any) -> None:
         torch.testing.assert_close(rebuilt, stored)
 
 
+class Counters(nn.Conv2d):
+    """Counts its evaluations in several places, in place, and depends on one of them."""
+
+    def __init__(self, name: str, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.name = name
+        self.register_buffer("buffer", torch.ones(()))
+        self.register_buffer("through_data", torch.ones(()))
+        self.attribute = torch.ones((), dtype=torch.double)
+        self.list, self.array, self.dictionary = [1.0], np.ones(1), {"in": [1.0]}
+
+    def count(self) -> dict[str, Any]:
+        self.list[0] += 1
+        self.array += 1
+        self.dictionary["in"][0] += 1
+        counts = {"list": self.list[0], "array": float(self.array[0]), "dictionary": self.dictionary["in"][0]}
+        tensors = {"buffer": self.buffer.add_(1), "attribute": self.attribute.add_(1)}
+        self.through_data.data.add_(1)
+        return counts | {name: tensor.clone() for name, tensor in tensors.items()} | {"data": self.through_data.clone()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh() * self.count()[self.name]
+
+
+@pytest.mark.parametrize("name", ["buffer", "attribute", "data", "list", "array", "dictionary"])
+def test_branches_that_change_in_place_what_they_depend_on(name: str) -> None:
+    counts = []
+
+    def run(net: Any, x: Tensor) -> None:
+        (loss(net(x)) + loss(net(x + 1))).backward(retain_graph=True)
+        value = loss(net(x))
+        value.backward(retain_graph=True)
+        value.backward()
+        counts.append(net.iunet.encoder[0][0].branch.count())
+
+    compare(run, make_branch=lambda _, inputs, outputs, *__: Counters(name, inputs, outputs))
+    assert counts[0] == counts[1] == dict.fromkeys(counts[0], 5.0)
+
+
+def test_what_is_saved_of_a_buffer_stays_as_it_was_in_its_evaluation() -> None:
+    """Plain autograd refuses a second evaluation before the backward pass, unless a copy is saved."""
+
+    class Buffer(Counters):
+        copies = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.buffer.add_(1)
+            return nn.Conv2d.forward(self, x).tanh() * (self.buffer.clone() if self.copies else self.buffer)
+
+    found = []
+    for copies in (False, True):
+        Buffer.copies = copies
+        net = network(make_branch=lambda _, inputs, outputs, *__: Buffer("buffer", inputs, outputs))
+        found.append(gradients(net, lambda net, x: (loss(net(x)) + loss(net(x + 1))).backward()))
+    assert max(relative_errors(*found)) < 1e-10
+
+
 def test_statistics_of_a_graph_in_evaluation_are_not_counted_as_changed() -> None:
     def run(net: Any, x: Tensor) -> None:
         value = loss(net.train()(x))
