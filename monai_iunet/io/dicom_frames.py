@@ -28,12 +28,19 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from monai_iunet.errors import InputError
 
-__all__ = ["Frame", "frame_values", "frames_of", "read_header"]
+__all__ = ["CONTRAST", "Frame", "frame_values", "frames_of", "read_header"]
 
 # Without the preamble that a DICOM file begins with, a file of such a name is tried all the same.
 DICOM_SUFFIXES = (".dcm", ".ima")
 # Attributes that may not differ within a volume.
-CONSTANT = ("PatientID", "Modality", "FrameOfReferenceUID", "RescaleType", "Units")
+CONSTANT = ("PatientID", "Modality", "FrameOfReferenceUID", "RescaleType", "Units", "ConvolutionKernel")
+# Numbers that differ by rounding only: functional group and attribute of a frame, attribute of a file.
+CONTRAST = {
+    "echo times in ms": ("MREchoSequence", "EffectiveEchoTime", "EchoTime"),
+    "inversion times in ms": ("MRModifierSequence", "InversionTimes", "InversionTime"),
+    "diffusion b-values": ("MRDiffusionSequence", "DiffusionBValue", "DiffusionBValue"),
+    "tube voltages in kV": ("CTXRayDetailsSequence", "KVP", "KVP"),
+}
 # What pydicom raises for a damaged file.
 DAMAGED = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, TypeError, ValueError)
 
@@ -51,7 +58,7 @@ class Frame:
         spacing: of rows and of columns, mm.
         size: number of rows and of columns.
         rescale: slope and intercept; None if the file has neither.
-        echo_time: of an MR image, ms; None if the file has none.
+        contrast: numbers of `CONTRAST` that the file has, by their names.
         constant: attributes that may not differ within a volume, by their names.
     """
 
@@ -63,7 +70,7 @@ class Frame:
     spacing: tuple[float, float]
     size: tuple[int, int]
     rescale: tuple[float, float] | None
-    echo_time: float | None
+    contrast: dict[str, float]
     constant: dict[str, Any]
 
 
@@ -147,7 +154,6 @@ def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, co
 
     position = numbers("position", "PlanePositionSequence", "ImagePositionPatient", 3)
     orientation = numbers("orientation", "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-    echo_times = _numbers(_find(groups, "MREchoSequence", "EffectiveEchoTime", []) or header.get("EchoTime"), 1)
     between_rows, between_columns = numbers("spacing", "PixelMeasuresSequence", "PixelSpacing", 2)
     return Frame(
         file=str(file),
@@ -158,9 +164,28 @@ def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, co
         spacing=(between_rows, between_columns),
         size=(int(header.Rows), int(header.Columns)),
         rescale=_rescale(groups, header, name),
-        echo_time=None if echo_times is None else echo_times[0],
-        constant=constant,
+        contrast=_contrast(groups, header),
+        constant={**constant, "part of complex numbers": _component(groups, header)},
     )
+
+
+def _contrast(groups: Sequence[Any], header: Any) -> dict[str, float]:
+    """Return the numbers of a frame that its contrast depends on."""
+    found = {}
+    for name, (sequence, of_frame, of_file) in CONTRAST.items():
+        value = _find(groups, sequence, of_frame, [])
+        numbers = _numbers(header.get(of_file) if value is None else value, 1)
+        if numbers is not None:
+            found[name] = numbers[0]
+    return found
+
+
+def _component(groups: Sequence[Any], header: Any) -> str | None:
+    """Return whether an MR frame shows magnitudes, phases, real or imaginary parts; None if nothing says so."""
+    named = _find(groups, "MRImageFrameTypeSequence", "ComplexImageComponent", [header])
+    kind = header.get("ImageType") if header.get("Modality") == "MR" else None
+    letters = [part for part in kind or [] if part in ("M", "P", "R", "I")]
+    return str(named) if named else next(iter(letters), None)
 
 
 def _rescale(groups: Sequence[Any], header: Any, name: str) -> tuple[float, float] | None:

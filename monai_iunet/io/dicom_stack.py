@@ -19,7 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.dicom_frames import Frame
+from monai_iunet.io.dicom_frames import CONTRAST, Frame
 from monai_iunet.io.geometry import RAS_TO_LPS
 
 __all__ = ["Stack", "stack_frames", "straightened"]
@@ -28,7 +28,7 @@ STEP_TOLERANCE = 0.1  # of a step, by which steps may differ: positions are roun
 TILT_TOLERANCE = 1.0  # degrees
 DIRECTION_TOLERANCE = 1e-3  # of cosines
 SPACING_TOLERANCE = 1e-3  # relative
-ECHO_TOLERANCE = 0.02  # relative: some scanners write what a slice really had
+CONTRAST_TOLERANCE = 0.02  # relative: some scanners write what a slice really had
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def stack_frames(frames: Sequence[Frame], name: str) -> Stack:
     if len(frames) == 1:
         raise InputError(f"{name} has a single slice, a 3D volume is needed. Name the whole series, or its folder.")
     first = frames[0]
-    _check_echo_times(frames, name)
+    _check_contrast(frames, name)
     _check_constant(frames, name)
     directions = first.orientation
     if np.abs(directions @ directions.T - np.eye(2)).max() > 10 * DIRECTION_TOLERANCE:
@@ -89,14 +89,16 @@ def stack_frames(frames: Sequence[Frame], name: str) -> Stack:
     return Stack(tuple(frames), affine, tilt)
 
 
-def _check_echo_times(frames: Sequence[Frame], name: str) -> None:
-    """Check that frames are of one echo; several have different contrasts, and may alternate from slice to slice."""
-    times = sorted({frame.echo_time for frame in frames if frame.echo_time is not None})
-    if times and times[-1] - times[0] > ECHO_TOLERANCE * times[-1]:
-        raise InputError(
-            f"{name}: the slices have the echo times {', '.join(f'{time:g}' for time in times[:10])} ms, so they show "
-            "several contrasts. Leave those of one in the folder."
-        )
+def _check_contrast(frames: Sequence[Frame], name: str) -> None:
+    """Check that frames have one contrast; echoes and the like may alternate from slice to slice."""
+    for attribute in CONTRAST:
+        values = sorted({frame.contrast[attribute] for frame in frames if attribute in frame.contrast})
+        if values and values[-1] - values[0] > CONTRAST_TOLERANCE * abs(values[-1]):
+            listed = ", ".join(f"{value:g}" for value in values[:10])
+            raise InputError(
+                f"{name}: the slices have the {attribute} {listed}, so they show several contrasts. Leave those of one "
+                "in the folder."
+            )
 
 
 def _check_constant(frames: Sequence[Frame], name: str) -> None:

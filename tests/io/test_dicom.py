@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
         lambda path: write_slices(
             path.parent / "s", stored(), {index: {"EchoTime": 4.6} for index in (1, 3, 5)}, EchoTime=2.3
         ),
-        "have the echo times 2.3, 4.6 ms",
+        "have the echo times in ms 2.3, 4.6,",
     ),
     "two echoes of each slice": (
         lambda path: write_slices(
@@ -193,9 +193,31 @@ REFUSED: dict[str, tuple[Write, str]] = {
             {n: {"EchoTime": 4, "ImagePositionPatient": [-10, 20, 2 * n - 6]} for n in (3, 4, 5)},
             EchoTime=2,
         ),
-        "have the echo times 2, 4 ms",
+        "have the echo times in ms 2, 4,",
     ),
-    "two echoes of frames": (lambda path: write_echoes(path, [2.3, 4.6] * 3), "have the echo times 2.3, 4.6 ms"),
+    **{
+        f"{attribute} alternates": (
+            lambda path, name=attribute, values=values: write_slices(
+                path.parent / "s",
+                stored(),
+                {n: {name: values[1]} for n in (1, 3, 5)},
+                **{"Modality": "MR", name: values[0]},
+            ),
+            message,
+        )
+        for attribute, values, message in (
+            ("InversionTime", (700, 2500), "inversion times in ms 700, 2500"),
+            ("DiffusionBValue", (0.0, 1000.0), "diffusion b-values 0, 1000"),
+            ("KVP", (80, 140), "tube voltages in kV 80, 140"),
+            ("ConvolutionKernel", ("B30", "B70"), "differ in ConvolutionKernel, B30 in .*, B70 in"),
+            (
+                "ImageType",
+                (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]),
+                "part of complex numbers, M in .*P in",
+            ),
+        )
+    },
+    "two echoes of frames": (lambda path: write_echoes(path, [2.3, 4.6] * 3), "have the echo times in ms 2.3, 4.6,"),
 }
 NO_GEOMETRY = {
     "secondary capture": "1.2.840.10008.5.1.4.1.1.7.3",
