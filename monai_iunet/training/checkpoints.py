@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
 from monai.handlers import from_engine
 from monai.networks import copy_model_state
-from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
@@ -130,9 +130,7 @@ class Checkpoints:
     def _seed(self, trainer: Any) -> None:
         seed = self.seed + trainer.state.epoch
         set_determinism(seed)
-        transform = getattr(trainer.data_loader.dataset, "transform", None)
-        if isinstance(transform, Randomizable):
-            transform.set_random_state(seed)
+        set_rnd(trainer.data_loader.dataset, seed)  # also of data sets in others, as in a `Subset`
 
     def _save(self, trainer: Any, validator: Any) -> None:
         if not self.writes:
@@ -193,6 +191,19 @@ class Checkpoints:
             # The trainer makes its scaler when it runs.
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
         logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
+        _warn_of_another_order(trainer)
+
+
+def _warn_of_another_order(trainer: Any) -> None:
+    """Say where a training that goes on will see cases in another order than one that was never interrupted."""
+    loader, reasons = trainer.data_loader, []
+    batches = len(loader) if hasattr(loader.dataset, "__len__") else 1
+    if trainer.state.epoch_length % batches:
+        reasons.append(f"its epochs end within a pass over the data (give no epoch_length, or a multiple of {batches})")
+    if any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None))):
+        reasons.append("its data loader has a random generator of its own (give none: all others are seeded)")
+    if reasons:
+        logger.warning("The training will not end as if it had not been interrupted: %s.", "; ".join(reasons))
 
 
 def _write(state: Mapping[str, Any], path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
 from monai.transforms import AsDiscreted, Compose, RandGaussianNoised, RandSpatialCropd
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from monai_iunet.errors import InputError
 from monai_iunet.training.checkpoints import Checkpoints, start_from
@@ -28,7 +31,13 @@ class Killed(Exception):
 
 
 def training(
-    folder: Path, resume: bool = False, max_epochs: int = EPOCHS, network: nn.Module | None = None
+    folder: Path,
+    resume: bool = False,
+    max_epochs: int = EPOCHS,
+    network: nn.Module | None = None,
+    wrap: Callable[[Any], Any] = lambda data: data,
+    epoch_length: int | None = None,
+    **of_loader: Any,
 ) -> tuple[SupervisedTrainer, nn.Module]:
     """A small training with all that is random: initialization, order, crops, noise and dropout."""
     torch.manual_seed(3)
@@ -37,7 +46,7 @@ def training(
     images = [torch.as_tensor(rng.normal(size=(1, 12, 12)), dtype=torch.float32) for _ in range(5)]
     cases = [{"image": image, "label": (image > 0).float()} for image in images]
     crop = RandSpatialCropd(["image", "label"], [8, 8], random_size=False)
-    train = Dataset(cases, Compose([crop, RandGaussianNoised("image", prob=0.5)]))
+    train = wrap(Dataset(cases, Compose([crop, RandGaussianNoised("image", prob=0.5)])))
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, EPOCHS, 0.9)
     validator = SupervisedEvaluator(
@@ -50,7 +59,8 @@ def training(
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=max_epochs,
-        train_data_loader=DataLoader(train, batch_size=2, shuffle=True),
+        epoch_length=epoch_length,
+        train_data_loader=DataLoader(train, batch_size=2, shuffle=True, **of_loader),
         network=network,
         optimizer=optimizer,
         loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
@@ -92,6 +102,35 @@ def test_killed_and_resumed_equals_never_killed(epoch: int, tmp_path: Path) -> N
     assert torch.equal(weights(resumed), weights(expected))
     best = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+WRAPS: dict[str, Callable[[Any], Any]] = {
+    "subset": lambda data: Subset(data, range(4)),
+    "concatenated": lambda data: ConcatDataset([data, Subset(data, [1])]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_data_sets_in_others_are_seeded_too(wrap: str, tmp_path: Path) -> None:
+    whole, expected = training(tmp_path / "whole", wrap=WRAPS[wrap])
+    whole.run()
+    training(tmp_path / "killed", max_epochs=2, wrap=WRAPS[wrap])[0].run()
+    np.random.seed(99)
+    second, resumed = training(tmp_path / "killed", resume=True, wrap=WRAPS[wrap])
+    second.run()
+    assert torch.equal(weights(resumed), weights(expected))
+
+
+def test_what_will_not_end_as_if_it_had_not_been_interrupted_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training(tmp_path, max_epochs=1)[0].run()
+    training(tmp_path, resume=True)
+    assert "had not been interrupted" not in caplog.text
+    training(tmp_path, resume=True, generator=torch.Generator())
+    assert "a random generator of its own" in caplog.text
+    training(tmp_path, resume=True, epoch_length=2)
+    assert "end within a pass over the data (give no epoch_length, or a multiple of 3)" in caplog.text
 
 
 def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path) -> None:
