@@ -13,6 +13,7 @@ import numpy as np
 from monai_iunet.errors import InputError
 from monai_iunet.io.dicom_frames import Frame, frame_values, frames_of, read_header
 from monai_iunet.io.dicom_stack import Stack, stack_frames, straightened
+from monai_iunet.io.files import NIFTI
 
 __all__ = ["Series", "find_series", "list_series", "read_dicom", "series_files", "stack_of"]
 
@@ -79,7 +80,9 @@ def find_series(folder: str | Path, series: str | None = None) -> Series:
     """
     all_series = list_series(folder)
     if not all_series:
-        raise InputError(f"{folder}: no DICOM series in this folder. Name the folder that holds the files.")
+        images = [file for file in sorted(Path(folder).glob("[!.]*")) if file.name.lower().endswith(NIFTI)]
+        advice = f"Name the images in it, such as {images[0]}." if images else "Name the folder that holds the files."
+        raise InputError(f"{folder}: no DICOM series in this folder. {advice}")
     listed = "; ".join(map(str, all_series[:20])) + (" ..." if len(all_series) > 20 else "")
     exact = [candidate for candidate in all_series if candidate.uid == series]
     chosen = exact or [

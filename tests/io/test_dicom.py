@@ -433,6 +433,12 @@ def test_a_ct_without_a_rescale_says_what_its_values_are_taken_for(
     assert "its values are taken for Hounsfield units" in caplog.text
 
 
+def test_a_folder_of_other_images_is_told_from_one_of_a_series(tmp_path: Path) -> None:
+    (tmp_path / "b.nii.gz").touch()
+    with pytest.raises(InputError, match=r"no DICOM series .* Name the images in it, such as .*b\.nii\.gz"):
+        read_image(tmp_path)
+
+
 def test_two_scouts_are_no_volume(tmp_path: Path) -> None:
     changed = {index: {"SeriesInstanceUID": f"{UID}.9.{index}"} for index in range(2)}
     with pytest.raises(InputError, match="2 DICOM series, choose one"):
