@@ -147,6 +147,9 @@ class Task:
         special = [name for name in self.classes if name[0] in "$@%" or "#" in name]
         if special:  # the configs read them as expressions, references and paths
             raise InputError(f"classes {', '.join(special)!r}: no name may begin with $, @ or %, or have a #. Rename.")
+        for name in (*self.left_out, *self.judges):
+            if name[0] in "$@%":  # as in classes
+                raise InputError(f"{name}: the name of an image may not begin with $, @ or %. Rename it.")
         if len(self.classes) > MOST_CLASSES:
             raise InputError(
                 f"{len(self.classes)} classes: labels are written as bytes, so {MOST_CLASSES} are the most."

@@ -152,3 +152,9 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
 def test_numbers_that_describe_no_task_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(SMALL_TASK, **changes)
+
+
+@pytest.mark.parametrize("files", [{"left_out": ("@a.nii.gz",)}, {"judges": ("b.nii.gz", "$a.nii.gz")}])
+def test_files_that_configs_would_evaluate_are_refused(files: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"a\.nii\.gz: the name of an image may not begin with"):
+        replace(SMALL_TASK, **files)
