@@ -1,8 +1,8 @@
 """From the grid of the network back to that of the image's file.
 
-Preprocessing turns an image to a standard orientation, crops and resamples it. Orientation and crop are undone without
-a copy: labels are written through a view of the array that is turned and cropped as the image was. What is left is
-linear interpolation along parallel axes.
+Preprocessing turns an image to a standard orientation, crops, resamples and pads it. Orientation and crop are undone
+without a copy: labels are written through a view of the array that is turned and cropped as the image was. What is left
+is linear interpolation along parallel axes, which asks for no voxel of the padding.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class ImageGrid:
         """Read from a preprocessed image, `(channels, *spatial)`, what was done to it.
 
         Returns:
-            None if the affine of the file is not known, or the image was turned, cropped or resampled in a way that
-            cannot be undone here: by other transforms than `Orientationd`, `CropForegroundd`, `Spacingd` in this order,
-            or to axes that are not parallel.
+            None if the affine of the file is not known, or the image was turned, cropped, resampled or padded in a way
+            that cannot be undone here: by other transforms than `Orientationd`, `CropForegroundd`, `Spacingd`,
+            `SpatialPadd` in this order, or to axes that are not parallel.
 
         Example:
             >>> import torch
@@ -61,11 +61,15 @@ class ImageGrid:
         """
         operations = list(image.applied_operations)
         affine = _first_affine(image)
-        network = tuple(image.shape[1:])
+        padded = operations.pop() if operations and operations[-1]["class"] == "SpatialPad" else None
+        network = tuple(image.shape[1:]) if padded is None else tuple(map(int, padded["orig_size"]))
+        before = [0, 0, 0] if padded is None else [first for first, _ in padded["extra_info"]["padded"][1:]]
         if affine is None or affine.shape != (4, 4) or len(network) != 3:
             return None
         resampled = operations.pop() if operations and operations[-1]["class"] == "SpatialResample" else None
-        source = _as_matrix(image.affine if resampled is None else resampled["extra_info"]["src_affine"])
+        to_world = np.asarray(image.affine, dtype=np.float64).copy()  # of voxels of the network's grid without the padding
+        to_world[:3, 3] += to_world[:3, :3] @ before
+        source = to_world if resampled is None else _as_matrix(resampled["extra_info"]["src_affine"])
         cropped = network if resampled is None else tuple(map(int, resampled["orig_size"]))
         shape = tuple(map(int, operations[0]["orig_size"])) if operations else cropped
         if source is None or (resampled is not None and not _is_linear(resampled["extra_info"])):
@@ -83,8 +87,11 @@ class ImageGrid:
         corners = np.array([*cropped, 1.0])
         if not np.allclose(expected * corners, source * corners, atol=AGREES):
             return None
-        axes = parallel_axes(np.linalg.solve(np.asarray(image.affine, dtype=np.float64), source), network, cropped)
-        return None if axes is None else cls(shape, axes, orientation, crop, affine)
+        axes = parallel_axes(np.linalg.solve(to_world, source), network, cropped)
+        if axes is None:
+            return None
+        axes = tuple(axis.padded(first, extent) for axis, first, extent in zip(axes, before, image.shape[1:]))
+        return cls(shape, axes, orientation, crop, affine)
 
     def view(self, array: np.ndarray) -> np.ndarray:
         """Return the part of an array of the file's shape that the network's grid covers, turned as that is.

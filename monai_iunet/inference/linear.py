@@ -56,6 +56,10 @@ class LinearAxis:
         """Whether both grids have the same voxels."""
         return bool(self.source == self.target and not self.weight.any() and (self.low.diff() == 1).all())
 
+    def padded(self, before: int, source: int) -> LinearAxis:
+        """Return the axis from a source that has as many voxels more in front, and `source` voxels in all."""
+        return LinearAxis(self.low + before, self.high + before, self.weight, source)
+
     def part(self, section: slice) -> tuple[slice, LinearAxis]:
         """Return which source voxels a section of the target needs, and the axis from those to that section."""
         low, high, weight = self.low[section], self.high[section], self.weight[section]

@@ -109,7 +109,16 @@ CHAINS: dict[str, tuple[Compose, dict[str, Any]]] = {
         preprocessing(),
         {"affine": nibabel.affines.from_matvec(np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 0.9]]))},
     ),
-    "padded, undone by MONAI": (Compose([*preprocessing().transforms, SpatialPadd("image", (20, 30, 20))]), {}),
+    "padded": (Compose([*preprocessing().transforms, SpatialPadd("image", (20, 30, 20))]), {}),
+    "not resampled, padded": (
+        Compose([*preprocessing(spacing=(1.0, 1.2, 0.9)).transforms, SpatialPadd("image", (27, 22, 30))]),
+        {},
+    ),
+    "padded behind": (Compose([*preprocessing().transforms, SpatialPadd("image", (20, 30, 20), method="end")]), {}),
+    "padded, then resampled, undone by MONAI": (
+        Compose([SpatialPadd("image", (20, 30, 20)), *preprocessing(crop=False).transforms]),
+        {},
+    ),
 }
 
 
@@ -118,6 +127,8 @@ def test_every_preprocessing(name: str) -> None:
     transform, options = CHAINS[name]
     image, network = scan(**options), Network()
     probabilities = reference(transform, image, network)
+    grid = ImageGrid.of(transform({"image": image.float()})["image"])
+    assert (grid is None) == name.endswith("undone by MONAI")
     labels, found = from_file(transform, image, network, probabilities=np.float32)
     assert_same_labels(labels, probabilities)
     torch.testing.assert_close(torch.as_tensor(np.ascontiguousarray(found)), probabilities, atol=1e-5, rtol=0)
