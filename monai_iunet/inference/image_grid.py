@@ -67,7 +67,7 @@ class ImageGrid:
         if affine is None or affine.shape != (4, 4) or len(network) != 3:
             return None
         resampled = operations.pop() if operations and operations[-1]["class"] == "SpatialResample" else None
-        to_world = np.asarray(image.affine, dtype=np.float64).copy()  # of voxels of the network's grid without the padding
+        to_world = np.asarray(image.affine, dtype=np.float64).copy()  # of voxels of the network, padding left out
         to_world[:3, 3] += to_world[:3, :3] @ before
         source = to_world if resampled is None else _as_matrix(resampled["extra_info"]["src_affine"])
         cropped = network if resampled is None else tuple(map(int, resampled["orig_size"]))
