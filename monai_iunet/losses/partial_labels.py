@@ -93,6 +93,9 @@ class MarginalLoss(nn.Module):
         loss: takes logits and one-hot target, both `(1, classes, *spatial)`, with the background first; for example
             `monai.losses.DiceCELoss(softmax=True, include_background=False)`.
 
+    Raises:
+        ValueError: when the loss is one of MONAI's that takes no softmax, as by default.
+
     Example:
         >>> from monai.losses import DiceCELoss
         >>> loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
@@ -104,6 +107,14 @@ class MarginalLoss(nn.Module):
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
+        names = "softmax", "use_softmax", "other_act"
+        parts = loss.modules() if isinstance(loss, nn.Module) else ()
+        found = [getattr(part, name) for part in parts for name in names if hasattr(part, name)]
+        if found and not any(found):
+            raise ValueError(
+                f"loss must take a softmax of the logits, since that is what merges classes; {type(loss).__name__} "
+                "takes none. Build it with softmax=True; FocalLoss with use_softmax=True."
+            )
         self.loss = loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

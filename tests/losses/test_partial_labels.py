@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss
 from monai.transforms import Compose
 from torch import nn
 
-from monai_iunet import InputError, MirrorInferer
+from monai_iunet import ChunkedDiceCELoss, InputError, MirrorInferer
 from monai_iunet.losses.partial_labels import MarginalLoss, NoteContouredd, OneHotContouredd
 from monai_iunet.transforms.mirror import RandMirrord
 
@@ -86,6 +86,23 @@ def test_logits_of_unknown_classes_get_the_gradient_of_the_background() -> None:
     # A merged class shares its gradient in proportion to the probabilities.
     share = (logits[0, 1] - logits[0, 0]).exp()
     torch.testing.assert_close(gradient[0, 1], gradient[0, 0] * share)
+
+
+@pytest.mark.parametrize(
+    "loss", [DiceLoss(), DiceCELoss(sigmoid=True), FocalLoss(), ChunkedDiceCELoss(sigmoid=True)], ids=type
+)
+def test_a_loss_without_a_softmax_is_refused(loss: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"{type(loss).__name__} takes none. Build it with softmax=True"):
+        MarginalLoss(loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [FocalLoss(use_softmax=True), DiceFocalLoss(softmax=True), DiceLoss(other_act=torch.nn.Softmax(1)), nn.MSELoss()],
+    ids=type,
+)
+def test_a_loss_with_a_softmax_or_one_of_ones_own_is_taken(loss: nn.Module) -> None:
+    assert MarginalLoss(loss).loss is loss
 
 
 def test_a_target_that_is_not_one_hot_is_refused() -> None:
