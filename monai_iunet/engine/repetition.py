@@ -58,6 +58,7 @@ class Conditions:
         self._versions: list[tuple[Tensor, int]] = []
         self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
         self._moved: list[tuple[Tensor, Tensor]] = []  # what the module writes to, and the values before
+        self._written: list[Tensor] = []  # parameters that the module writes to
         # The generators that were drawn from, with their states before and after.
         self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
 
@@ -78,6 +79,7 @@ class Conditions:
         self._random = [drawn for drawn in states if not is_same_state(*drawn[1:])] or None
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
+        self._written = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and id(tensor) not in unmoved]
         if any(map(runs_foreign_code, modules)):  # which may write to `buffer.data`, what no version tells
             unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
         self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
@@ -118,8 +120,10 @@ class Conditions:
                 stack.callback(generator.go_to, generator.state())
                 generator.go_to(before)
             stack.enter_context(self._autocast_again())
+            written = [tensor.detach().clone() for tensor in self._written]
             yield
             self._check_random_numbers()
+            self._check_written(written)
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Return whether a tensor may have other values behind the second evaluation than in it."""
@@ -156,6 +160,16 @@ class Conditions:
             raise RuntimeError(
                 "The random numbers of a dropout cannot be drawn again, because another thread has drawn from the same "
                 'generator meanwhile. Let one thread draw at a time, or store activations (activations="store").'
+            )
+
+    def _check_written(self, before: list[Tensor]) -> None:
+        """Raise an error if a parameter that the module writes to, as to limit it, is another one for a second time."""
+        if not all(map(torch.allclose, self._written, before)):
+            _write(self._written, before)
+            raise RuntimeError(
+                f"{type(self._parts[0].module).__name__} changes a parameter in place whenever it is evaluated, which "
+                "happens once more in the backward pass. Change it in the training loop, or store activations "
+                '(activations="store").'
             )
 
     @contextmanager

@@ -635,6 +635,34 @@ def test_branches_that_change_in_place_what_they_depend_on(name: str) -> None:
     assert counts[0] == counts[1] == dict.fromkeys(counts[0], 5.0)
 
 
+class Limited(nn.Conv1d):
+    """Changes its weight before it uses it."""
+
+    change = staticmethod(lambda weight: weight.clamp_(-0.1, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.change(self.weight)
+        return super().forward(x).tanh()
+
+
+def test_a_branch_may_limit_its_weights() -> None:
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        found.append(gradients_of_a_branch(Limited(2, 2, 1), lambda _: None, rebuilds))
+    assert max(relative_errors(*found)) < 1e-10
+
+
+def test_a_branch_that_changes_its_weights_again_and_again_is_refused() -> None:
+    branch = Limited(2, 2, 1)
+    branch.change = lambda weight: weight.mul_(0.9)
+    before = 0.9 * branch.weight.detach().double()
+    with pytest.raises(RuntimeError, match="changes a parameter in place whenever it is evaluated"):
+        gradients_of_a_branch(branch, lambda _: None, rebuilds=True)
+    torch.testing.assert_close(branch.weight.detach(), before)
+
+
 def test_what_is_saved_of_a_buffer_stays_as_it_was_in_its_evaluation() -> None:
     """Plain autograd refuses a second evaluation before the backward pass, unless a copy is saved."""
 
