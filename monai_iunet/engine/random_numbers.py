@@ -1,7 +1,7 @@
 """The random number generators that a module may draw from.
 
-Those of PyTorch, those that the parts of a module keep as attributes, and, for modules of one's own and hooks, that of
-Python's `random` and that of NumPy.
+Those of PyTorch, and, for modules of one's own and hooks, those that they keep as attributes, that of Python's `random`
+and that of NumPy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import without_modes
 
 __all__ = ["RandomNumbers", "generators", "is_same_state"]
@@ -37,15 +36,15 @@ class RandomNumbers:
     is_of_pytorch: bool = False
 
 
-def generators(device: torch.device, modules: Sequence[nn.Module]) -> list[RandomNumbers]:
-    """Return the generators that modules on a device may draw from.
+def generators(device: torch.device, foreign: Sequence[nn.Module]) -> list[RandomNumbers]:
+    """Return the generators that a module on a device may draw from.
 
     Args:
-        device: of the modules.
-        modules: all parts of a module.
+        device: of the module.
+        foreign: those of its parts that are not known, see `foreign_code.py`.
 
     Example:
-        >>> (of_pytorch, *_) = generators(torch.device("cpu"), [nn.Dropout()])
+        >>> (of_pytorch,) = generators(torch.device("cpu"), [])
         >>> before, first = of_pytorch.state(), torch.rand(3)
         >>> of_pytorch.go_to(before)
         >>> torch.equal(torch.rand(3), first)
@@ -56,11 +55,10 @@ def generators(device: torch.device, modules: Sequence[nn.Module]) -> list[Rando
         of_device = torch.get_device_module(device)
         state, go_to = partial(of_device.get_rng_state, device), partial(of_device.set_rng_state, device=device)
         found.append(_of_torch(state, go_to, True))
-    # To ask NumPy for its state takes longer than all else here.
-    if any(map(runs_foreign_code, modules)):
+    if foreign:
         found.append(RandomNumbers(random.getstate, random.setstate))
         found.append(RandomNumbers(partial(np.random.get_state, legacy=False), np.random.set_state))
-    kept = {id(attribute): attribute for module in modules for attribute in vars(module).values()}
+    kept = {id(attribute): attribute for module in foreign for attribute in vars(module).values()}
     return [*found, *(generator for attribute in kept.values() for generator in _of_attribute(attribute))]
 
 

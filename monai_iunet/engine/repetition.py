@@ -44,6 +44,9 @@ class Conditions:
     Args:
         module: is evaluated within `recorded()`, and what `module_then()` returns within `repeated()`.
         device: of its inputs.
+
+    Attributes:
+        foreign: parts of the module that are not known, see `foreign_code.py`.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -54,6 +57,7 @@ class Conditions:
             if torch.amp.is_autocast_available(kind)
         ]
         self._parts = [_Part(part) for part in module.modules()]
+        self.foreign = [part.module for part in self._parts if runs_foreign_code(part.module)]
         self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
         self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
@@ -69,8 +73,7 @@ class Conditions:
         versions = [(tensor, version(tensor)) for tensor in tensors]
         self._places = [(tensor, _place(tensor)) for tensor in tensors if _stays_in_place(tensor)]
         values = [(tensor, tensor.detach().clone()) for part in self._parts for tensor in part.own_tensors()]
-        modules = [part.module for part in self._parts]
-        before = [(generator, generator.state()) for generator in generators(self._device, modules)]
+        before = [(generator, generator.state()) for generator in generators(self._device, self.foreign)]
         with self._autocast_again():
             yield
         for part in self._parts:
@@ -80,7 +83,7 @@ class Conditions:
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._written = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and id(tensor) not in unmoved]
-        if any(map(runs_foreign_code, modules)):  # which may write to `buffer.data`, what no version tells
+        if self.foreign:  # which may write to `buffer.data`, what no version tells
             unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
         self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
 

@@ -211,7 +211,7 @@ class Call:
         self.outputs: tuple[_State, ...] = ()
         self._layer = layer
         self._conditions = None if layer.is_function_of_weights else Conditions(layer, inputs[0].device)
-        self._may_keep_inputs = any(map(runs_foreign_code, layer.modules()))
+        self._may_keep_inputs = bool(self._conditions.foreign) if self._conditions else runs_foreign_code(layer)
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
