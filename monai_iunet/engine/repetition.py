@@ -61,7 +61,7 @@ class Conditions:
         self._hooks_of_all = hooks_of_all_modules()
         self._versions: list[tuple[Tensor, int]] = []
         self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
-        self._moved: list[tuple[Tensor, Tensor]] = []  # what the module writes to, and the values before
+        self._moved: list[tuple[Tensor, Tensor]] = []  # what the module may write to, and the values before
         self._written: list[Tensor] = []  # parameters that the module writes to
         # The generators that were drawn from, with their states before and after.
         self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
@@ -83,8 +83,8 @@ class Conditions:
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._written = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and id(tensor) not in unmoved]
-        if self.foreign:  # which may write to `buffer.data`, what no version tells
-            unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        # No version tells of what is written to `buffer.data`, or by operations such as those that quantize.
+        unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
         self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
 
     @contextmanager

@@ -635,6 +635,19 @@ def test_branches_that_change_in_place_what_they_depend_on(name: str) -> None:
     assert counts[0] == counts[1] == dict.fromkeys(counts[0], 5.0)
 
 
+def test_quantization_that_moves_its_range_unnoticed_by_autograd() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    branch = nn.Sequential(nn.Conv1d(2, 2, 1), quantization.default_fused_act_fake_quant(), nn.Tanh())
+    found = []
+    for rebuilds in (True, False):
+        layer = AdditiveCoupling(copy.deepcopy(branch))
+        layer.rebuilds = rebuilds
+        state = [torch.ones(1, 2, 4) * torch.linspace(0, 1, 4) for _ in range(2)]
+        values = [loss(layer(state[0], scale * state[1])[1]) for scale in (1, 3)]
+        found.append(torch.autograd.grad(sum(values), list(layer.parameters())))
+    assert max(relative_errors(*found)) < 1e-4
+
+
 class Limited(nn.Conv1d):
     """Changes its weight before it uses it."""
 
