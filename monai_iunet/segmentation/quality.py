@@ -1,10 +1,11 @@
 """How good a segmentation probably is: a predicted Dice per structure, from what needs no true labels.
 
-Seven features of a structure, each 0 where nothing is wrong (`quality_features`): how uncertain the network is; how
+Eight features of a structure, each 0 where nothing is wrong (`quality_features`): how uncertain the network is; how
 much a second run on a window around the structure, with some noise, disagrees; how far shape, intensities and place
 beside the other structures are from those of the training cases; which fraction is fragments, and which lies on the
-edge of the image. The three distances d are root mean squares in standard deviations, correlations allowed for
-(Mahalanobis), and enter as log(1 + d).
+edge of the image; and how far the other structures of the image are, because what fails an image, as wrong directions
+in its header do, seldom spares a structure. The three distances d are root mean squares in standard deviations,
+correlations allowed for (Mahalanobis), and enter as log(1 + d); of the others enters the median of their means.
 
 The predicted Dice is 1 / (1 + exp(Σ wᵢ fᵢ - b)). No weight w is negative, so what looks worse is never rated better,
 and what is far from all training cases is rated near 0. A structure that was not found is rated 0.
@@ -49,7 +50,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FEATURES = ("uncertainty", "disagreement", "shape", "intensity", "place", "fragments", "edge")
+FEATURES = ("uncertainty", "disagreement", "shape", "intensity", "place", "fragments", "edge", "others")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class QualityModel:
 
 def feature_rows(found: Mapping[str, Description], references: Mapping[str, Reference]) -> dict[str, np.ndarray]:
     """Return the values of `FEATURES` of each structure that was found."""
-    rows = {}
+    distances = {}
     for name, description in found.items():
         reference = references[name]
         apart = [
@@ -134,13 +135,18 @@ def feature_rows(found: Mapping[str, Description], references: Mapping[str, Refe
             reference.intensity.distance(description.intensity),
             float(np.median(apart)) if apart else 0.0,
         )
+        distances[name] = np.log1p(far)
+    rows = {}
+    for name, description in found.items():
+        others = [distance.mean() for other, distance in distances.items() if other != name]
         rows[name] = np.array(
             [
                 description.uncertainty,
                 description.disagreement,
-                *np.log1p(far),
+                *distances[name],
                 description.fragments,
                 description.edge,
+                np.median(others) if others else 0.0,
             ]
         )
     return rows
@@ -204,8 +210,8 @@ def read_quality(bundle: str | Path, structures: Sequence[str], weights: str = "
         model = _model(json.loads(path.read_text(encoding="utf-8")), structures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: not a quality model of this bundle ({type(error).__name__}: {first_line(error)}). Fit it again "
-            "with `monai-iunet quality`, or remove it."
+            f"{path}: not a quality model of this bundle ({type(error).__name__}: {first_line(error)}). Remove it, and "
+            "fit one with `monai-iunet quality` if you want one."
         ) from error
     if model.digest != weights_digest(bundle, weights):
         logger.warning("%s: fitted to other weights, so the quality is unknown. Run `monai-iunet quality`.", path)

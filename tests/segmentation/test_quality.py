@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,17 @@ def test_places_beside_each_other_count(segmenter: BundleSegmenter, left_hippoca
     swapped = {front: found[back], back: found[front]}
     place = FEATURES.index("place")
     assert feature_rows(swapped, model.references)[front][place] > feature_rows(found, model.references)[front][place]
+
+
+def test_what_the_others_look_like_counts(segmenter: BundleSegmenter, left_hippocampus: nibabel.Nifti1Image) -> None:
+    model = segmenter.quality
+    assert model is not None
+    found = segmenter.describe_crop(left_hippocampus)[2]
+    front, back = found
+    others = FEATURES.index("others")
+    odd = {**found, back: replace(found[back], shape=found[back].shape + 3)}
+    rows, rows_beside_odd = feature_rows(found, model.references), feature_rows(odd, model.references)
+    assert rows_beside_odd[front][others] > rows[front][others]
+    assert rows_beside_odd[back][others] == rows[back][others]  # a structure is none of its own others
+    alone = feature_rows({front: found[front]}, model.references)
+    assert alone[front][others] == 0
