@@ -17,7 +17,8 @@ def check_structures(
 ) -> None:
     """Check that what a data set calls its labels is what a bundle calls them; where nothing names them, any are taken.
 
-    A name may be longer or shorter, such as "Anterior" for "anterior hippocampus", if it can be no other structure.
+    A name may be longer or shorter, such as "Anterior" for "anterior hippocampus", if it can be no other structure. A
+    number is no name.
 
     Args:
         dataset_dir: see `list_cases`.
@@ -42,7 +43,7 @@ def check_structures(
     for name, value in (read_labeled_data(dataset_dir).labels or {}).items():
         ours, theirs = _plain(names.get(value, "")), _plain(name)
         alike = {other for other in known if other in theirs or theirs in other}
-        if ours != theirs and alike != {ours}:
+        if not theirs.isdecimal() and ours != theirs and alike != {ours}:
             found = f"{names[value]!r}" if value in names else "nothing"
             listed = ", ".join(f"{number} {structure}" for number, structure in names.items())
             raise InputError(

@@ -32,6 +32,7 @@ def describe(folder: Path, labels: dict[str, Any]) -> Path:
         (("liver", "liver tumor"), None, {"1": "liver", "2": "liver tumor"}),
         (("liver", "spleen"), (3, 7), {"3": "Liver", "7": "Spleen"}),
         (("liver",), None, {}),
+        (("liver", "spleen"), None, {"0": "0", "1": "1", "2": "2"}),
     ],
 )
 def test_names_that_mean_the_same_are_taken(
