@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from torch import nn
+from torch.utils.data import DataLoader
 
 from monai_iunet import Checkpoints, InputError, SegIUNet, check_training, trained_value, training_record
 from monai_iunet.training.record import differences, record_file, write_record
@@ -89,6 +90,7 @@ def test_a_training_does_not_go_on_with_something_else(tmp_path: Path) -> None:
     def engines() -> tuple[Engine, Engine]:
         trainer, validator = Engine(lambda *_: None), Engine(lambda *_: None)
         trainer.state.epoch_length, trainer.state.max_epochs, trainer.state.epoch = 1, 5, 1
+        trainer.data_loader = DataLoader([0])  # as trainers of MONAI have
         validator.state.best_metric, validator.state.best_metric_epoch = 0.5, 1
         return trainer, validator
 
