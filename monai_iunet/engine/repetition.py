@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
-from monai_iunet.engine.pytorch_private import hooks_of, hooks_of_all_modules, keep_versions, version
+from monai_iunet.engine.pytorch_private import has_values, hooks_of, hooks_of_all_modules, keep_versions, version
 from monai_iunet.engine.random_numbers import RandomNumbers, generators, is_same_state
 
 __all__ = ["Conditions"]
@@ -84,7 +84,8 @@ class Conditions:
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._written = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and id(tensor) not in unmoved]
         # No version tells of what is written to `buffer.data`, or by operations such as those that quantize.
-        unmoved -= {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        buffers = {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        unmoved -= {id(tensor) for tensor, value in values if id(tensor) in buffers and _may_differ(tensor, value)}
         self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
 
     @contextmanager
@@ -310,6 +311,12 @@ def _same(now: Any, then: dict[str, Any]) -> bool:
         tensor is then[name] or hasattr(tensor, "full_tensor") or hasattr(then[name], "full_tensor")
         for name, tensor in now.items()
     )
+
+
+def _may_differ(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor may have other values than it had, without waiting for a device that would tell."""
+    is_comparable = has_values(tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return not is_comparable or not torch.equal(tensor, value)
 
 
 def _stays_in_place(tensor: Tensor) -> bool:
