@@ -168,7 +168,8 @@ class Conditions:
 
     def _check_written(self, before: list[Tensor]) -> None:
         """Raise an error if a parameter that the module writes to, as to limit it, is another one for a second time."""
-        if not all(map(torch.allclose, self._written, before)):
+        # A parameter that is NaN, as of a training that diverged, is not another one for that.
+        if not all(torch.allclose(*values, equal_nan=True) for values in zip(self._written, before)):
             _write(self._written, before)
             raise RuntimeError(
                 f"{type(self._parts[0].module).__name__} changes a parameter in place whenever it is evaluated, which "

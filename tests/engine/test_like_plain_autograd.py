@@ -667,6 +667,13 @@ def test_a_branch_may_limit_its_weights() -> None:
     assert max(relative_errors(*found)) < 1e-10
 
 
+def test_a_weight_that_is_no_number_is_not_blamed_on_the_branch_that_limits_it() -> None:
+    branch = Limited(2, 2, 1)
+    with torch.no_grad():
+        branch.weight.fill_(torch.nan)
+    assert all(gradient.isnan().any() for gradient in gradients_of_a_branch(branch, lambda _: None, True)[:1])
+
+
 def test_a_branch_that_changes_its_weights_again_and_again_is_refused() -> None:
     branch = Limited(2, 2, 1)
     branch.change = lambda weight: weight.mul_(0.9)
