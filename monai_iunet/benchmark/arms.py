@@ -70,7 +70,8 @@ def compare_arms(
 
     "patch" is what was planned, "whole" sees whole images and rebuilds all activations, "growing" begins with the patch
     and ends with whole images; others are networks of MONAI, at the largest patch whose step takes no more memory than
-    one of "whole". An arm that is done is not trained again, one that was interrupted goes on.
+    one of "whole". On a CPU all train in float32, in which their memory is counted, whatever was planned. An arm that
+    is done is not trained again, one that was interrupted goes on.
 
     Args:
         plan: folder of a bundle that `fit` made, if only to its plan.
@@ -103,7 +104,8 @@ def compare_arms(
     values = None if task.label_values is None else (0, *task.label_values)
     check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
     test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests)
-    task = replace(task, max_seconds=60.0 * minutes, validation_cases=True, judges=(), max_epochs=NEVER - 1)
+    timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
+    task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)
     extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)
     planned = _plan_arms(task, extents, arms)
     clock = "wall" if device.type == "cuda" else "processor"

@@ -75,6 +75,7 @@ class Task:
         label_values: value of each structure in the label files, where they are not 1, 2, ...
         strides: of the network, per downsampling the factor of each axis.
         activations: of the network, "invert" or "store" per level or for all.
+        autocast: whether the training runs in bfloat16 on a CPU, too.
         sampling: whether patches are cut "at structures", each class as often as the background, or "anywhere"; by
             default at structures in CT, where they are small in a large field of view.
         elastic: whether images are deformed elastically in training; by default MR images are.
@@ -120,6 +121,7 @@ class Task:
     label_values: tuple[int, ...] | None = None
     strides: tuple[tuple[int, int, int], ...] | None = None
     activations: str | tuple[str, ...] = "invert"
+    autocast: bool = False
     sampling: Literal["at structures", "anywhere"] | None = None
     elastic: bool | None = None
     in_plane: bool = False

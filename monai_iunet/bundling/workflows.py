@@ -141,7 +141,7 @@ def _train_section(task: Task, distributed: bool) -> Config:
             # Unless nothing would be left: MONAI's trainer then skips the training.
             "drop_last": "$len(@train#dataset) >= @batch_size * int(os.environ.get('WORLD_SIZE', 1))",
         },
-        "inferer": {"_target_": "SimpleInferer"},
+        "inferer": {"_target_": "monai_iunet.AutocastInferer" if task.autocast else "SimpleInferer"},
         # Whoever runs the trainer has all that a training needs: every handler attaches itself.
         "handlers": [
             {

@@ -51,7 +51,7 @@ from monai_iunet.fitting.fingerprint import (
     write_fingerprint,
 )
 from monai_iunet.fitting.page import write_page
-from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_speed, plan_table, read_plan
+from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
 from monai_iunet.planning.budget import for_a_step
@@ -297,9 +297,8 @@ class _Fit:
             folder.rename(self.folder)
 
     def _make_plan(self, data: LabeledData) -> FitPlan:
-        amp = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        speed = measure_speed(self.device, amp) if self.options.seconds is not None else None
-        limits = Limits(self.options.memory or _memory(self.device), self.options.seconds, speed, amp)
+        memory = self.options.memory or _memory(self.device)
+        limits = measure_limits(self.device, memory, self.options.seconds)
         name = re.sub(r"\W+", "_", self.folder.resolve().name)
         return make_plan(
             self.fingerprint,

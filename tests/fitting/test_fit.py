@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network, planned for a machine of a given speed."""
     monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16, 32))
     monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 150)
-    monkeypatch.setattr(fitting, "measure_speed", lambda *_: 1e6)
+    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda *_: 1e6)
 
 
 # Fits a small network, noting its steps; arguments are the data set and the bundle.

@@ -13,9 +13,10 @@ import torch
 from monai.losses import DiceCELoss
 
 from monai_iunet import InputError, LiveBytes, SegIUNet
+from monai_iunet.bundling.new_bundle import bundle_configs
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet
-from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, plan_table, read_plan
+from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_limits, plan_table, read_plan
 from monai_iunet.planning.plan import TrainingPlan
 from tests.fitting.made_sets import facts, fingerprint
 
@@ -94,6 +95,26 @@ def test_a_short_time_makes_voxels_coarser_and_patches_smaller() -> None:
     limited = plan(small, dataclasses.replace(LARGE, seconds=3 * 3600, speed=50_000.0), fold=0).task
     assert limited.spacing == (1, 1, 1)
     assert math.prod(limited.roi_size) < 190 * 140 * 88 / 2
+
+
+@pytest.mark.parametrize(("gain", "faster"), [(2.5, True), (1.1, False), (0.2, False)])
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, gain: float, faster: bool
+) -> None:
+    speeds = {torch.float32: 100_000.0, torch.bfloat16: 100_000.0 * gain}
+    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda _, dtype: speeds[dtype])
+    limits = measure_limits(torch.device("cpu"), 2**36, 3600)
+    assert limits.speed == max(100_000.0, 100_000.0 * gain * faster)
+    task = plan(fingerprint(), limits).task
+    assert task.autocast == faster
+    inferer = bundle_configs(task)["train.json"]["train"]["inferer"]["_target_"]
+    assert inferer == ("monai_iunet.AutocastInferer" if faster else "SimpleInferer")
+
+
+def test_a_gpu_trains_with_mixed_precision_of_monai() -> None:
+    found = plan(fingerprint(), dataclasses.replace(LARGE, dtype=torch.bfloat16))
+    assert not found.task.autocast
+    assert next(choice.value for choice in found.choices if choice.name == "arithmetic") == "16 bits"
 
 
 def test_many_rare_structures_are_sampled_alike() -> None:
