@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 from monai_iunet.bids.images import BidsImage
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.text import csv_text
 from monai_iunet.segmentation.files import (
     Case,
     Origin,
@@ -178,10 +177,7 @@ def _describe_label(path: Path, label: str, text: str) -> None:
 
 def as_tsv(rows: Sequence[Sequence[object]]) -> str:
     """Return rows as tab-separated lines; cells that are empty are "n/a", as BIDS has it."""
-    table = io.StringIO()
-    writer = csv.writer(table, delimiter="\t", lineterminator="\n")
-    writer.writerows(["n/a" if cell in ("", None) else cell for cell in row] for row in rows)
-    return table.getvalue()
+    return csv_text((["n/a" if cell in ("", None) else cell for cell in row] for row in rows), delimiter="\t")
 
 
 def _write_once(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import first_line
+from monai_iunet.io.text import first_line
 
 __all__ = ["BidsImage", "MissingImage", "find_images", "participants"]
 

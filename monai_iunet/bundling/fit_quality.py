@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,8 @@ from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
 from monai_iunet.bundling.evaluation_data import Case
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
+from monai_iunet.io.text import csv_text, first_line
 from monai_iunet.segmentation.quality import (
     FEATURES,
     Normal,
@@ -245,13 +244,11 @@ def _segment_damaged(
 
 
 def _write_table(path: Path, results: Sequence[Result]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for result in results:
-        numbers = [f"{value:.6f}" for value in (*result.features, result.dice)]
-        writer.writerow([*result.job, result.structure, *numbers])
-    write_text(path, text.getvalue())
+    rows = [
+        [*result.job, result.structure, *(f"{value:.6f}" for value in (*result.features, result.dice))]
+        for result in results
+    ]
+    write_text(path, csv_text([COLUMNS, *rows]))
 
 
 def _read_table(path: Path) -> dict[Job, list[Result]]:

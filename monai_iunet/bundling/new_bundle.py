@@ -13,6 +13,7 @@ from monai_iunet.bundling.workflows import any_contrast_config, evaluate_config,
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.text import times
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = ["COMMANDS", "bundle_configs", "write_bundle", "write_configs"]
@@ -144,7 +145,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _readme(task: Task) -> str:
-    spacing = " x ".join(f"{size:g}" for size in task.spacing)
+    spacing = times(task.spacing)
     names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
     return f"""# {task.name}
 

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.text import times
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import for_a_step, largest_patch, most_couplings
 from monai_iunet.planning.plan import plan_training
@@ -98,7 +99,7 @@ class BundleTraining:
                 for activations in ("invert", "store")
             }
         table = Table(
-            "MiB", *plans, title=f"One step, {self.batch_size} x {_size(self.spatial_size)} voxels, {self._kind}"
+            "MiB", *plans, title=f"One step, {self.batch_size} x {times(self.spatial_size)} voxels, {self._kind}"
         )
         for field, name in PARTS.items():
             table.add_row(name, *(f"{getattr(plan, field) / 2**20:.1f}" for plan in plans.values()))
@@ -131,7 +132,7 @@ class BundleTraining:
         except ValueError:  # a smaller patch may still fit
             couplings = 0
         or_more = " or more" if couplings == MOST_COUPLINGS else ""
-        return _size(patch.spatial_size), f"{patch.training_peak / 2**20:.0f}", f"{couplings}{or_more}"
+        return times(patch.spatial_size), f"{patch.training_peak / 2**20:.0f}", f"{couplings}{or_more}"
 
     @property
     def _kind(self) -> str:
@@ -158,20 +159,20 @@ def inference_table(
         InputError: when the folder is none of a bundle whose segmentation can be planned, or sizes are not positive.
     """
     if min(*image_size, *spacing) <= 0:
-        raise InputError(f"--image {_size(image_size)}, --spacing {_size(spacing)}: must be positive.")
+        raise InputError(f"--image {times(image_size)}, --spacing {times(spacing)}: must be positive.")
     segmenter = BundleSegmenter(bundle)
     with _as_input_error():
         plan = segmenter.plan(image_size, spacing, with_network=True)
     on_gpu = segmenter.device.type != "cpu"
     place = {True: str(segmenter.device), False: "host"}
-    table = Table("MiB", "of", "where", title=f"Segmentation of {_size(image_size)} voxels of {_size(spacing)} mm")
+    table = Table("MiB", "of", "where", title=f"Segmentation of {times(image_size)} voxels of {times(spacing)} mm")
     rows = (
         (plan.image, "image, 2 bytes per voxel", False),
         (plan.preprocessed, "image on the grid of the network", on_gpu),
         (plan.labels, "labels", False),
-        (plan.slab, f"a slab of the logits, {_size(plan.network_size)} voxels in all", on_gpu),
+        (plan.slab, f"a slab of the logits, {times(plan.network_size)} voxels in all", on_gpu),
         (plan.blocks, "probabilities on the grid of the image, block by block", on_gpu),
-        (plan.network, f"network with a batch of windows of {_size(plan.roi_size)}", on_gpu),
+        (plan.network, f"network with a batch of windows of {times(plan.roi_size)}", on_gpu),
         (plan.peak, "peak, beside Python and PyTorch; the last two not at once", False),
     )
     for size, name, is_there in rows:
@@ -199,7 +200,3 @@ def _as_input_error() -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def _size(extents: Sequence[float]) -> str:
-    return " x ".join(f"{extent:g}" for extent in extents)

@@ -20,7 +20,7 @@ from monai.bundle import ConfigParser
 from rich.table import Table
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import first_line
+from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import read_weights, weights_file
 
 __all__ = ["Check", "as_table", "verify_bundle"]

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
-from monai_iunet.io.checks import check_not_constant, first_line
+from monai_iunet.io.checks import check_not_constant
 from monai_iunet.io.files import write_atomically, write_text
+from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of, read_case
 from monai_iunet.training.dataset import LabeledData
 
@@ -338,7 +339,7 @@ def fingerprint_tables(fingerprint: Fingerprint) -> Group:
     }
     for name, triples in rows.items():
         statistics = (function(triples, axis=0) for function in (np.min, np.median, np.max))
-        images.add_row(name, *(" x ".join(f"{value:.4g}" for value in triple) for triple in statistics))
+        images.add_row(name, *map(times, statistics))
     low, middle, high = fingerprint.percentiles(0.5, 50, 99.5)
     images.add_row("intensities in structures", f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}")
     table = Table("label", "structure", "cases", "volume, ml", "part of the images", title="Structures")

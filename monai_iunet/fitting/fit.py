@@ -7,8 +7,6 @@ the same reason several processes can share the folds: torchrun starts them, and
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import os
@@ -58,6 +56,7 @@ from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
+from monai_iunet.training.evaluation import write_rows
 from monai_iunet.training.record import record_file
 from monai_iunet.transforms.patches import read_size
 
@@ -486,7 +485,7 @@ class _Fit:
         write_configs(task, self.folder)
         for source in (models / "model.pt", record_file(models / "model.pt")):
             shutil.copyfile(source, self.folder / "models" / source.name)
-        _write_table(self.folder / "eval" / "cross_validation.csv", rows)
+        write_rows(self.folder / "eval" / "cross_validation.csv", rows)
         docs = self.folder / "docs"
         log, cases = self.folder / "train" / _name(best), evaluation / TABLE
         draw_training(log, docs / "training.png")
@@ -556,12 +555,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return for_a_step(torch.cuda.get_device_properties(device).total_memory)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-
-
-def _write_table(path: Path, rows: Sequence[dict[str, str | float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
-    write_text(path, text.getvalue())

@@ -15,6 +15,7 @@ from monai_iunet.fitting.ensemble import Comparison
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.plan import FitPlan
 from monai_iunet.io.files import write_text
+from monai_iunet.io.text import times
 
 __all__ = ["write_page"]
 
@@ -132,7 +133,7 @@ Tags: segmentation, {task.modality}, {", ".join(task.classes)}, invertible U-Net
 
 ## Data
 
-{task.dataset}: {len(fingerprint.cases)} labeled cases, of {_times(shape)} voxels of {_times(spacing)} mm at the
+{task.dataset}: {len(fingerprint.cases)} labeled cases, of {times(shape)} voxels of {times(spacing)} mm at the
 median. The whole fingerprint is `fingerprint.json`.
 
 ![Fingerprint of the data set](fingerprint.png)
@@ -161,7 +162,7 @@ part by part.
 
 ## Preprocessing
 
-Images are brought to RAS and voxels of {_times(task.spacing)} mm, and their intensities are normalized. What the
+Images are brought to RAS and voxels of {times(task.spacing)} mm, and their intensities are normalized. What the
 training was given is in `models/training.json`, and is what evaluation, inference and `segment` use.
 
 ## Performance
@@ -210,7 +211,3 @@ Cite the paper that introduced the architecture, and the data set.
 
 Configs: Apache-2.0. For the data see `data_license.txt`.
 """
-
-
-def _times(values: Sequence[float] | np.ndarray) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)

@@ -24,7 +24,7 @@ from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import Fingerprint
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet, target_spacing
-from monai_iunet.io.checks import first_line
+from monai_iunet.io.text import first_line, times
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
@@ -372,7 +372,7 @@ class _Planner:
         if self.wishes.spacing is not None:
             if len(self.wishes.spacing) != 3 or not all(0 < size < math.inf for size in self.wishes.spacing):
                 raise InputError(f"spacing {self.wishes.spacing}: must be three positive numbers, in mm.")
-            self._note("spacing, mm", _times(self.wishes.spacing), "as asked", _times(self.nnunet.spacing))
+            self._note("spacing, mm", times(self.wishes.spacing), "as asked", times(self.nnunet.spacing))
             first, second, third = self.wishes.spacing
             return first, second, third
         volumes = [
@@ -392,11 +392,11 @@ class _Planner:
                     break
             if (chosen > target).any():
                 reason = (
-                    f"coarser than the images' {_times(target)}: so many voxels can be trained in the time, and the "
+                    f"coarser than the images' {times(target)}: so many voxels can be trained in the time, and the "
                     f"smallest structure has {min(volumes) / chosen.prod():.0f} of them"
                 )
         first, second, third = (round(float(size), 3) for size in chosen)
-        self._note("spacing, mm", _times((first, second, third)), reason, _times(self.nnunet.spacing))
+        self._note("spacing, mm", times((first, second, third)), reason, times(self.nnunet.spacing))
         return first, second, third
 
     def _strides(self, spacing: Sequence[float], size: np.ndarray) -> tuple[tuple[int, int, int], ...]:
@@ -411,7 +411,7 @@ class _Planner:
             strides.append(tuple(2 if part else 1 for part in halved))  # type: ignore[arg-type] # three axes
             sizes, voxels = np.where(halved, np.ceil(sizes / 2), sizes), np.where(halved, 2 * voxels, voxels)
         if not strides:
-            raise InputError(f"Images of {_times(np.round(size))} voxels are too small: at least 8 along an axis.")
+            raise InputError(f"Images of {times(np.round(size))} voxels are too small: at least 8 along an axis.")
         self._note(
             "levels",
             f"{len(strides) + 1}, strides {_strides_text(strides)}",
@@ -479,7 +479,7 @@ class _Planner:
                 min(max(round(cube / part / factor), math.ceil(SHORTEST / factor)) * factor, most)
                 for part, factor, most in zip(spacing, factors, whole)
             ]
-            reason = f"the image at the median size is {_times(whole)}, the time is enough for this part of it"
+            reason = f"the image at the median size is {times(whole)}, the time is enough for this part of it"
         network = self._network(strides)
         self.least = plan_training(network, chosen, **options)
         if self.least.training_peak > self.limits.memory:
@@ -493,10 +493,10 @@ class _Planner:
                 raise InputError(f"--gpu-memory: {error}") from error
             chosen = list(self.least.spatial_size)
             reason = (
-                f"the image at the median size is {_times(whole)}, this is the largest part of it that fits "
+                f"the image at the median size is {times(whole)}, this is the largest part of it that fits "
                 f"{memory / 2**30:.1f} GiB"
             )
-        self._note("patch", _times(chosen), reason, _times(self.nnunet.patch))
+        self._note("patch", times(chosen), reason, times(self.nnunet.patch))
         first, second, third = chosen
         return first, second, third
 
@@ -511,7 +511,7 @@ class _Planner:
         held, memory = self.least.training_peak, self.limits.memory
         if held > memory:
             raise InputError(
-                f"roi_size {wished if isinstance(wished, str) else _times(chosen)}: a step of {_times(chosen)} voxels "
+                f"roi_size {wished if isinstance(wished, str) else times(chosen)}: a step of {times(chosen)} voxels "
                 f"takes {held / 2**30:.1f} GiB, there are {memory / 2**30:.1f}. Allow more (--gpu-memory), larger "
                 "voxels (--spacing), or leave the choice to the plan."
             )
@@ -519,12 +519,12 @@ class _Planner:
             self._note(
                 "patch",
                 "whole images",
-                f"as asked. Each is padded to multiples of {_times(factors)} voxels; the largest has {_times(chosen)}. "
+                f"as asked. Each is padded to multiples of {times(factors)} voxels; the largest has {times(chosen)}. "
                 "Images are segmented whole too, in windows only where the memory that is free does not take them",
-                _times(self.nnunet.patch),
+                times(self.nnunet.patch),
             )
         else:
-            self._note("patch", _times(chosen), "as asked", _times(self.nnunet.patch))
+            self._note("patch", times(chosen), "as asked", times(self.nnunet.patch))
         first, second, third = chosen
         return first, second, third
 
@@ -541,7 +541,7 @@ class _Planner:
             if smaller not in sizes and math.prod(smaller) < np.prod(size):
                 sizes.append(smaller)
         if sizes:
-            names = ", ".join(map(_times, sizes))
+            names = ", ".join(map(times, sizes))
             reason = "as asked: a step of a small patch is fast; each size has an equal share of the training"
             self._note("growing patches", f"{names}, then the patch", reason, "one size")
         return tuple(sizes)  # type: ignore[arg-type] # three axes
@@ -719,10 +719,6 @@ def largest_image(fingerprint: Fingerprint, spacing: Sequence[float], factors: S
 def _factors(strides: Sequence[Sequence[int]]) -> list[int]:
     """Return by what a network with such strides downsamples each axis."""
     return [math.prod(stride[axis] for stride in strides) for axis in range(3)]
-
-
-def _times(values: Sequence[float] | np.ndarray) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def _strides_text(strides: Sequence[Sequence[int]]) -> str:

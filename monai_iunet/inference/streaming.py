@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from monai_iunet.inference.images import Image, Region, WholeImage
 from monai_iunet.inference.windows import Windows
+from monai_iunet.io.text import times
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.planning.budget import largest_window
 from monai_iunet.system import available_memory
@@ -183,9 +184,9 @@ class StreamingInferer(SlidingWindowInferer):
         logger.warning(
             "An image of %s voxels does not fit as a whole into the %.1f GiB that are free: it is segmented in windows "
             "of %s, and less well than one that was seen whole.",
-            " x ".join(map(str, image_size)),
+            times(image_size),
             free / 2**30,
-            " x ".join(map(str, fitting)),
+            times(fitting),
         )
         return Windows.of(image_size, fitting, *options)
 

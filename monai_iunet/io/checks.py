@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import CHANNEL_FILES
+from monai_iunet.io.text import first_line, times
 
 __all__ = [
     "DAMAGED",
@@ -22,7 +23,6 @@ __all__ = [
     "check_not_constant",
     "check_same_grid",
     "check_size",
-    "first_line",
     "grids_apart",
     "planes",
     "raw_voxels",
@@ -89,7 +89,7 @@ def check_image(image: nibabel.Nifti1Image, name: str, channels: int = 1) -> nib
     spacing = voxel_sizes(image.affine)
     if spacing.max() > LARGEST_VOXEL or not SMALLEST_EXTENT <= (spacing * shape).max() <= LARGEST_EXTENT:
         raise InputError(
-            f"{name}: {_times(shape)} voxels of {_times(spacing)} mm, which is no scan of a person. Set the affine in "
+            f"{name}: {times(shape)} voxels of {times(spacing)} mm, which is no scan of a person. Set the affine in "
             "millimeters with nibabel's `set_sform`."
         )
     try:
@@ -147,7 +147,7 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
         ) from error
     if unit not in ("mm", "unknown"):
         raise InputError(
-            f"{name}: its header gives voxels of {_times(header.get_zooms()[:3])} in the unit {unit}, millimeters are "
+            f"{name}: its header gives voxels of {times(header.get_zooms()[:3])} in the unit {unit}, millimeters are "
             "needed. Set the affine in millimeters with nibabel's `set_sform`, and `image.header.set_xyzt_units('mm')`."
         )
     if len(set(axes)) > 1:
@@ -158,7 +158,7 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
     zooms, spacing = header.get_zooms()[:3], voxel_sizes(image.affine)
     if not np.allclose(zooms, spacing, rtol=0.01):
         raise InputError(
-            f"{name}: voxels of {_times(zooms)} mm by its pixdim, of {_times(spacing)} mm by its affine. If the affine "
+            f"{name}: voxels of {times(zooms)} mm by its pixdim, of {times(spacing)} mm by its affine. If the affine "
             "is right, make all agree with nibabel: `image.set_qform(image.affine, code=1)`."
         )
 
@@ -213,7 +213,7 @@ def check_extent(image: nibabel.Nifti1Image, limit: float, name: str, advice: st
     """
     extent = voxel_sizes(image.affine) * image.shape[:3]
     if extent.max() > limit:
-        raise InputError(f"{name}: {_times(extent.round())} mm, images of up to {limit:g} mm are needed. {advice}")
+        raise InputError(f"{name}: {times(extent.round())} mm, images of up to {limit:g} mm are needed. {advice}")
 
 
 def check_size(path: Path, claimed: int, stored: int) -> None:
@@ -251,13 +251,3 @@ def check_compressed(path: Path, data: Path, start: int = 0) -> None:
                 wrong = first_line(error)
                 break
     raise InputError(f"{path}: truncated or damaged ({wrong}). Copy it again.")
-
-
-def _times(values: Iterable[float]) -> str:
-    return " x ".join(f"{value:g}" for value in values)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,17 +12,10 @@ import numpy as np
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import CHANNEL_FILES
-from monai_iunet.io.checks import (
-    DAMAGED,
-    check_compressed,
-    check_image,
-    check_same_grid,
-    check_size,
-    first_line,
-    raw_voxels,
-)
+from monai_iunet.io.checks import DAMAGED, check_compressed, check_image, check_same_grid, check_size, raw_voxels
 from monai_iunet.io.files import NIFTI, SUFFIXES, image_name
 from monai_iunet.io.formats import read_format
+from monai_iunet.io.text import first_line
 from monai_iunet.io.untrusted import try_in_a_process
 
 __all__ = ["read_image"]

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import group_channels, result_name
-from monai_iunet.io.checks import first_line
 from monai_iunet.io.dicom_series import series_files
 from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically
 from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.io.labels import label_image, write_probability_image
 from monai_iunet.io.read import read_image
+from monai_iunet.io.text import first_line
 from monai_iunet.segmentation.at_once import SegmenterPool, images_at_once, run_in_order
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.origin import check_origin, origin_of

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import write_text
+from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import weights_file
 from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE, Description
 

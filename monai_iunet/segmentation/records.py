@@ -6,8 +6,6 @@ records that lie in the folder, not of what one process remembers.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from typing import Any
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_text
+from monai_iunet.io.text import csv_text
 from monai_iunet.segmentation.result import Segmentation
 
 __all__ = ["RECORD_SUFFIX", "Records", "read_records", "write_from_records", "write_record", "write_table"]
@@ -124,7 +123,4 @@ def _as_table(records: Records, suffix: str) -> str:
         for name, structure, volume, quality in rows:
             table[name][structure] = {"volume_mm3": volume, "quality": quality}
         return json.dumps(table, indent=2) + "\n"
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("image", "structure", "volume_mm3", "quality"), *rows])
-    return text.getvalue()
+    return csv_text([("image", "structure", "volume_mm3", "quality"), *rows])

@@ -27,7 +27,8 @@ from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
 from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
-from monai_iunet.io.checks import check_extent, check_not_constant, first_line, raw_voxels
+from monai_iunet.io.checks import check_extent, check_not_constant, raw_voxels
+from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -20,7 +18,8 @@ from monai.networks import one_hot
 from torch import Tensor
 
 from monai_iunet.io.checks import grids_apart
-from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.text import csv_text
 from monai_iunet.losses.class_numbers import check_labels
 
 __all__ = ["CaseReport", "compare"]
@@ -156,7 +155,7 @@ class CaseReport:
         engine.state.metrics["val_mean_dice"] = float(np.nanmean([row["dice_mean"] for row in summary]))
         if writes:
             for name, table in (("cases", rows), ("summary", summary)):
-                _write_csv(self.output_dir / f"{name}.csv", table)
+                write_rows(self.output_dir / f"{name}.csv", table)
             logger.info("Evaluation, %s:\n%s", self.output_dir / "summary.csv", _as_text(summary))
 
     def _summary(self, name: str, rows: Sequence[Row]) -> Row:
@@ -170,13 +169,10 @@ class CaseReport:
         return summary
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows, which have the same columns, as a CSV file; floats with four digits behind the point."""
+    lines = [[f"{value:.4f}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    write_text(path, csv_text([rows[0], *lines]))
 
 
 def _as_text(summary: Sequence[Row]) -> str:

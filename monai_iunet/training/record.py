@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.checks import first_line
 from monai_iunet.io.files import write_text
+from monai_iunet.io.text import first_line
 
 __all__ = [
     "check_training",

@@ -31,6 +31,7 @@ from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import plan_inference
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import StreamingInferer
+from monai_iunet.io.text import times
 
 __all__ = ["SECTION", "measure_here"]
 
@@ -45,7 +46,7 @@ def _jobs(settings: Settings) -> Iterator[Job]:
     side = settings.sizes.memory_size
     for classes, length in ((8, 2), (118, 2), (LONG, 2), (LONG, 4), (LONG, 8)):
         size = (side, side, length * side)
-        yield Job(f"{classes} classes, {_times(size)}", partial(_measure, settings, classes, size))
+        yield Job(f"{classes} classes, {times(size)}", partial(_measure, settings, classes, size))
 
 
 def _measure(settings: Settings, classes: int, size: tuple[int, ...]) -> Iterator[Row]:
@@ -64,7 +65,7 @@ def _measure(settings: Settings, classes: int, size: tuple[int, ...]) -> Iterato
         row = {
             "inferer": name,
             "classes": classes,
-            "image": _times(size),
+            "image": times(size),
             "length": max(size),
             "mebibytes": values["bytes"] / 2**20,
             "image_and_labels_mebibytes": 3 * math.prod(size) / 2**20,
@@ -199,10 +200,6 @@ def _preprocessing(spacing: float) -> Compose:
 
 def _windows(window: int, overlap: float) -> dict[str, Any]:
     return {"roi_size": [window] * 3, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
-
-
-def _times(size: Sequence[int]) -> str:
-    return " x ".join(map(str, size))
 
 
 SECTION = Section(
