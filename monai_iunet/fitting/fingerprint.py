@@ -33,6 +33,7 @@ from monai_iunet.training.dataset import LabeledData
 __all__ = [
     "CaseFacts",
     "Fingerprint",
+    "as_tuples",
     "draw_fingerprint",
     "fingerprint_tables",
     "read_fingerprint",
@@ -319,14 +320,19 @@ def read_fingerprint(path: Path) -> Fingerprint:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        cases = tuple(CaseFacts(**{name: _tuple(value) for name, value in case.items()}) for case in content["cases"])
-        return Fingerprint(**{name: _tuple(value) for name, value in content.items() if name != "cases"}, cases=cases)
+        cases = tuple(
+            CaseFacts(**{name: as_tuples(value) for name, value in case.items()}) for case in content["cases"]
+        )
+        return Fingerprint(
+            **{name: as_tuples(value) for name, value in content.items() if name != "cases"}, cases=cases
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a fingerprint ({first_line(error)}). Remove it to take it again.") from error
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Return lists, of which JSON makes all sequences, as the tuples that they were."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def fingerprint_tables(fingerprint: Fingerprint) -> Group:

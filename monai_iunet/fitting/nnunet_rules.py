@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["NnunetPlan", "plan_like_nnunet", "target_spacing"]
+__all__ = ["NnunetPlan", "factors_of", "plan_like_nnunet", "target_spacing"]
 
 # Values of feature maps of a network whose training takes 8 GB with 2 patches.
 REFERENCE = 560_000_000
@@ -79,10 +79,10 @@ def plan_like_nnunet(
         axis = int(np.argmax(np.array(patch) / median))
         # The patch shrinks by what its axis must divide by after it has shrunk.
         smaller = list(patch)
-        smaller[axis] -= _factors(strides)[axis]
+        smaller[axis] -= factors_of(strides)[axis]
         _, fewer = _topology(spacing, smaller)
         smaller = list(patch)
-        smaller[axis] -= _factors(fewer)[axis]
+        smaller[axis] -= factors_of(fewer)[axis]
         patch, strides = _topology(spacing, smaller)
     batch = round(REFERENCE / _feature_maps(patch, strides, num_classes) * REFERENCE_BATCH)
     most = round(median.prod() * len(shapes) * LARGEST_SHARE / math.prod(patch))
@@ -105,11 +105,12 @@ def _topology(spacing: Sequence[float], patch: Sequence[float]) -> tuple[list[in
         for axis in axes:
             voxels[axis] *= 2
             sizes[axis] = math.ceil(sizes[axis] / 2)
-    padded = [math.ceil(size / factor) * factor for size, factor in zip(patch, _factors(strides))]
+    padded = [math.ceil(size / factor) * factor for size, factor in zip(patch, factors_of(strides))]
     return padded, tuple(strides)
 
 
-def _factors(strides: Sequence[Sequence[int]]) -> list[int]:
+def factors_of(strides: Sequence[Sequence[int]]) -> list[int]:
+    """Return by what a network with such strides downsamples each axis."""
     return [math.prod(stride[axis] for stride in strides) for axis in range(3)]
 
 

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
-from monai_iunet.fitting.fingerprint import Fingerprint
-from monai_iunet.fitting.nnunet_rules import plan_like_nnunet, target_spacing
+from monai_iunet.fitting.fingerprint import Fingerprint, as_tuples
+from monai_iunet.fitting.nnunet_rules import factors_of, plan_like_nnunet, target_spacing
 from monai_iunet.io.text import first_line, times
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.networks.nets.architecture import reachable_channels
@@ -465,7 +465,7 @@ class _Planner:
         Returns:
             Its size; where images are seen whole, that of the largest.
         """
-        factors = _factors(strides)
+        factors = factors_of(strides)
         if self.wishes.roi_size is not None:
             return self._wished_patch(spacing, strides, batch)
         whole = [math.ceil(round(length, 3) / factor) * factor for length, factor in zip(size, factors)]
@@ -504,7 +504,7 @@ class _Planner:
         self, spacing: Sequence[float], strides: Sequence[Sequence[int]], batch: int
     ) -> tuple[int, int, int]:
         """Return the patch that was asked for, or the size of the largest image, after checking that it fits."""
-        factors, wished = _factors(strides), self.wishes.roi_size
+        factors, wished = factors_of(strides), self.wishes.roi_size
         largest = largest_image(self.data, spacing, factors)
         chosen = list(largest if isinstance(wished, str) or wished is None else wished)
         self.least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
@@ -532,7 +532,7 @@ class _Planner:
         """Choose the patches that a training begins with."""
         if not self.wishes.growing:
             return ()
-        factors = np.array(_factors(strides))
+        factors = np.array(factors_of(strides))
         sizes: list[tuple[int, ...]] = []
         for part in GROWTH:
             # Of more than one voxel at the coarsest level, as a normalization needs.
@@ -697,16 +697,12 @@ def read_plan(path: Path) -> FitPlan:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        task = Task(**{name: _as_tuple(value) for name, value in content["task"].items()})
+        task = Task(**{name: as_tuples(value) for name, value in content["task"].items()})
         choices = tuple(Choice(**choice) for choice in content["choices"])
-        step = TrainingPlan(**{name: _as_tuple(value) for name, value in content["step"].items()})
+        step = TrainingPlan(**{name: as_tuples(value) for name, value in content["step"].items()})
         return FitPlan(task, tuple(content["folds"]), choices, step)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a plan ({first_line(error)}). Choose another --output to begin anew.") from error
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(part) for part in value) if isinstance(value, list) else value
 
 
 def largest_image(fingerprint: Fingerprint, spacing: Sequence[float], factors: Sequence[int]) -> tuple[int, int, int]:
@@ -714,11 +710,6 @@ def largest_image(fingerprint: Fingerprint, spacing: Sequence[float], factors: S
     sizes = [np.array(case.extent) / spacing for case in fingerprint.cases]
     first, second, third = max((np.ceil(np.round(size, 3) / factors) * factors for size in sizes), key=np.prod)
     return int(first), int(second), int(third)
-
-
-def _factors(strides: Sequence[Sequence[int]]) -> list[int]:
-    """Return by what a network with such strides downsamples each axis."""
-    return [math.prod(stride[axis] for stride in strides) for axis in range(3)]
 
 
 def _strides_text(strides: Sequence[Sequence[int]]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "check_names",
     "describe_file",
     "files_digest",
+    "files_in",
     "image_name",
     "is_as_before",
     "write_atomically",
@@ -79,6 +80,11 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another output folder.") from error
     return path
+
+
+def files_in(path: Path) -> list[Path]:
+    """Return the files in a folder, in the order of their names; of a file, this alone, whether it is there or not."""
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def files_digest(files: Sequence[Path]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import monai_iunet
 from monai_iunet.errors import InputError
+from monai_iunet.io.files import files_in
 from monai_iunet.io.formats import read_format
 
 __all__ = ["try_in_a_process"]
@@ -59,8 +60,7 @@ def try_in_a_process(path: Path, series: str | None = None) -> None:
 
 def _stamp(path: Path, series: str | None) -> tuple[object, ...]:
     """Return what changes when a file, or a file of a folder, changes."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
+    stats = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files_in(path) if file.is_file()]
     return path.resolve(), series, *stats
 
 
@@ -78,7 +78,7 @@ def _limit_memory(path: Path) -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        stored = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+        stored = sum(file.stat().st_size for file in files_in(path) if file.is_file())
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = taken + SPARE_MEMORY + LARGEST_USUAL_COMPRESSION * stored
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import group_channels, result_name
 from monai_iunet.io.dicom_series import series_files
-from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, image_name, write_atomically
+from monai_iunet.io.files import NIFTI, SUFFIXES, check_folder, check_names, files_in, image_name, write_atomically
 from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.io.labels import label_image, write_probability_image
 from monai_iunet.io.read import read_image
@@ -244,8 +244,7 @@ def _segment_case(
 def _is_small(case: Case) -> bool:
     """Return whether the files of an image are so small that several such images fit the memory."""
     try:
-        files = [file for path in case.files for file in (path.iterdir() if path.is_dir() else [path])]
-        return sum(file.stat().st_size for file in files) <= SMALL
+        return sum(file.stat().st_size for path in case.files for file in files_in(path)) <= SMALL
     except OSError:
         return False
 
@@ -325,7 +324,7 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                     "BIDS data set by --bids-filter-file."
                 )
     images = [path for case in cases for path in case.files if path.exists()]
-    inputs = [file for path in images for file in (path.iterdir() if path.is_dir() else [path])]
+    inputs = [file for path in images for file in files_in(path)]
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
         for path in existing:

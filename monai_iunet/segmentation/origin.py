@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.files import files_digest
+from monai_iunet.io.files import files_digest, files_in
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 
 __all__ = ["check_origin", "origin_of"]
@@ -35,9 +35,8 @@ def origin_of(
         What can be written as JSON: "image", the SHA-256 of its files; "bundle", its name and version; "weights", the
         SHA-256 of each, and of those that find regions; "options".
     """
-    inside = [sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path] for path in files]
     return {
-        "image": files_digest([file for paths in inside for file in paths if file.exists()]),
+        "image": files_digest([file for path in files for file in files_in(path) if file.exists()]),
         "bundle": segmenter.title,
         "weights": segmenter.digests,
         "options": {"mirror": mirror, "series": series},
