@@ -186,7 +186,7 @@ def segment(
     with _input_errors("segment"):
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.io.channels import group_channels
-        from monai_iunet.segmentation.files import Settings, image_names, segment_example, segment_files
+        from monai_iunet.segmentation.files import EXAMPLE_IMAGE, Settings, image_names, segment_example, segment_files
         from monai_iunet.segmentation.records import RECORD_SUFFIX, write_table
         from monai_iunet.segmentation.report import write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
@@ -211,37 +211,31 @@ def segment(
             share=part,
             strict=strict,
         )
-        outcomes = (
-            segment_files(images, segmenter, output, settings)
-            if images
-            else iter([segment_example(segmenter, output, settings)])
-        )
-        paths = [Path("mni152.nii.gz")]
         if images:
+            outcomes = segment_files(images, segmenter, output, settings)
             paths = [files[0] for files in group_channels(images, segmenter.channels)]
+            own = len(paths[part.index :: part.count])
+        else:
+            outcomes, paths, own = iter([segment_example(segmenter, output, settings)]), [EXAMPLE_IMAGE], 1
         names = image_names(paths, segmenter.channels)
-        with _said(outcomes, quiet, as_json) as (results, failures):
-            own = len(paths[part.index :: part.count]) if images else 1
-            left_out = own - len(results) - len(failures)
-            quiet = quiet or as_json
-            if left_out and not quiet:
-                typer.echo(f"Left out: {left_out} of {own} images, whose results are there.")
-            if table is not None and write_table(output, names, table) and not quiet:
-                typer.echo(f"{table}")
+        say = _ignore if quiet or as_json else typer.echo
+        with _said(outcomes, quiet, as_json) as (done, failures):
+            left_out = own - done - len(failures)
+            if left_out:
+                say(f"Left out: {left_out} of {own} images, whose results are there.")
+            if table is not None and write_table(output, names, table):
+                say(table)
             failed = {failure.path for failure in failures}
-            absent = [
-                name
-                for name, path in zip(names, paths)
-                if path not in failed and not (output / f"{name}{RECORD_SUFFIX}").exists()
-            ]
-            if (table or page) and absent and not quiet:
-                typer.echo(
+            recorded = [name for name, path in zip(names, paths) if path not in failed]
+            absent = [name for name in recorded if not (output / f"{name}{RECORD_SUFFIX}").exists()]
+            if absent and (table or page):
+                say(
                     f"Not in the table: {len(absent)} of {len(names)} images without a record, such as {absent[0]}: "
                     "not done yet, or done without --volumes and --report."
                 )
             reasons = [failure.reason for failure in failures]
-            if page is not None and write_report(output, output, page, names, reasons, _command()) and not quiet:
-                typer.echo(f"{page}")
+            if page is not None and write_report(output, output, page, names, reasons, _command()):
+                say(page)
 
 
 def _check_free(path: Path | None, replace: bool) -> None:
@@ -257,14 +251,22 @@ def _command() -> str:
     return shlex.join(["monai-iunet", *sys.argv[1:]])
 
 
+def _ignore(_: object) -> None:
+    """Print nothing, in the place of `typer.echo`."""
+
+
 @contextlib.contextmanager
 def _said(
-    outcomes: Iterator[WrittenSegmentation | Failure], quiet: bool = False, as_json: bool = False
-) -> Iterator[tuple[list[WrittenSegmentation], list[Failure]]]:
-    """Print each result when it comes, and what went wrong at the end, also when a full disk ends the batch."""
+    outcomes: Iterator[WrittenSegmentation | Failure], quiet: bool, as_json: bool
+) -> Iterator[tuple[int, list[Failure]]]:
+    """Print each result when it comes, and what went wrong at the end, also when a full disk ends the batch.
+
+    Yields:
+        How many images were segmented, and the others.
+    """
     from monai_iunet.segmentation.files import Failure
 
-    results: list[WrittenSegmentation] = []
+    done = 0
     failures: list[Failure] = []
     try:
         for outcome in outcomes:
@@ -273,28 +275,35 @@ def _said(
                 if as_json:
                     typer.echo(json.dumps({"image": str(outcome.path), "error": outcome.reason}))
                 continue
-            results.append(outcome)
-            if as_json:
-                facts = {"image": outcome.name, "labels": str(outcome.written), "volumes_mm3": outcome.volumes}
-                rated = {"quality": outcome.quality, "doubts": outcome.doubts, "weights": outcome.weights}
-                typer.echo(json.dumps({**facts, **rated}))
-            elif not quiet:
-                typer.echo(f"{outcome.written}")
-                width = max(map(len, outcome.volumes))
-                for structure, volume in outcome.volumes.items():
-                    quality = outcome.quality[structure]
-                    text = "quality unknown" if quality is None else f"predicted Dice {quality:.2f}"
-                    weights = (outcome.weights or {}).get(structure, "model")
-                    text += "" if weights == "model" else f", weights {weights}"
-                    typer.echo(f"  {structure:<{width}}  {volume:8.0f} mm³  {text}")
+            done += 1
+            if as_json or not quiet:
+                typer.echo(_result_as_json(outcome) if as_json else _result_as_text(outcome))
             if outcome.doubts:
                 typer.echo(f"Warning: {outcome.written}: {outcome.doubts}", err=True)
-        yield results, failures
+        yield done, failures
     finally:
         for failure in failures:
             typer.echo(f"Error: {failure.reason}", err=True)
     if failures:
         raise typer.Exit(2)
+
+
+def _result_as_json(result: WrittenSegmentation) -> str:
+    facts = {"image": result.name, "labels": str(result.written), "volumes_mm3": result.volumes}
+    return json.dumps({**facts, "quality": result.quality, "doubts": result.doubts, "weights": result.weights})
+
+
+def _result_as_text(result: WrittenSegmentation) -> str:
+    """Return the file of a result, and a line for each structure: volume, quality, and weights if they are others."""
+    lines = [f"{result.written}"]
+    width = max(map(len, result.volumes))
+    for structure, volume in result.volumes.items():
+        quality = result.quality[structure]
+        text = "quality unknown" if quality is None else f"predicted Dice {quality:.2f}"
+        weights = (result.weights or {}).get(structure, "model")
+        text += "" if weights == "model" else f", weights {weights}"
+        lines.append(f"  {structure:<{width}}  {volume:8.0f} mm³  {text}")
+    return "\n".join(lines)
 
 
 class _LabelsInARow(typer.core.TyperCommand):
@@ -383,12 +392,12 @@ def bids(
             *(bids_dir, output_dir, segmenter, settings),
             *(participant_label or (), session_label or (), bids_filter_file),
         )
+        say = _ignore if quiet or as_json else typer.echo
         with _said(outcomes, quiet, as_json) as (_, failures):
-            quiet = quiet or as_json
             reasons = [failure.reason for failure in failures]
             views = output_dir / VIEWS
-            if page is not None and write_report(views, output_dir, page, [], reasons, _command()) and not quiet:
-                typer.echo(f"{page}")
+            if page is not None and write_report(views, output_dir, page, [], reasons, _command()):
+                say(page)
 
 
 @app.command(epilog="Example: monai-iunet bundles")

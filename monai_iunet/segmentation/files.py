@@ -37,6 +37,7 @@ from monai_iunet.segmentation.share import Share
 from monai_iunet.visualization.overlay import save_overlay
 
 __all__ = [
+    "EXAMPLE_IMAGE",
     "Case",
     "Failure",
     "Settings",
@@ -63,6 +64,7 @@ IN_ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
 Write = Callable[[Segmentation, Path], object]
 Origin = Callable[[], dict[str, Any]]
 ALL = Share()
+EXAMPLE_IMAGE = Path("mni152.nii.gz")  # after which the results of the example are named
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     """
     _check_strict(segmenter, settings)
     image, region = segmenter.example()
-    case = _case((Path("mni152.nii.gz"),), segmenter, output, settings)
+    case = _case((EXAMPLE_IMAGE,), segmenter, output, settings)
     check_outputs([case], settings)
     check_folder(output)
     return _write(segmenter.segment(image, region=region), case, settings.strict)
