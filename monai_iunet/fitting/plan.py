@@ -238,12 +238,12 @@ class _Planner:
         self.limits = limits
         self.wishes = wishes
         self.choices: list[Choice] = []
-        self.least: TrainingPlan  # of a step that stores nothing
-        self.spacings = [case.spacing for case in fingerprint.cases]
-        self.shapes = [case.shape for case in fingerprint.cases]
-        self.nnunet = plan_like_nnunet(self.spacings, self.shapes, len(fingerprint.structures) + 1)
         self.in_channels = len(fingerprint.channels)
         self.num_classes = len(fingerprint.structures) + 1
+        spacings, shapes = ([getattr(case, name) for case in fingerprint.cases] for name in ("spacing", "shape"))
+        self.nnunet = plan_like_nnunet(spacings, shapes, self.num_classes)
+        self.target = np.array(target_spacing(spacings, shapes))
+        self.extent = np.median([case.extent for case in fingerprint.cases], axis=0)  # mm
         deep = len(fingerprint.structures) >= 5
         self.couplings = (2, 3, 4, 4, 4) if deep else (2, 2, 2, 2, 2)
 
@@ -253,27 +253,24 @@ class _Planner:
         judges = self._judges(len(trained), has_validation)
         seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / len(trained)
         spacing = self._spacing(seconds)
-        size = np.median(np.array([case.extent for case in self.data.cases]), axis=0) / spacing
+        size = self.extent / spacing
         strides = self._strides(spacing, size)
         is_whole = self.wishes.roi_size == WHOLE
         batch = self._batch(size, len(self.data.cases))
-        patch = self._patch(spacing, size, strides, batch, seconds)
+        patch, least = self._patch(spacing, size, strides, batch, seconds)
         growing = self._growing(np.minimum(patch, size) if is_whole else np.array(patch), strides)
-        step, activations = self._memory(patch, strides, batch)
+        step, activations = self._memory(least, patch, strides, batch)
         autocast = self._arithmetic()
-        low, high = self._intensities()
+        window = self._intensities()
         mirrored = self._mirroring()
         partial = self._partial_labels()
-        extent = self._largest_image()
-        whole = not growing and (is_whole or all(extent >= length for extent, length in zip(patch, size)))
-        elastic = self._deformation(patch, spacing)
-        levels = len(strides) + 1
+        longest = self._largest_image()
+        holds_image = not growing and (is_whole or bool((np.array(patch) >= size).all()))
+        in_plane = max(spacing) > THICK * min(spacing)
+        elastic = self._deformation(patch, in_plane)
         uniform = all(stride == (2, 2, 2) for stride in strides)
         values = self.data.label_values
-        count = len(self.data.cases) - len(judges)
-        per_epoch = max(1, (count - math.ceil(count / parts)) // batch)
-        interval = max(5, math.ceil(STEPS_TO_VALIDATION / per_epoch))
-        epochs = math.ceil(LONG_STEPS / per_epoch / interval) * interval
+        interval, epochs = _epochs(len(self.data.cases) - len(judges), parts, batch)
         task = Task(
             name=name,
             modality=self.data.modality,  # type: ignore[arg-type] # it checks
@@ -282,12 +279,12 @@ class _Planner:
             spacing=spacing,
             roi_size="whole" if is_whole else patch,
             growing=growing,
-            window=(low, high),
+            window=window,
             mirrored=mirrored,
             partial_labels=partial,
-            max_field_of_view=extent,
+            max_field_of_view=longest,
             channels=self._channels(strides),
-            couplings=self.couplings[:levels],
+            couplings=self.couplings[: len(strides) + 1],
             strides=None if uniform else strides,
             activations=activations,
             autocast=autocast,
@@ -296,16 +293,16 @@ class _Planner:
             val_interval=interval,
             in_channels=self.in_channels,
             label_values=None if values == tuple(range(1, len(values) + 1)) else values,
-            sampling=self._sampling(whole),
+            sampling=self._sampling(holds_image),
             elastic=elastic,
-            in_plane=max(spacing) > THICK * min(spacing),
+            in_plane=in_plane,
             max_seconds=seconds,
             left_out=self.data.left_out,
             fold=trained[0],
             folds=parts,
             judges=judges,
         )
-        self._length(seconds, size if is_whole else patch, batch, epochs)
+        self._length(seconds, batch * math.prod(size if is_whole else patch), epochs)
         return FitPlan(task, trained, tuple(self.choices), step)
 
     def _note(self, name: str, value: Any, reason: str, nnunet: Any = "") -> None:
@@ -326,12 +323,9 @@ class _Planner:
             )
         if fold is not None and not 0 <= fold < parts:
             raise InputError(f"fold {fold}: of {parts} folds, one from 0 to {parts - 1} is needed.")
-        if fold is not None:
-            self._note("folds", f"fold {fold} of {parts}", "as asked", 5)
-            return (fold,), parts
-        if folds == 1:
-            self._note("folds", f"fold 0 of {parts}", "as asked", 5)
-            return (0,), parts
+        if fold is not None or folds == 1:
+            self._note("folds", f"fold {fold or 0} of {parts}", "as asked", 5)
+            return (fold or 0,), parts
         if folds is None and self.limits.seconds is not None:
             needed = WANTED_STEPS * self._voxels_of_step() * parts
             if needed > self._voxels_in(TRAINING_SHARE * self.limits.seconds):
@@ -358,17 +352,14 @@ class _Planner:
 
     def _voxels_of_step(self) -> float:
         """Count about how many voxels a step takes: two images of the median size, or parts of larger ones."""
-        spacing = np.array(target_spacing(self.spacings, self.shapes))
-        extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
-        return 2 * min(float(np.prod(extent / spacing)), LARGE_PATCH)
+        return 2 * min(float(np.prod(self.extent / self.target)), LARGE_PATCH)
 
     def _voxels_in(self, seconds: float) -> float:
         return math.inf if self.limits.speed is None else seconds * self.limits.speed
 
     def _spacing(self, seconds: float | None) -> tuple[float, float, float]:
         """Choose the spacing: that of the images, or a coarser one where the time is short."""
-        target = np.array(target_spacing(self.spacings, self.shapes))
-        extent = np.median(np.array([case.extent for case in self.data.cases]), axis=0)
+        target = self.target
         if self.wishes.spacing is not None:
             if len(self.wishes.spacing) != 3 or not all(0 < size < math.inf for size in self.wishes.spacing):
                 raise InputError(f"spacing {self.wishes.spacing}: must be three positive numbers, in mm.")
@@ -388,7 +379,7 @@ class _Planner:
                 if factor > 1 and min(volumes) / coarser.prod() < FEWEST_VOXELS:
                     break
                 chosen = coarser
-                if 2 * np.prod(extent / coarser) * WANTED_STEPS <= self._voxels_in(seconds):
+                if 2 * np.prod(self.extent / coarser) * WANTED_STEPS <= self._voxels_in(seconds):
                     break
             if (chosen > target).any():
                 reason = (
@@ -459,11 +450,11 @@ class _Planner:
         strides: Sequence[Sequence[int]],
         batch: int,
         seconds: float | None,
-    ) -> tuple[int, int, int]:
+    ) -> tuple[tuple[int, int, int], TrainingPlan]:
         """Choose the patch: the whole image, or the largest that memory and time allow.
 
         Returns:
-            Its size; where images are seen whole, that of the largest.
+            Its size, where images are seen whole that of the largest; and the plan of a step that stores nothing.
         """
         factors = factors_of(strides)
         if self.wishes.roi_size is not None:
@@ -481,34 +472,34 @@ class _Planner:
             ]
             reason = f"the image at the median size is {times(whole)}, the time is enough for this part of it"
         network = self._network(strides)
-        self.least = plan_training(network, chosen, **options)
-        if self.least.training_peak > self.limits.memory:
+        least = plan_training(network, chosen, **options)
+        if least.training_peak > self.limits.memory:
             extent = size * np.array(spacing)
             # Of images that are long along one axis no longer a part than twice the shortest.
             aspect = np.minimum(extent, 2 * extent.min()) / np.array(spacing)
             memory = self.limits.memory
             try:
-                self.least = largest_patch(network, memory, aspect.tolist(), factors, largest=chosen, **options)
+                least = largest_patch(network, memory, aspect.tolist(), factors, largest=chosen, **options)
             except ValueError as error:
                 raise InputError(f"--gpu-memory: {error}") from error
-            chosen = list(self.least.spatial_size)
+            chosen = list(least.spatial_size)
             reason = (
                 f"the image at the median size is {times(whole)}, this is the largest part of it that fits "
                 f"{memory / 2**30:.1f} GiB"
             )
         self._note("patch", times(chosen), reason, times(self.nnunet.patch))
         first, second, third = chosen
-        return first, second, third
+        return (first, second, third), least
 
     def _wished_patch(
         self, spacing: Sequence[float], strides: Sequence[Sequence[int]], batch: int
-    ) -> tuple[int, int, int]:
-        """Return the patch that was asked for, or the size of the largest image, after checking that it fits."""
+    ) -> tuple[tuple[int, int, int], TrainingPlan]:
+        """Return what `_patch` does for the patch that was asked for, after checking that it fits."""
         factors, wished = factors_of(strides), self.wishes.roi_size
         largest = largest_image(self.data, spacing, factors)
         chosen = list(largest if isinstance(wished, str) or wished is None else wished)
-        self.least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
-        held, memory = self.least.training_peak, self.limits.memory
+        least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
+        held, memory = least.training_peak, self.limits.memory
         if held > memory:
             raise InputError(
                 f"roi_size {wished if isinstance(wished, str) else times(chosen)}: a step of {times(chosen)} voxels "
@@ -526,7 +517,7 @@ class _Planner:
         else:
             self._note("patch", times(chosen), "as asked", times(self.nnunet.patch))
         first, second, third = chosen
-        return first, second, third
+        return (first, second, third), least
 
     def _growing(self, size: np.ndarray, strides: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
         """Choose the patches that a training begins with."""
@@ -554,10 +545,10 @@ class _Planner:
         return {"in_channels": self.in_channels, "dtype": self.limits.dtype, "loss": loss}
 
     def _memory(
-        self, patch: Sequence[int], strides: Sequence[Sequence[int]], batch: int
+        self, least: TrainingPlan, patch: Sequence[int], strides: Sequence[Sequence[int]], batch: int
     ) -> tuple[TrainingPlan, str | tuple[str, ...]]:
         """Choose which levels store their activations: as many as fit, which is faster."""
-        least, memory = self.least, self.limits.memory
+        memory = self.limits.memory
 
         def plan(activations: str | tuple[str, ...]) -> TrainingPlan:
             network = self._network(strides, activations=activations)
@@ -647,34 +638,34 @@ class _Planner:
         self._note("largest image", f"{largest:.0f} mm", reason, "any")
         return largest
 
-    def _sampling(self, whole: bool) -> Literal["at structures", "anywhere"]:
-        if self.wishes.growing:
-            reason = "patches are small at first: each structure is as often in their middle as the background"
-            self._note("sampling", "at structures", reason, "a third at structures")
-            return "at structures"
-        if whole:
+    def _sampling(self, holds_image: bool) -> Literal["at structures", "anywhere"]:
+        if holds_image and not self.wishes.growing:
             self._note("sampling", "anywhere", "a patch holds the whole image", "a third at structures")
             return "anywhere"
         reason = "each structure is as often in the middle of a patch as the background, rare ones too"
+        if self.wishes.growing:
+            reason = "patches are small at first: each structure is as often in their middle as the background"
         self._note("sampling", "at structures", reason, "a third at structures")
         return "at structures"
 
-    def _deformation(self, patch: Sequence[int], spacing: Sequence[float]) -> bool:
-        in_plane = ", rotated in the plane of the slices only" if max(spacing) > THICK * min(spacing) else ""
-        elastic = self.data.modality == "MR" and math.prod(patch) <= ELASTIC_UP_TO and not in_plane
-        reason = "shapes differ" if elastic else "elastic deformation would take longer than the training of a step"
+    def _deformation(self, patch: Sequence[int], in_plane: bool) -> bool:
+        elastic, kind = False, "affine"
         if in_plane:
-            reason = "slices are thick"
-        elif self.data.modality == "CT" and math.prod(patch) <= ELASTIC_UP_TO:
+            kind, reason = "affine, rotated in the plane of the slices only", "slices are thick"
+        elif math.prod(patch) > ELASTIC_UP_TO:
+            reason = "elastic deformation would take longer than the training of a step"
+        elif self.data.modality == "CT":
             reason = "as in the bundle of this package for CT"
-        self._note("augmentation", f"{'elastic' if elastic else 'affine'}{in_plane}, intensities", reason, "affine")
+        else:
+            elastic, kind, reason = True, "elastic", "shapes differ"
+        self._note("augmentation", f"{kind}, intensities", reason, "affine")
         return elastic
 
-    def _length(self, seconds: float | None, patch: Sequence[int], batch: int, epochs: int) -> None:
+    def _length(self, seconds: float | None, voxels_of_step: float, epochs: int) -> None:
         if seconds is None:
             self._note("length", f"{epochs} epochs", f"about {LONG_STEPS} steps", "1000 epochs of 250 steps")
             return
-        steps = self._voxels_in(seconds) / math.prod(patch) / batch
+        steps = self._voxels_in(seconds) / voxels_of_step
         about = "" if not math.isfinite(steps) else f": about {steps:.0f} steps"
         few = f", fewer than the {WANTED_STEPS} that are wanted" if steps < 0.8 * WANTED_STEPS else ""
         reason = f"{TRAINING_SHARE:.0%} of the time{about}{few}"
@@ -703,6 +694,13 @@ def read_plan(path: Path) -> FitPlan:
         return FitPlan(task, tuple(content["folds"]), choices, step)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a plan ({first_line(error)}). Choose another --output to begin anew.") from error
+
+
+def _epochs(cases: int, parts: int, batch: int) -> tuple[int, int]:
+    """Return after how many epochs to validate, and how many there are without a limit of time."""
+    per_epoch = max(1, (cases - math.ceil(cases / parts)) // batch)
+    interval = max(5, math.ceil(STEPS_TO_VALIDATION / per_epoch))
+    return interval, math.ceil(LONG_STEPS / per_epoch / interval) * interval
 
 
 def largest_image(fingerprint: Fingerprint, spacing: Sequence[float], factors: Sequence[int]) -> tuple[int, int, int]:
