@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from monai_iunet.interop.iunets_blocks import HeadBlock, StandardBlock
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.layers.orthogonal import OrthogonalMatrix
-from monai_iunet.networks.nets.iunet import IUNet
+from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
 
 __all__ = ["iUNet", "load_iunets_state_dict"]
 
@@ -109,10 +109,12 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
             raise ValueError("Give either channels, per level, or in_channels, and not both.")
         if not architecture or dim not in (1, 2, 3):
             raise ValueError(f"architecture, couplings per level, and dim, 1 to 3, needed; got {architecture}, {dim}.")
-        for name, method in (("resampling", resampling_method), ("channel_mixing", channel_mixing_method)):
+        for name, method, extra in (
+            ("resampling", resampling_method, resampling_kwargs),
+            ("channel_mixing", channel_mixing_method, channel_mixing_kwargs),
+        ):
             if method not in ORTHOGONAL_MAPS:
                 raise ValueError(f"{name}_method must be one of {', '.join(ORTHOGONAL_MAPS)}, got {method!r}.")
-        for name, extra in (("resampling", resampling_kwargs), ("channel_mixing", channel_mixing_kwargs)):
             if extra:
                 raise ValueError(f"{name}_kwargs must be empty, got {', '.join(extra)}, which has no counterpart here.")
         if padding_value != 0 and padding_mode != "constant":
@@ -123,21 +125,9 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
         strides = list(resampling_stride) if isinstance(resampling_stride, list) else [resampling_stride] * count
         strides = [(stride,) * dim if isinstance(stride, int) else tuple(stride) for stride in strides]
         per_level = not (channels is None or isinstance(channels, int))
-        built = _channels(in_channels if channels is None else channels, per_level, strides, slice_mode)
-        arguments = dict(module_kwargs or {})
-        if create_module_fn is None and not per_level and "depth" in arguments:
-            arguments["block_depth"] = arguments.pop("depth")
-
-        def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
-            if create_module_fn is None:
-                return (HeadBlock if per_level else StandardBlock)(dims, inputs, outputs, **arguments)
-            side = {"branch": stage} if per_level else {"LR": {"encoder": "L", "decoder": "R"}[stage]}
-            place = {**side, "level": level, "module_index": index}
-            return create_module_fn(inputs + outputs, dim=dims, architecture=architecture, **place, **arguments)
-
         super().__init__(
             dim,
-            built,
+            _channels(in_channels if channels is None else channels, per_level, strides, slice_mode),
             strides=strides,
             couplings=tuple(architecture),
             channel_mixing=None,
@@ -145,7 +135,7 @@ class iUNet(IUNet):  # noqa: N801 - the name that is replaced
             resampling_init=_resampling_init(resampling_init, strides),
             learnable_resampling=learnable_resampling,
             padding_mode=padding_mode,
-            make_branch=make_branch,
+            make_branch=_branches(create_module_fn, per_level, architecture, dict(module_kwargs or {})),
         )
         self.architecture = tuple(architecture)
         self.revert_input_padding = revert_input_padding
@@ -239,38 +229,63 @@ def load_iunets_state_dict(network: iUNet, state_dict: Mapping[str, Tensor]) -> 
     matrices = [module for module in network.modules() if isinstance(module, OrthogonalMatrix)]
     if any(matrix.orthogonal_map == "householder" for matrix in matrices):
         raise ValueError("Householder matrices of iunets cannot be taken over: they were one reflection each.")
-    weights = dict(state_dict)
-    moves: list[tuple[Tensor, str]] = []
+    moves = _places(network)
+    for tensor, name in moves:
+        if name not in state_dict or state_dict[name].shape != tensor.shape:
+            problem = f"has the shape {tuple(state_dict[name].shape)}" if name in state_dict else "is missing"
+            raise ValueError(
+                f"{name} {problem}, but {tuple(tensor.shape)} is needed. Build the network with the other's arguments."
+            )
+    # Blocks are listed there twice, as `seq` and as `F`.
+    unused = {name for name in state_dict if ".F.seq." not in name} - {name for _, name in moves}
+    if unused:
+        raise ValueError(f"The network has no place for {sorted(unused)[0]} and {len(unused) - 1} others.")
+    with torch.no_grad():
+        for tensor, name in moves:
+            tensor.copy_(state_dict[name])
+        for matrix in matrices:
+            if matrix.base is not None:
+                matrix.base.copy_(torch.eye(matrix.base.shape[-1]).expand_as(matrix.base))
+    network.train(network.training)
+
+
+def _places(network: iUNet) -> list[tuple[Tensor, str]]:
+    """Return the parameters and buffers of a network, each with its name in a state of the package."""
+    places: list[tuple[Tensor, str]] = []
     for stage, levels in (("encoder_modules", network.encoder), ("decoder_modules", network.decoder)):
         for level, layers in enumerate(levels):
             for index, layer in enumerate(layers):
                 prefix = f"{stage}.{level}.{index}._fn."
                 if isinstance(layer, ChannelMixing):
-                    moves.append((layer.matrix.weight, f"{prefix}weight"))
+                    places.append((layer.matrix.weight, f"{prefix}weight"))
                     continue
                 branch = next(layer.children())
                 inner = f"{prefix}F.F." if isinstance(branch, (StandardBlock, HeadBlock)) else prefix
-                moves += [(tensor, inner + name) for name, tensor in branch.state_dict(keep_vars=True).items()]
+                places += [(tensor, inner + name) for name, tensor in branch.state_dict(keep_vars=True).items()]
     for name, layers in (("downsampling_layers", network.downsamplings), ("upsampling_layers", network.upsamplings)):
         for level, layer in enumerate(layers):
-            moves.append((layer.matrix.weight, f"{name}.{level}._fn.weight"))
-    for tensor, name in moves:
-        if name not in weights or weights[name].shape != tensor.shape:
-            problem = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
-            raise ValueError(
-                f"{name} {problem}, but {tuple(tensor.shape)} is needed. Build the network with the other's arguments."
-            )
-    # Blocks are listed there twice, as `seq` and as `F`.
-    unused = {name for name in weights if ".F.seq." not in name} - {name for _, name in moves}
-    if unused:
-        raise ValueError(f"The network has no place for {sorted(unused)[0]} and {len(unused) - 1} others.")
-    with torch.no_grad():
-        for tensor, name in moves:
-            tensor.copy_(weights[name])
-        for matrix in matrices:
-            if matrix.base is not None:
-                matrix.base.copy_(torch.eye(matrix.base.shape[-1]).expand_as(matrix.base))
-    network.train(network.training)
+            places.append((layer.matrix.weight, f"{name}.{level}._fn.weight"))
+    return places
+
+
+def _branches(
+    create_module_fn: Callable[..., nn.Module] | None,
+    per_level: bool,
+    architecture: Sequence[int],
+    arguments: dict[str, Any],
+) -> MakeBranch:
+    """Return what makes the branches: the default blocks of head or release, or the modules of the function."""
+    if create_module_fn is None and not per_level and "depth" in arguments:
+        arguments["block_depth"] = arguments.pop("depth")
+
+    def make_branch(dims: int, inputs: int, outputs: int, stage: str, level: int, index: int) -> nn.Module:
+        if create_module_fn is None:
+            return (HeadBlock if per_level else StandardBlock)(dims, inputs, outputs, **arguments)
+        side = {"branch": stage} if per_level else {"LR": {"encoder": "L", "decoder": "R"}[stage]}
+        place = {**side, "level": level, "module_index": index}
+        return create_module_fn(inputs + outputs, dim=dims, architecture=architecture, **place, **arguments)
+
+    return make_branch
 
 
 def _channels(given: Any, per_level: bool, strides: Sequence[Sequence[int]], slice_mode: str | None) -> list[int]:
