@@ -117,7 +117,7 @@ def peak_of_inference(net: nn.Module, run: Callable[[], object]) -> int:
 
 
 def allocated_on_gpu(device: torch.device, action: Callable[[], object]) -> int:
-    """Bytes that an action allocates on a GPU at most, beside what was allocated before."""
+    """Return the bytes that an action allocates on a GPU at most, beside what was allocated before."""
     gc.collect()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -126,7 +126,7 @@ def allocated_on_gpu(device: torch.device, action: Callable[[], object]) -> int:
 
 
 def allocated_on_cpu(action: Callable[[], object]) -> int:
-    """Bytes that an action allocates on the CPU at most, as PyTorch's profiler reports it.
+    """Return the bytes that an action allocates on the CPU at most, as PyTorch's profiler reports it.
 
     This sees into compiled code, which `LiveBytes` does not.
     """

@@ -106,7 +106,7 @@ class BundleTraining:
         return table
 
     def fitting(self, memory: int | str) -> Table:
-        """What fits a GPU: the largest patch of the same proportions, and the most couplings with this patch."""
+        """Return a table of what fits a GPU: largest patch of the same proportions, most couplings with this patch."""
         try:
             budget = for_a_step(memory)
         except ValueError as error:

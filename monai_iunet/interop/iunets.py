@@ -337,7 +337,7 @@ def _sliced_channels(first: int, strides: Sequence[Sequence[int]], slice_mode: s
 
 
 def _mixed(couplings: int, freq: int, decoder: bool, last: bool) -> set[int]:
-    """After which couplings of a level channels are mixed."""
+    """Return after which couplings of a level channels are mixed."""
     if freq >= 0:
         return set(range(freq - 1, couplings, freq)) if freq else set()
     return set() if last else {0} if decoder else {couplings - 1}
@@ -353,7 +353,7 @@ def _insert_mixing(layers: nn.ModuleList, total: int, after: Iterable[int], meth
 
 
 def _resampling_init(init: Any, strides: Sequence[Sequence[int]]) -> Any:
-    """There is no Haar matrix for every stride; the package then takes the identity, too."""
+    """Return where the resampling starts: at the identity, as in the package, where a stride has no Haar matrix."""
     if not isinstance(init, str):
         return init
     no_haar = init == "haar" and any(factor not in (1, 2, 4) for stride in strides for factor in stride)

@@ -193,7 +193,7 @@ def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], couplings: int) -> dict[str, Any]:
-    """What the plans say of our network: as many channels as nnU-Net's, as far as they can be reached."""
+    """Return what the plans say of our network: as many channels as nnU-Net's, as far as they can be reached."""
     channels = list(reachable_channels(features, strides[1:]))
     arguments = {"strides": strides, "channels": channels, "couplings": couplings, "kernel_size": 3}
     return {"network_class_name": NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []}

@@ -148,7 +148,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         return gradient.add_((softmax * wanted.sum(1, keepdim=True) - wanted).mul_(grad_entropy))
 
     def _entropy_weight(self, logits: Tensor, true: Tensor) -> Tensor | float:
-        """What the mean of the cross-entropy divides its total by: the weights of the voxels' classes."""
+        """Return what the mean of the cross-entropy divides its total by: the weights of the voxels' classes."""
         ce = self.cross_entropy
         if ce.reduction != "mean":
             return 1.0
@@ -236,19 +236,19 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 def _chunks(least: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """At least so many equal parts of tensors `(batch, channels, *spatial)`, as views `(batch, channels, voxels)`."""
+    """Yield at least so many equal parts of `(batch, channels, *spatial)`, as views `(batch, channels, voxels)`."""
     flat = [_flat(tensor) for tensor in tensors]
     count = max(least, tensors[0].numel() // CHUNK_ELEMENTS)
     yield from zip(*(tensor.chunk(count, 2) for tensor in flat))
 
 
 def _with_flat_view(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its memory is neither in the order of its axes nor has the channels last."""
+    """Return the tensor, copied if its memory is neither in the order of its axes nor has the channels last."""
     return tensor if tensor.is_contiguous() or tensor.movedim(1, -1).is_contiguous() else tensor.contiguous()
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A view with one axis for all voxels."""
+    """Return a view with one axis for all voxels."""
     if tensor.is_contiguous():
         return tensor.flatten(2)
     return tensor.movedim(1, -1).flatten(1, -2).movedim(-1, 1)

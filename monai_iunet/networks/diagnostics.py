@@ -15,7 +15,7 @@ __all__ = ["reconstruction_error"]
 
 
 def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float]:
-    """By how much the activations that a backward pass rebuilds differ from those of the forward pass.
+    """Return by how much the activations that a backward pass rebuilds differ from those of the forward pass.
 
     In float32 some 1e-6, growing slowly with depth. Under 16-bit autocast the errors, and with them those of the
     gradients, can reach hundredths; with `exact=True` they are zero. Call it in the precision of the training, under

@@ -41,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
         self._total = 0
 
     def now(self) -> int:
-        """Bytes that are alive now."""
+        """Return the bytes that are alive now."""
         for reference in list(self._alive):
             if (storage := reference()) is not None:
                 self._note(storage)

@@ -267,7 +267,7 @@ def _count_step(
 
 
 def _count_optimizer(optimizer: torch.optim.Optimizer, others: list[Tensor]) -> tuple[list[Tensor], int]:
-    """What the optimizer keeps, which its first step makes, and what any further step takes beside."""
+    """Return what the optimizer keeps, which its first step makes, and the bytes that a further step takes beside."""
     optimizer.step()
     state = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
     with LiveBytes(ignore=[*others, *state]) as live:

@@ -52,7 +52,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def turned_round(data: np.ndarray) -> np.ndarray:
-    """The brain with dark and bright exchanged."""
+    """Return the brain with dark and bright exchanged."""
     return np.where(data > 0, data.max() - data, 0)
 
 
@@ -104,7 +104,7 @@ def hippocampus_dice(segmenter: BundleSegmenter, image: nibabel.Nifti1Image, tru
 
 
 def true_region(image: nibabel.Nifti1Image, truth: np.ndarray) -> np.ndarray:
-    """Where the head is by the centers of its manual labels."""
+    """Return where the head is by the centers of its manual labels."""
     groups = [(f"{side} {name}", sides[index]) for name, sides in PAIRED.items()
               for index, side in enumerate(("left", "right"))]  # fmt: skip
     labels = np.zeros(truth.shape, np.uint8)

@@ -41,7 +41,7 @@ def read_volume(path: Path, columns: int) -> np.ndarray:
 
 
 def dense(path: Path, columns: int = 1) -> np.ndarray:
-    """A volume with axes that run to the right, anterior and superior; a mask, or values with two columns."""
+    """Return a volume with axes that run to the right, anterior and superior; a mask, or values with two columns."""
     rows = read_volume(path, columns)
     volume = np.zeros(SHAPE, np.float32)
     volume.flat[rows[:, 0].astype(np.int64)] = rows[:, 1] if columns == 2 else 1

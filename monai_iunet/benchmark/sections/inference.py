@@ -42,7 +42,7 @@ MONAI, BUFFERED, OURS = "MONAI", "MONAI, buffer_steps=2", "ours"
 
 
 def _jobs(settings: Settings) -> Iterator[Job]:
-    """All side by side, by the number of classes, then by the length of the image."""
+    """Yield all inferers side by side, by the number of classes, then by the length of the image."""
     side = settings.sizes.memory_size
     for classes, length in ((8, 2), (118, 2), (LONG, 2), (LONG, 4), (LONG, 8)):
         size = (side, side, length * side)

@@ -59,11 +59,11 @@ class OrthogonalLayer(InvertibleLayer):
     rounds_gradients: bool = False
 
     def multiply(self, pieces: Tensors, matrix: Tensor, transposed: bool) -> Tensors:
-        """Q x, or Q^T y where `transposed`."""
+        """Return Q x, or Q^T y where `transposed`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `multiply(pieces, matrix, transposed)`.")
 
     def multiply_in_place(self, pieces: list[Tensor], matrix: Tensor, transposed: bool) -> Tensors:
-        """The same without a gradient, of pieces whose memory may be reused; the list is emptied.
+        """Do the same without a gradient, with pieces whose memory may be reused; the list is emptied.
 
         A subclass that can do with less memory than pieces and products overrides it.
         """
@@ -74,7 +74,7 @@ class OrthogonalLayer(InvertibleLayer):
     def matrix_gradient(
         self, states: Tensors, grad_inputs: Tensors, grad_outputs: Tensors, matrix: Tensor, inverse: bool
     ) -> Tensor:
-        """The gradient of Q of a call with the inputs `states`."""
+        """Return the gradient of Q of a call with the inputs `states`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `matrix_gradient`.")
 
     def weights(self) -> Tensors:

@@ -109,7 +109,7 @@ class OrthogonalMatrix(nn.Module):
                 self.base.copy_(self._start)
 
     def forward(self) -> Tensor:
-        """The matrices, `(size, size)` or `(count, size, size)`, in float32 or the higher precision of the weight."""
+        """Return the matrices, `(size, size)` or `(count, size, size)`, in float32 or the weight's higher precision."""
         sources = self._sources()
         if self.training or torch.compiler.is_dynamo_compiling():
             return self._compute(*sources)
@@ -126,7 +126,10 @@ class OrthogonalMatrix(nn.Module):
         return self._constant_of(sources)
 
     def train(self, mode: bool = True) -> OrthogonalMatrix:
-        """In evaluation the matrices are constants, which are computed here, because an exporter will ask for them."""
+        """Set the mode.
+
+        In evaluation the matrices are constants, which are computed here, because an exporter will ask for them.
+        """
         super().train(mode)
         self._constant = None
         sources = self._sources()
@@ -138,7 +141,7 @@ class OrthogonalMatrix(nn.Module):
         return (self.weight,) if self.base is None else (self.weight, self.base)
 
     def _constant_of(self, sources: tuple[Tensor, ...]) -> Tensor:
-        """The matrices of weight and base in evaluation, computed anew only if the values of these have changed.
+        """Return the matrices of weight and base in evaluation, computed anew only if the values of these have changed.
 
         Values are compared, not versions: writing to `.data`, as averages of weights do, leaves no trace but them.
         """
@@ -184,7 +187,7 @@ class OrthogonalMatrix(nn.Module):
 
 
 def _checked(base: Tensor, size: int, shape: tuple[int, ...]) -> Tensor | None:
-    """A copy of orthogonal matrices on the CPU; None of ones without values."""
+    """Return a copy of orthogonal matrices on the CPU; None of ones without values."""
     if base.shape not in ((size, size), shape):
         raise ValueError(f"base must have the shape {(size, size)} or {shape}, got {tuple(base.shape)}.")
     if not has_values(base):
@@ -217,7 +220,7 @@ def _to_the_last_digit(matrix: Tensor) -> Tensor:
 
 
 def _polish(matrix: Tensor) -> Tensor:
-    """An orthogonal matrix, from one that was rounded to fewer digits.
+    """Return an orthogonal matrix, from one that was rounded to fewer digits.
 
     Two steps of the Newton-Schulz iteration B (3 I - B^T B) / 2, each of which squares the error; they undo a rounding
     to bfloat16. A network may be cast to a lower precision and back.
