@@ -64,7 +64,7 @@ class Conditions:
         self._moved: list[tuple[Tensor, Tensor]] = []  # what the module may write to, and the values before
         self._written: list[Tensor] = []  # parameters that the module writes to
         # The generators that were drawn from, with their states before and after.
-        self._random: list[tuple[RandomNumbers, Any, Any]] | None = None
+        self._random: list[tuple[RandomNumbers, Any, Any]] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -73,13 +73,13 @@ class Conditions:
         versions = [(tensor, version(tensor)) for tensor in tensors]
         self._places = [(tensor, _place(tensor)) for tensor in tensors if _stays_in_place(tensor)]
         values = [(tensor, tensor.detach().clone()) for part in self._parts for tensor in part.own_tensors()]
-        before = [(generator, generator.state()) for generator in generators(self._device, self.foreign)]
+        states = [(generator, generator.state()) for generator in generators(self._device, self.foreign)]
         with self._autocast_again():
             yield
         for part in self._parts:
             part.forget_what_it_changed()
-        states = [(generator, state, generator.state()) for generator, state in before]
-        self._random = [drawn for drawn in states if not is_same_state(*drawn[1:])] or None
+        now = [(generator, before, generator.state()) for generator, before in states]
+        self._random = [drawn for drawn in now if not is_same_state(*drawn[1:])]
         self._versions = [(tensor, before) for tensor, before in versions if version(tensor) == before]
         unmoved = {id(tensor) for tensor, _ in self._versions}
         self._written = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and id(tensor) not in unmoved]
@@ -91,6 +91,26 @@ class Conditions:
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Restore, around the second evaluation, what the first one met."""
+        self._check_unchanged()
+        with ExitStack() as stack:
+            own = [buffer for part in self._parts for buffer in part.own_buffers()]
+            own += [tensor for tensor, _ in self._moved if all(tensor is not buffer for buffer in own)]
+            if own:
+                stack.enter_context(keep_versions(own))
+                stack.callback(_write, own, [tensor.detach().clone() for tensor in own])
+                for tensor, value in self._moved:
+                    _write([tensor], [value])
+            for generator, before, _ in self._random:
+                stack.callback(generator.go_to, generator.state())
+                generator.go_to(before)
+            stack.enter_context(self._autocast_again())
+            written = [tensor.detach().clone() for tensor in self._written]
+            yield
+            self._check_random_numbers()
+            self._check_written(written)
+
+    def _check_unchanged(self) -> None:
+        """Raise an error if a hook of all modules, a parameter or a buffer has changed and cannot be put back."""
         if hooks_of_all_modules() != self._hooks_of_all:
             raise RuntimeError(
                 "Forward hooks of all modules (torch.nn.modules.module.register_module_forward_hook) have come or gone "
@@ -112,22 +132,6 @@ class Conditions:
                     "activations with it once more. Do so after the backward pass, or store activations "
                     '(activations="store").'
                 )
-        with ExitStack() as stack:
-            own = [buffer for part in self._parts for buffer in part.own_buffers()]
-            own += [tensor for tensor, _ in self._moved if all(tensor is not buffer for buffer in own)]
-            if own:
-                stack.enter_context(keep_versions(own))
-                stack.callback(_write, own, [tensor.detach().clone() for tensor in own])
-                for tensor, value in self._moved:
-                    _write([tensor], [value])
-            for generator, before, _ in self._random or []:
-                stack.callback(generator.go_to, generator.state())
-                generator.go_to(before)
-            stack.enter_context(self._autocast_again())
-            written = [tensor.detach().clone() for tensor in self._written]
-            yield
-            self._check_random_numbers()
-            self._check_written(written)
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Return whether a tensor may have other values behind the second evaluation than in it."""
@@ -159,7 +163,7 @@ class Conditions:
         """Raise an error if another thread drew from the generator while a dropout did."""
         if not any(isinstance(part.module, DROPOUT) and part.settings["training"] for part in self._parts):
             return
-        of_pytorch = [drawn for drawn in self._random or [] if drawn[0].is_of_pytorch]
+        of_pytorch = [drawn for drawn in self._random if drawn[0].is_of_pytorch]
         if any(not is_same_state(generator.state(), after) for generator, _, after in of_pytorch):
             raise RuntimeError(
                 "The random numbers of a dropout cannot be drawn again, because another thread has drawn from the same "

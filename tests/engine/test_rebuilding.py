@@ -266,7 +266,7 @@ def test_random_numbers_are_remembered_only_where_they_are_drawn(dropout: float)
     conditions = Conditions(module, torch.device("cpu"))
     with conditions.recorded():
         first = module(torch.ones(9))
-    assert (conditions._random is not None) == (dropout > 0)
+    assert bool(conditions._random) == (dropout > 0)
     before = torch.get_rng_state()
     with conditions.repeated():
         assert torch.equal(module(torch.ones(9)), first)
