@@ -24,6 +24,7 @@ from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.training.evaluation import mean_dice_of_cases
 
 __all__ = ["NETWORKS", "Config", "as_markdown", "compare_networks", "difference", "read_rows", "run_config", "scores"]
 
@@ -103,7 +104,7 @@ def compare_networks(
         _evaluate(bundle, folder / name, settings)
         rows = read_rows(folder / name / "eval" / "cases.csv")
         figures[name] = scores(rows)
-        dice[name] = _mean_dice_of_cases(rows)
+        dice[name] = np.array(list(mean_dice_of_cases(rows).values()))
     for name, costs in _costs(bundle, common, definitions, rounds).items():
         figures[name].update(costs)
     state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
@@ -201,12 +202,6 @@ def scores(rows: list[dict[str, str]]) -> Config:
     dice = means("dice")
     distances = {name: value if np.isfinite(value) else None for name, value in means("hausdorff95_mm").items()}
     return {"dice": dice, "hausdorff95_mm": distances, "mean_dice": float(np.mean(list(dice.values())))}
-
-
-def _mean_dice_of_cases(rows: list[dict[str, str]]) -> np.ndarray:
-    """Return, per case, the mean over the structures that were contoured in it."""
-    cases = sorted({row["case"] for row in rows})
-    return np.array([np.nanmean([float(row["dice"]) for row in rows if row["case"] == case]) for case in cases])
 
 
 def difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float]:

@@ -17,6 +17,7 @@ from monai_iunet.io.channels import first_channel
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.segmenter import BundleSegmenter
+from monai_iunet.training.evaluation import mean_dice_of_cases
 from monai_iunet.visualization.overlay import draw_overlay
 
 __all__ = ["draw_cases", "draw_training", "mean_parts", "read_log", "write_report"]
@@ -133,11 +134,10 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
 
     if not cases.is_file():
         raise InputError(f"{cases}: no such file. Evaluate the bundle first.")
-    dice: dict[str, list[float]] = {}
     with cases.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            dice.setdefault(row["case"], []).append(float(row["dice"]))
-    means = {case: float(np.nanmean(values)) for case, values in dice.items()}
+        means = mean_dice_of_cases(csv.DictReader(file))
+    if not means:
+        raise InputError(f"{cases}: no structure was contoured in any case. Evaluate the bundle on cases with labels.")
     ranked = sorted(means, key=lambda case: means[case])
     known = {Path(case["label"]).name: case for case in bundle_cases(Path(bundle), dataset_dir)["validation"]}
     unknown = sorted(set(ranked) - set(known))

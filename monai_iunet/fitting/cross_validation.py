@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.table import Table
 
 from monai_iunet.errors import InputError
 
-__all__ = ["Score", "choose_clean_up", "mean_dice", "read_scores", "score_table", "summarize", "summarize_gain"]
+__all__ = [
+    "Score",
+    "best_fold",
+    "choose_clean_up",
+    "mean_dice",
+    "read_scores",
+    "score_table",
+    "summarize",
+    "summarize_gain",
+]
+
+Fold = TypeVar("Fold")
 
 RESAMPLES = 2000
 MEASURES = ("dice", "hausdorff95_mm", "surface_distance_mm")
@@ -80,6 +92,16 @@ def summarize(scores: Sequence[Score], structures: Sequence[str]) -> list[dict[s
 def mean_dice(scores: Sequence[Score], structures: Sequence[str]) -> float:
     """Return the mean over the structures of the mean Dice over the cases."""
     return float(summarize(scores, structures)[-1]["dice"])
+
+
+def best_fold(scores: Mapping[Fold, Sequence[Score]], structures: Sequence[str]) -> Fold:
+    """Return the fold of the highest mean Dice, which is never one whose cases show no structure.
+
+    Example:
+        >>> best_fold({0: [], 1: [Score("a", "liver", dict.fromkeys(MEASURES, 0.9))]}, ["liver"])
+        1
+    """
+    return max(scores, key=lambda fold: np.nan_to_num(mean_dice(scores[fold], structures), nan=-1.0))
 
 
 def summarize_gain(before: Sequence[Score], after: Sequence[Score]) -> tuple[float, float, float]:

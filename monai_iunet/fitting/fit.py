@@ -33,6 +33,7 @@ from monai_iunet.bundling.workflows import evaluate_config
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.cross_validation import (
     Score,
+    best_fold,
     choose_clean_up,
     mean_dice,
     read_scores,
@@ -474,7 +475,7 @@ class _Fit:
             for fold in self.plan.folds
         }
         rows = summarize(_joined(scores), structures)
-        best = max(self.plan.folds, key=lambda fold: mean_dice(scores[fold], structures))
+        best = best_fold(scores, structures)
         comparison = self._compare(best, kept)
         task = replace(self.plan.task, largest_component=tuple(kept), fold=best)
         models, evaluation = self._models(best), self._evaluation(best, False)

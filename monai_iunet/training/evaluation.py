@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.io.text import csv_text
 from monai_iunet.losses.class_numbers import check_labels
 
-__all__ = ["CaseReport", "compare"]
+__all__ = ["CaseReport", "compare", "mean_dice_of_cases", "write_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,24 @@ class CaseReport:
                 with np.errstate(invalid="ignore"):  # infinite distances have no deviation
                     summary[f"{measure}_{statistic}"] = float(function(values)) if len(values) else np.nan
         return summary
+
+
+def mean_dice_of_cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean Dice of each case over the structures that were contoured in it; other cases are left out.
+
+    Args:
+        rows: of `cases.csv`.
+
+    Example:
+        >>> rows = [{"case": "a", "dice": 0.9}, {"case": "a", "dice": "nan"}, {"case": "b", "dice": "nan"}]
+        >>> mean_dice_of_cases(rows)
+        {'a': 0.9}
+    """
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        if not np.isnan(float(row["dice"])):
+            dice.setdefault(row["case"], []).append(float(row["dice"]))
+    return {case: float(np.mean(values)) for case, values in sorted(dice.items())}
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

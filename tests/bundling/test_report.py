@@ -77,6 +77,18 @@ def test_the_best_the_median_and_the_worst_case_are_drawn(
         assert cases[number * rows : (number + 1) * rows].std() > 0.1
 
 
+def test_cases_without_contours_have_no_rank(bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(report_module, "draw_overlay", lambda *_, title, **options: titles.append(title))
+    cases = bundle / "eval" / "cases.csv"
+    cases.write_text(cases.read_text().replace("0.5", "nan"))
+    assert report(bundle, data)[0] == 0
+    assert [title.split(".")[0] for title in titles] == ["best: made_0", "median: made_3", "worst: made_1"]
+    cases.write_text("case,structure,dice\nmade_0.nii.gz,tumor,nan\n")
+    code, output = report(bundle, data)
+    assert (code, "no structure was contoured in any case" in output) == (2, True)
+
+
 def test_what_is_missing_is_said(bundle: Path, data: Path) -> None:
     listed = json.loads((data / "dataset.json").read_text())["validation"]
     (data / "dataset.json").write_text(json.dumps({"training": [], "validation": listed[1:]}))

@@ -27,7 +27,7 @@ from monai_iunet.bundling.new_bundle import write_configs
 from monai_iunet.bundling.report import write_report
 from monai_iunet.cli import app
 from monai_iunet.fitting import fit as fitting
-from monai_iunet.fitting.cross_validation import Score, choose_clean_up, mean_dice, read_scores, summarize
+from monai_iunet.fitting.cross_validation import Score, best_fold, choose_clean_up, mean_dice, read_scores, summarize
 from monai_iunet.fitting.ensemble import Comparison, Judged
 from monai_iunet.fitting.fit import parse_seconds
 from monai_iunet.fitting.plan import read_plan
@@ -447,6 +447,7 @@ def test_the_interval_holds_the_mean_and_shrinks_with_cases() -> None:
         assert row["dice_low"] < row["dice"] < row["dice_high"]
     assert many["dice_high"] - many["dice_low"] < few["dice_high"] - few["dice_low"]
     assert mean_dice([score("1", 0.5), score("1", 1.0, structure="b")], ["a", "b"]) == pytest.approx(0.75)
+    assert best_fold({0: [], 1: [score("1", 0.5)], 2: [score("2", 0.4)]}, ["a"]) == 1
 
 
 @pytest.mark.slow
