@@ -49,7 +49,7 @@ from monai_iunet.fitting.fingerprint import (
     take_fingerprint,
     write_fingerprint,
 )
-from monai_iunet.fitting.page import write_page
+from monai_iunet.fitting.page import write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
@@ -502,6 +502,7 @@ class _Fit:
         write_page(
             self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, of_quality
         )
+        write_results(self.folder, task, self.fingerprint.channels, rows)
         drawn = {"log": log, "cases": cases}
         self._note(finished=True, drawn={name: str(path.relative_to(self.folder)) for name, path in drawn.items()})
         self._remove_states()

@@ -17,7 +17,31 @@ from monai_iunet.fitting.plan import FitPlan
 from monai_iunet.io.files import write_text
 from monai_iunet.io.text import times
 
-__all__ = ["write_page"]
+__all__ = ["write_page", "write_results"]
+
+
+def write_results(folder: Path, task: Task, channels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write what a bundle takes and reaches into its `configs/metadata.json`.
+
+    Args:
+        folder: of the bundle.
+        task: of the bundle.
+        channels: names of the channels.
+        rows: of the cross-validation, see `summarize`.
+    """
+    path = folder / "configs" / "metadata.json"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    structures = [row for row in rows if row["structure"] != "mean"]
+    metadata["eval_metrics"] = {f"dice_{_key(row['structure'])}": round(float(row["dice"]), 4) for row in structures}
+    metadata["eval_metrics"]["mean_dice"] = round(float(rows[-1]["dice"]), 4)
+    image = metadata["network_data_format"]["inputs"]["image"]
+    image["num_channels"] = task.in_channels
+    image["channel_def"] = {str(number): name for number, name in enumerate(channels)}
+    write_text(path, json.dumps(metadata, indent=4) + "\n")
+
+
+def _key(structure: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in structure)
 
 
 def write_page(
@@ -32,7 +56,7 @@ def write_page(
     cleaned: Sequence[str],
     quality: str,
 ) -> None:
-    """Write `docs/README.md`, and the results into `configs/metadata.json`.
+    """Write `docs/README.md`.
 
     Args:
         folder: of the bundle.
@@ -46,40 +70,6 @@ def write_page(
         cleaned: structures of which the largest component alone is kept.
         quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
     """
-    write_text(
-        folder / "docs" / "README.md",
-        _page(task, plan, fingerprint, rows, members, best, comparison, cleaned, quality, folder),
-    )
-    path = folder / "configs" / "metadata.json"
-    metadata = json.loads(path.read_text(encoding="utf-8"))
-    metadata["eval_metrics"] = {
-        f"{'' if row['structure'] == 'mean' else 'dice_'}{_key(row['structure'])}": round(float(row["dice"]), 4)
-        for row in rows
-    }
-    metadata["eval_metrics"]["mean_dice"] = round(float(rows[-1]["dice"]), 4)
-    metadata["eval_metrics"].pop("mean", None)
-    image = metadata["network_data_format"]["inputs"]["image"]
-    image["num_channels"] = task.in_channels
-    image["channel_def"] = {str(number): name for number, name in enumerate(fingerprint.channels)}
-    write_text(path, json.dumps(metadata, indent=4) + "\n")
-
-
-def _key(structure: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in structure)
-
-
-def _page(
-    task: Task,
-    plan: FitPlan,
-    fingerprint: Fingerprint,
-    rows: Sequence[Mapping[str, Any]],
-    members: Mapping[str, float],
-    best: str,
-    comparison: Comparison | None,
-    cleaned: Sequence[str],
-    quality: str,
-    folder: Path,
-) -> str:
     names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
     values = (
         ""
@@ -122,7 +112,7 @@ the network, as they are and damaged; the others judge it:
 
 ![Predicted beside true Dice](quality.png)
 """
-    return f"""# {task.name}
+    page = f"""# {task.name}
 
 Segments {", ".join(task.classes)} in {task.modality} with an invertible U-Net, whose training rebuilds its
 activations instead of storing them. Made by `monai-iunet fit`: everything below was chosen and measured by it.
@@ -211,3 +201,4 @@ Cite the paper that introduced the architecture, and the data set.
 
 Configs: Apache-2.0. For the data see `data_license.txt`.
 """
+    write_text(folder / "docs" / "README.md", page)
