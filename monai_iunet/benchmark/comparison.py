@@ -23,7 +23,7 @@ from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content
-from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.training.evaluation import mean_dice_of_cases
 
 __all__ = ["NETWORKS", "Config", "as_markdown", "compare_networks", "difference", "read_rows", "run_config", "scores"]
@@ -116,7 +116,7 @@ def compare_networks(
         "ours_minus": {name: difference(dice[OURS], dice[name]) for name in networks},
     }
     text = json.dumps(result, indent=4) + "\n"
-    write_atomically(output_dir / "comparison.json", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(output_dir / "comparison.json", text)
     return result
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ HEADINGS = (
     "references",
     "license",
 )
-WORDS = ("author", "tags", "torchscript", "tensorrt", "preprocessing", "brought to ras")
+WORDS = ("author", "tags", "torchscript", "tensorrt")
+PREPROCESSING = ("preprocessing", "brought to ras")  # one of them
 # By these entries programs drive a bundle.
-TRAIN = (
-    *(
+ENTRIES = {
+    "train.json": [
         "bundle_root",
         "device",
         "dataset_dir",
@@ -61,12 +63,35 @@ TRAIN = (
         "val_interval",
         "train#trainer",
         "train#trainer#max_epochs",
-    ),
-    *("train#dataset#data", "train#inferer", "train#handlers", "validate#evaluator", "validate#dataset#data"),
-    *("validate#handlers", "validate#preprocessing", "validate#postprocessing", "validate#key_metric"),
-)
-EVALUATE = ("bundle_root", "device", "network_def", "inferer", "validate#evaluator", "validate#handlers", "evaluator")
-INFERENCE = ("bundle_root", "device", "network_def", "inferer", "preprocessing", "postprocessing", "evaluator")
+        "train#dataset#data",
+        "train#inferer",
+        "train#handlers",
+        "validate#evaluator",
+        "validate#dataset#data",
+        "validate#handlers",
+        "validate#preprocessing",
+        "validate#postprocessing",
+        "validate#key_metric",
+    ],
+    "evaluate.json": [
+        "bundle_root",
+        "device",
+        "network_def",
+        "inferer",
+        "validate#evaluator",
+        "validate#handlers",
+        "evaluator",
+    ],
+    "inference.json": [
+        "bundle_root",
+        "device",
+        "network_def",
+        "inferer",
+        "preprocessing",
+        "postprocessing",
+        "evaluator",
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,7 @@ def verify_bundle(folder: str | Path) -> list[Check]:
         ("sections of docs/README.md", _readme),
         ("links of docs/README.md", _links),
         ("no paths of a machine in configs", _paths),
-        *((f"entries of {name}.json", _Entries(name, entries)) for name, entries in ENTRIES.items()),
+        *((f"entries of {config}", partial(_entries, config)) for config in ENTRIES),
         ("evaluate.json over train.json", _overlay),
         ("transforms can be sent to workers", _pickled),
         ("the weights fit the network", _weights),
@@ -154,8 +179,8 @@ def _readme(folder: Path) -> str:
     text = (folder / "docs" / "README.md").read_text(encoding="utf-8").lower()
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     missing = [name for name in HEADINGS if not any(name in heading for heading in headings)]
-    missing += [word for word in WORDS[:4] if word not in text]
-    missing += [] if any(word in text for word in WORDS[4:]) else ["preprocessing"]
+    missing += [word for word in WORDS if word not in text]
+    missing += [] if any(word in text for word in PREPROCESSING) else ["preprocessing"]
     unfinished = text.count("to complete")
     problems = [f"missing: {', '.join(missing)}"] if missing else []
     problems += [f"{unfinished} places to complete"] if unfinished else []
@@ -180,19 +205,10 @@ def _paths(folder: Path) -> str:
     return f"found: {', '.join(found)}" if found else ""
 
 
-ENTRIES = {"train": TRAIN, "evaluate": EVALUATE, "inference": INFERENCE}
-
-
-class _Entries:
-    """Checks that a config has the entries by which programs drive it."""
-
-    def __init__(self, name: str, entries: tuple[str, ...]) -> None:
-        self.name, self.entries = name, entries
-
-    def __call__(self, folder: Path) -> str:
-        parser = _parser(folder, f"{self.name}.json")
-        missing = [entry for entry in self.entries if entry not in parser]
-        return f"missing: {', '.join(missing)}" if missing else ""
+def _entries(config: str, folder: Path) -> str:
+    parser = _parser(folder, config)
+    missing = [entry for entry in ENTRIES[config] if entry not in parser]
+    return f"missing: {', '.join(missing)}" if missing else ""
 
 
 def _overlay(folder: Path) -> str:
@@ -205,14 +221,14 @@ def _overlay(folder: Path) -> str:
 
 
 def _pickled(folder: Path) -> str:
-    for config, section in _transform_sections():
+    for config, section in (
+        ("train.json", "train#preprocessing"),
+        ("train.json", "validate#preprocessing"),
+        ("evaluate.json", "validate#preprocessing"),
+        ("inference.json", "preprocessing"),
+    ):
         ForkingPickler.dumps(_parser(folder, config).get_parsed_content(section))
     return ""
-
-
-def _transform_sections() -> Iterator[tuple[str, str]]:
-    yield from (("train.json", "train#preprocessing"), ("train.json", "validate#preprocessing"))
-    yield from (("evaluate.json", "validate#preprocessing"), ("inference.json", "preprocessing"))
 
 
 def _network(folder: Path) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from monai_iunet.io.files import write_atomically
+from monai_iunet.io.files import write_text
 from monai_iunet.networks.nets.iunet import IUNet
 
 __all__ = ["draw_backward", "draw_network", "main"]
@@ -109,7 +108,7 @@ def main() -> None:
     """Write both drawings beside this file."""
     for name, drawing in {"network": draw_network(), "backward": draw_backward()}.items():
         path = Path(__file__).parent / f"{name}.svg"
-        write_atomically(path, partial(Path.write_text, data=drawing, encoding="utf-8"))
+        write_text(path, drawing)
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from monai_iunet.bundling.task import BRAIN
 from monai_iunet.errors import InputError
-from monai_iunet.io.files import check_folder, image_name, write_atomically
+from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
 from monai_iunet.io.read import read_image
 from monai_iunet.transforms.head_labels import FLUID, OUTSIDE, SWAP, TYPICAL, structure_labels, tissue_numbers
 from monai_iunet.transforms.synthetic import RandSyntheticImaged
@@ -94,7 +94,7 @@ def convert(maps: Path, output: Path) -> None:
         else:
             validation += make_images(case, output, name, make)
     text = json.dumps({**dataset, "training": training, "validation": validation}, indent=1) + "\n"
-    write_atomically(output / "dataset.json", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(output / "dataset.json", text)
 
 
 if __name__ == "__main__":

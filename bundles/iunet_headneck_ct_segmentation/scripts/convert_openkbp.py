@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.files import check_folder, write_atomically, write_text
 
 STRUCTURES = ("Brainstem", "SpinalCord", "RightParotid", "LeftParotid", "Esophagus", "Larynx", "Mandible")
 SECTIONS = {"training": "train-pats", "validation": "validation-pats", "test": "test-pats"}
@@ -94,7 +94,7 @@ def convert(clone: Path, output: Path) -> None:
             entries.append(paths[0] if section == "test" else {"image": paths[0], "label": paths[1]})
         dataset[section] = entries
     text = json.dumps(dataset, indent=1) + "\n"
-    write_atomically(output / "dataset.json", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(output / "dataset.json", text)
 
 
 if __name__ == "__main__":
