@@ -29,6 +29,7 @@ from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.bundling.fit_quality import as_markdown, evaluate_quality
 from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import draw_cases, draw_training
+from monai_iunet.bundling.task import Task
 from monai_iunet.bundling.workflows import evaluate_config
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.cross_validation import (
@@ -464,16 +465,7 @@ class _Fit:
     def finish(self) -> None:
         """Choose clean-up and network, and write the bundle's configs, weights, pictures and page."""
         structures = self.fingerprint.structures
-        as_is, largest = (
-            {fold: read_scores([self._evaluation(fold, kind) / TABLE]) for fold in self.plan.folds}
-            for kind in (False, True)
-        )
-        kept = choose_clean_up(_joined(as_is), _joined(largest), structures)
-        cleaned = [structures[label - 1] for label in kept]
-        scores = {
-            fold: [after if after.structure in cleaned else before for before, after in zip(as_is[fold], largest[fold])]
-            for fold in self.plan.folds
-        }
+        scores, kept = self._cleaned_scores()
         rows = summarize(_joined(scores), structures)
         best = best_fold(scores, structures)
         comparison = self._compare(best, kept)
@@ -490,17 +482,12 @@ class _Fit:
         docs = self.folder / "docs"
         log, cases = self.folder / "train" / _name(best), evaluation / TABLE
         draw_training(log, docs / "training.png")
-        quality = None
-        if task.in_channels > 1 or task.label_values is not None:
-            logger.warning("No quality model is fitted: that is for images of one channel and labels 1, 2, ... only")
-        else:
-            lists = bundle_cases(self.folder, self.dataset)
-            quality = evaluate_quality(self.folder, lists, self.device, required=False)
+        quality = self._fit_quality(task)
         draw_cases(self.folder, self.dataset, cases, docs / "cases.png")
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
-        of_quality = "" if quality is None else as_markdown(quality)
+        cleaned = [structures[label - 1] for label in kept]
         write_page(
-            self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, of_quality
+            self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, quality
         )
         write_results(self.folder, task, self.fingerprint.channels, rows)
         drawn = {"log": log, "cases": cases}
@@ -509,6 +496,29 @@ class _Fit:
         self.console.print(score_table(rows))
         if comparison is not None:
             self.console.print(comparison.table())
+
+    def _cleaned_scores(self) -> tuple[dict[int | None, list[Score]], list[int]]:
+        """Return the scores of each fold, cleaned up where that helps, and the labels of the structures that are."""
+        structures = self.fingerprint.structures
+        as_is, largest = (
+            {fold: read_scores([self._evaluation(fold, kind) / TABLE]) for fold in self.plan.folds}
+            for kind in (False, True)
+        )
+        kept = choose_clean_up(_joined(as_is), _joined(largest), structures)
+        cleaned = {structures[label - 1] for label in kept}
+        return {
+            fold: [after if after.structure in cleaned else before for before, after in zip(as_is[fold], largest[fold])]
+            for fold in self.plan.folds
+        }, kept
+
+    def _fit_quality(self, task: Task) -> str:
+        """Fit the model of the quality; return what judges it as a table in Markdown, empty if there is none."""
+        if task.in_channels > 1 or task.label_values is not None:
+            logger.warning("No quality model is fitted: that is for images of one channel and labels 1, 2, ... only")
+            return ""
+        lists = bundle_cases(self.folder, self.dataset)
+        quality = evaluate_quality(self.folder, lists, self.device, required=False)
+        return "" if quality is None else as_markdown(quality)
 
     def _remove_states(self) -> None:
         """Remove what trainings would go on from, and what the bundle has a copy of."""

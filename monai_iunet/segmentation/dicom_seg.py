@@ -5,12 +5,13 @@ Source: DICOM PS3.3, A.51 Segmentation IOD; highdicom writes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.dicom_frames import Frame, frames_of, read_header
@@ -50,40 +51,20 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     """
     try:
         import highdicom
-        import pydicom
-        from pydicom.sr.codedict import codes
     except ImportError as error:
         raise InputError(
             "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
         ) from error
-    package = version("monai-iunet")
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="monai_iunet", version=package, family=codes.DCM.ArtificialIntelligence
-    )
-    descriptions = [
-        highdicom.seg.SegmentDescription(
-            segment_number=value,
-            segment_label=name,
-            segmented_property_category=codes.SCT.AnatomicalStructure,
-            segmented_property_type=_code(name, codes.SCT),
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for value, name in segmentation.names.items()
-    ]
     frames = _frames(files)
     labels = np.ascontiguousarray(segmentation.labels.T)
     if len(files) == 1:  # frames in the order of the file, not of their positions
         labels = labels[np.argsort([frame.number for frame in frames])]
-    datasets = [pydicom.dcmread(name) for name in files]
-    for dataset in datasets:  # highdicom asks for what scanners and anonymizers may leave out
-        dataset.SliceThickness = dataset.get("SliceThickness") or float(segmentation.image.header.get_zooms()[2])
-        for name in MAY_BE_EMPTY:
-            if name not in dataset:
-                setattr(dataset, name, None)
+    thickness = float(segmentation.image.header.get_zooms()[2])
+    source_images = [_source_image(file, thickness) for file in files]
+    descriptions = _descriptions(segmentation.names)
     try:
         seg_object = highdicom.seg.Segmentation(
-            source_images=datasets,
+            source_images=source_images,
             pixel_array=labels,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
@@ -93,7 +74,7 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
             instance_number=1,
             manufacturer="The monai_iunet developers",
             manufacturer_model_name="monai_iunet",
-            software_versions=package,
+            software_versions=version("monai-iunet"),
             device_serial_number="0",
             series_description="monai_iunet segmentation, for research only",
         )
@@ -114,6 +95,37 @@ def _frames(files: Sequence[str]) -> Sequence[Frame]:
             "Leave --format out for NIfTI."
         )
     return stack.frames
+
+
+def _source_image(file: str, thickness: float) -> Any:
+    """Read a slice with all that highdicom asks for, which scanners and anonymizers may have left out."""
+    dataset = pydicom.dcmread(file)
+    dataset.SliceThickness = dataset.get("SliceThickness") or thickness
+    for name in MAY_BE_EMPTY:
+        if name not in dataset:
+            setattr(dataset, name, None)
+    return dataset
+
+
+def _descriptions(names: Mapping[int, str]) -> list[Any]:
+    """Return the description of each segment, which says what it shows and what found it."""
+    import highdicom
+    from pydicom.sr.codedict import codes  # takes a while
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="monai_iunet", version=version("monai-iunet"), family=codes.DCM.ArtificialIntelligence
+    )
+    return [
+        highdicom.seg.SegmentDescription(
+            segment_number=value,
+            segment_label=name,
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=_code(name, codes.SCT),
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for value, name in names.items()
+    ]
 
 
 def _code(name: str, codes: Any) -> Any:
