@@ -184,7 +184,7 @@ def inference_table(
         table.add_row(f"{available / 2**20:.0f}", f"available now: {verdict}", "host")
     table.caption = f"{plan.windows} windows"
     if measure:
-        window = torch.zeros(1, 1, *plan.roi_size, device=segmenter.device)
+        window = torch.zeros(1, segmenter.channels, *plan.roi_size, device=segmenter.device)
         with torch.no_grad():
             segmenter.network(window)
             start = time.perf_counter()

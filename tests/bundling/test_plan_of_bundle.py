@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, SegIUNet, bundle_folder, plan_training
@@ -94,6 +96,15 @@ def test_the_segmentation_of_an_image_is_planned() -> None:
     assert 600 <= peak < 1000
     # On the grid that the bundle resamples to, 5 x 5 x 10 windows at half overlap, of image and mirror image.
     assert re.search(r"400 windows of [\d.]+ s, \d+ s in all", printed)
+
+
+def test_the_time_of_a_network_of_several_channels_is_told(tmp_path: Path) -> None:
+    folder = write_bundle(replace(SMALL_TASK, in_channels=2), tmp_path / "bundle")
+    network = SegIUNet(3, 2, 3, SMALL_TASK.channels, couplings=SMALL_TASK.couplings)
+    torch.save(network.state_dict(), folder / "models" / "model.pt")
+    code, printed = plan("--bundle", folder, "--image", "32,32,32", "--measure")
+    assert code == 0, printed
+    assert re.search(r"windows of \S+ s", printed)
 
 
 def test_a_longer_image_takes_no_more_but_for_image_and_labels() -> None:
