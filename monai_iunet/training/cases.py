@@ -64,7 +64,7 @@ def check_cases(
     if not check:
         return list(cases)
     values = range(num_classes) if label_values is None else label_values
-    good = _without_bad(cases, lambda case: _problem(case, values, channels), skip_bad)
+    good = _without_bad(cases, lambda case: read_case(case, values, channels), skip_bad)
     if not good:
         raise InputError("There is no case to use. Check the data set's folder and its dataset.json.")
     return good
@@ -102,13 +102,19 @@ def check_images(
     """
     if not check:
         return list(cases)
-    return _without_bad(cases, lambda case: _image_problem(case, max_extent, channels), skip_bad)
+    return _without_bad(cases, lambda case: _check_image(case, max_extent, channels), skip_bad)
 
 
 def _without_bad(
-    cases: Sequence[dict[str, Any]], problem_of: Callable[[dict[str, Any]], str | None], skip_bad: bool
+    cases: Sequence[dict[str, Any]], check: Callable[[dict[str, Any]], object], skip_bad: bool
 ) -> list[dict[str, Any]]:
-    problems = {number: problem for number, case in enumerate(cases) if (problem := problem_of(case))}
+    """Return the cases for which a check raises no `InputError`; the messages of all others are listed together."""
+    problems = {}
+    for number, case in enumerate(cases):
+        try:
+            check(case)
+        except InputError as error:
+            problems[number] = str(error)
     listed = "\n".join(problems.values())
     if problems and not skip_bad:
         raise InputError(
@@ -120,26 +126,11 @@ def _without_bad(
     return [case for number, case in enumerate(cases) if number not in problems]
 
 
-def _image_problem(case: dict[str, Any], max_extent: float | None, channels: int) -> str | None:
-    """Return what is wrong with an image, in one line; None if nothing is."""
-    name = image_of(case)
-    try:
-        image = read_image(case["image"], channels=channels)
-        check_not_constant(image, name)
-        if max_extent is not None:
-            check_extent(image, max_extent, name, "Crop it first, or use `monai-iunet segment`.")
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _problem(case: dict[str, Any], label_values: Sequence[int], channels: int) -> str | None:
-    """Return what is wrong with a case, in one line; None if nothing is."""
-    try:
-        read_case(case, label_values, channels)
-    except InputError as error:
-        return str(error)
-    return None
+def _check_image(case: dict[str, Any], max_extent: float | None, channels: int) -> None:
+    image = read_image(case["image"], channels=channels)
+    check_not_constant(image, image_of(case))
+    if max_extent is not None:
+        check_extent(image, max_extent, image_of(case), "Crop it first, or use `monai-iunet segment`.")
 
 
 def read_case(

@@ -17,6 +17,7 @@ import nibabel
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import SUFFIXES, image_name
+from monai_iunet.training.cases import image_of
 
 __all__ = ["LabeledData", "list_cases", "read_labeled_data", "split_cases"]
 
@@ -154,7 +155,7 @@ def list_cases(
     if section is None:
         return [*cases, *own_validation]
     if section == "judges":
-        return [case for case in cases if Path(_channels_of(case)[0]).name in judges]
+        return [case for case in cases if Path(image_of(case)).name in judges]
     cases = _without(cases, judges)
     if fold is None and data.validation is not None:
         return cases if section == "training" else own_validation
@@ -172,11 +173,7 @@ def list_cases(
 
 def _without(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     """Return the cases but those whose image, or its first channel, has one of the names."""
-    return [case for case in cases if Path(_channels_of(case)[0]).name not in names]
-
-
-def _channels_of(case: Case) -> list[str]:
-    return case["image"] if isinstance(case["image"], list) else [case["image"]]
+    return [case for case in cases if Path(image_of(case)).name not in names]
 
 
 def split_cases(cases: Sequence[Case], fold: int, folds: int = FOLDS) -> tuple[list[Case], list[Case]]:
@@ -348,7 +345,7 @@ def _take_out_repeated(*sections: list[Case]) -> list[str]:
     for cases in sections:
         kept = []
         for case in cases:
-            files = {"image": _channels_of(case)[0], "label": case["label"]}
+            files = {"image": image_of(case), "label": case["label"]}
             names = {(kind, _stem(file)): file for kind, file in files.items()}
             taken = next((key for key in names if key in first), None)
             if taken is None:
