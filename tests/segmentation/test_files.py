@@ -117,15 +117,18 @@ def test_results_are_written_while_the_next_images_are_segmented(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, write, seen = files.read_image, files._write, []
-    third_is_read = threading.Event()
+    first_is_segmented, third_is_read = threading.Event(), threading.Event()
 
     def note(paths: tuple[Path, ...], *arguments: Any) -> Any:
         seen.append(paths[0].name)
+        if paths[0].name == "b.nii.gz":  # else it might be written before the first, and the third not be begun
+            assert first_is_segmented.wait(timeout=60)
         if paths[0].name == "c.nii.gz":
             third_is_read.set()
         return read(paths, *arguments)
 
     def wait(segmentation: Any, case: files.Case, strict: bool) -> Any:
+        first_is_segmented.set()
         # One after another, the third would be read after the second is written, and this would wait in vain.
         assert case.name != "b" or third_is_read.wait(timeout=60)
         return write(segmentation, case, strict)
