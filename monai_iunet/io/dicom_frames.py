@@ -27,6 +27,7 @@ from pydicom.pixels.utils import get_expected_length, pixel_array
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.text import in_one_line
 
 __all__ = ["CONTRAST", "Frame", "frame_values", "frames_of", "read_header"]
 
@@ -250,7 +251,7 @@ def _decode(file: str, frames: Sequence[Frame]) -> list[np.ndarray]:
         values = None if dataset is None else _decode_by_simpleitk(dataset, frames)
         if values is None:
             raise InputError(
-                f"{file}: its pixels cannot be decoded ({' '.join(str(error).split())[:300]}). Copy the file again, or "
+                f"{file}: its pixels cannot be decoded ({in_one_line(error)}). Copy the file again, or "
                 "decompress it, for example with dcmdjpeg or gdcmconv."
             ) from error
         return values

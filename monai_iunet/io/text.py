@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 
-__all__ = ["csv_text", "first_line", "times"]
+__all__ = ["csv_text", "first_line", "in_one_line", "times"]
 
 
 def csv_text(rows: Iterable[Iterable[object]], delimiter: str = ",") -> str:
@@ -25,6 +25,11 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an error's message without line breaks, cut where it is longer than 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def times(extents: Iterable[float]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.text import in_one_line
 
 __all__ = ["read_weights", "weights_file"]
 
@@ -29,8 +30,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged files bring about
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: not the weights of a network. Save its `state_dict()` again. {reason}") from error
+        raise InputError(
+            f"{path}: not the weights of a network. Save its `state_dict()` again. {in_one_line(error)}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: not the weights of a network alone. Save its `state_dict()`.")
     return state

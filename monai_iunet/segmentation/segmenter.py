@@ -28,7 +28,7 @@ from monai_iunet.inference.streaming import Slab, class_numbers
 from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, raw_voxels
-from monai_iunet.io.text import first_line
+from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab
@@ -180,8 +180,7 @@ class BundleSegmenter:
         try:
             self.network.load_state_dict(read_weights(weights))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{weights}: does not fit the network of the bundle: {reason}") from error
+            raise InputError(f"{weights}: does not fit the network of the bundle: {in_one_line(error)}") from error
 
     def _check_training(self, parser: ConfigParser) -> None:
         """Compare the config with what the weights were trained with."""
