@@ -9,6 +9,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import tree_map
+from monai_iunet.networks.layers.shallow_convolution import right_gradients
 
 __all__ = ["AutocastInferer"]
 
@@ -17,6 +18,7 @@ class AutocastInferer(SimpleInferer):
     """Runs a network in bfloat16, on a GPU or a CPU, and returns float32, in the network's lists and dictionaries.
 
     MONAI's trainer, with `amp`, does this on GPUs alone. Use it as `train#inferer` on a CPU with AVX-512 BF16 or AMX.
+    Convolutions whose gradients would be wrong there, see `right_gradients`, are computed in float32.
 
     Example:
         >>> network = torch.nn.Linear(2, 1)
@@ -25,6 +27,6 @@ class AutocastInferer(SimpleInferer):
     """
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with torch.autocast(inputs.device.type, torch.bfloat16), right_gradients(inputs):
             outputs: Any = super().__call__(inputs, network, *args, **kwargs)
         return tree_map(lambda output: output.float() if isinstance(output, Tensor) else output, outputs)

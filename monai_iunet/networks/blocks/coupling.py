@@ -33,6 +33,7 @@ from monai_iunet.engine.reversible import (
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.networks.layers.shallow_convolution import right_gradients
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
@@ -94,11 +95,13 @@ class AdditiveCoupling(InvertibleLayer):
             and not has_hooks(self.branch)
             and not is_recorded_by_autograd_alone(*inputs)
         ):
-            shift = self.branch(inputs)
+            with right_gradients(inputs[0]):
+                shift = self.branch(inputs)
         else:
             kept = inputs.pop()
             before = version(kept)
-            shift = self.branch(kept)
+            with right_gradients(kept):
+                shift = self.branch(kept)
             if version(kept) != before:
                 raise RuntimeError(
                     "A coupling branch must leave its input as it is; "
@@ -199,8 +202,10 @@ class WholeCoupling(InvertibleLayer):
         self.out_sizes = tuple(out_sizes)
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
-        return self.module(torch.cat(inputs, 1)).split(self.out_sizes, 1)
+        with right_gradients(inputs[0]):
+            return self.module(torch.cat(inputs, 1)).split(self.out_sizes, 1)
 
     def restore(self, outputs: Tensors, weights: Tensors) -> Tensors:
-        whole: Tensor = self.module.inverse(torch.cat(outputs, 1))  # type: ignore[operator]
+        with right_gradients(outputs[0]):
+            whole: Tensor = self.module.inverse(torch.cat(outputs, 1))  # type: ignore[operator]
         return whole.split(self.in_sizes, 1)

@@ -9,6 +9,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from monai_iunet.networks.layers.shallow_convolution import right_gradients
 from monai_iunet.networks.layers.slab_convolution import convolve
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.architecture import is_positive_int
@@ -150,7 +151,8 @@ class SegIUNet(ChosenActivations):
         most = max(self.iunet.channels[0], self.head.out_channels)
         self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
-        features: Any = convolve(x, self.stem)
+        with right_gradients(x):
+            features: Any = convolve(x, self.stem)
         if not torch.is_grad_enabled():
             # In a list, from which the network takes them, so that nobody else holds them; a checkpoint asks again.
             features = [features]
