@@ -27,6 +27,7 @@ from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.weights import read_weights
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.record import differences, write_record
+from monai_iunet.training.time_limit import TimedDecay
 
 __all__ = ["Checkpoints", "StartFrom", "start_from"]
 
@@ -39,7 +40,7 @@ class Checkpoints:
 
     A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
 
-    Attach it after the trainer's other handlers, so that what they do at the end of an epoch is in what is saved.
+    What others do at the end of an epoch is in what is saved, in whatever order handlers were attached.
 
     Args:
         folder: where the files go; created if need be.
@@ -109,11 +110,17 @@ class Checkpoints:
                 unfinished.unlink(missing_ok=True)
         if self.resume and self.last.is_file():
             self._load(trainer, validator)
+        trainer.add_event_handler(Events.STARTED, self._save_last_of_all, validator)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_nan)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
         trainer.add_event_handler(Events.COMPLETED, self._save_final)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
+
+    def _save_last_of_all(self, trainer: Engine, validator: Engine) -> None:
+        """Let the state be saved behind handlers that were attached later, such as a validation."""
+        trainer.remove_event_handler(self._save, Events.EPOCH_COMPLETED)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
 
     def _stop_at_nan(self, trainer: Any) -> None:
         """Stop a training that has diverged before an epoch with it is saved; one whose output has a loss."""
@@ -178,12 +185,9 @@ class Checkpoints:
                 f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
                 "start without resuming."
             )
-        if epoch >= trainer.state.max_epochs:
+        if end := self._end_of(epoch, trainer.state.max_epochs):
             self._save_final(trainer)  # it may have been killed before that
-            raise InputError(
-                f"{self.last}: this training has finished its {epoch} epochs. Raise max_epochs to go on, or start "
-                "without resuming."
-            )
+            raise InputError(f"{self.last}: this training {end} to go on, or start without resuming.")
         trainer.state.epoch = epoch
         trainer.state.iteration = epoch * trainer.state.epoch_length
         validator.state.best_metric, validator.state.best_metric_epoch = best
@@ -192,6 +196,17 @@ class Checkpoints:
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
         logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
         _warn_of_another_order(trainer)
+
+    def _end_of(self, epoch: int, max_epochs: int) -> str | None:
+        """Return how a training has ended, and what to raise for it to go on; None if it has not."""
+        if epoch >= max_epochs:
+            return f"has finished its {epoch} epochs. Raise max_epochs"
+        for part in self.state.values():
+            if isinstance(part, EarlyStop) and part.has_stopped:
+                return f"was stopped early, after epoch {epoch}. Raise its patience of {part.patience} validations"
+            if isinstance(part, TimedDecay) and part.share == 1:
+                return f"has used its time, {part.used:.0f} seconds, in {epoch} epochs. Raise max_seconds"
+        return None
 
 
 def _warn_of_another_order(trainer: Any) -> None:
@@ -222,7 +237,7 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
         networks: of the same structure: the one that is trained, and its average.
 
     Raises:
-        InputError: when the file is no state of a network, and when nothing in it fits.
+        InputError: when the file is no state of a network, and when nothing in it fits one of the networks.
 
     Example:
         >>> import tempfile
@@ -233,8 +248,8 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
     weights = read_weights(path)
     for network in networks:
         _, taken, left = copy_model_state(network, weights)
-    if not taken:
-        raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
+        if not taken:
+            raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
     logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")
 
 
@@ -263,6 +278,11 @@ class StartFrom:
         """Copy the weights.
 
         Raises:
-            InputError: see `start_from`.
+            InputError: see `start_from`; and when the training goes on, with weights that these would replace.
         """
+        if engine.state.iteration > 0:
+            raise InputError(
+                f"{self.path}: would replace the weights of a training that goes on after epoch {engine.state.epoch}. "
+                "Attach StartFrom before what resumes the training, or leave it out."
+            )
         start_from(self.path, *self.networks)

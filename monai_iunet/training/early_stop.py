@@ -33,8 +33,14 @@ class EarlyStop(EarlyStopping):
         self._has_trainer = trainer is not None
 
     def attach(self, validator: Engine) -> None:  # type: ignore[override]
-        """Attach to the evaluator that validates."""
-        validator.add_event_handler(Events.EPOCH_COMPLETED, self)
+        """Attach to the evaluator that validates; once, however often it is asked to."""
+        if not validator.has_event_handler(self, Events.EPOCH_COMPLETED):
+            validator.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the validations without a better metric are enough to stop."""
+        return self.counter >= self.patience
 
     def set_trainer(self, trainer: Engine) -> None:
         """Name the engine that is stopped."""

@@ -79,6 +79,7 @@ class TimedDecay(LRScheduler):
         self._validator = validator
         self._since: float | None = None  # when seconds were last added
         self._said = -SAY_EVERY  # when the time left was last said
+        self._epochs = 0  # that have ended
         super().__init__(optimizer)
 
     @property
@@ -99,9 +100,8 @@ class TimedDecay(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, the seconds that were used among it."""
         state = super().state_dict()
-        return {
-            name: value for name, value in state.items() if name not in (*NOT_STATE, "_validator", "_since", "_said")
-        }
+        kept_out = *NOT_STATE, "_validator", "_since", "_said", "_epochs"
+        return {name: value for name, value in state.items() if name not in kept_out}
 
     def _now(self) -> float:
         return time.process_time() if self.clock == "processor" else time.monotonic()
@@ -118,6 +118,7 @@ class TimedDecay(LRScheduler):
 
     def _end_epoch(self, trainer: Engine) -> None:
         epoch = trainer.state.epoch
+        self._check_steps()
         self._count()
         if self._validator is not None and self._is_to_validate(epoch):
             before = self.used
@@ -132,6 +133,15 @@ class TimedDecay(LRScheduler):
         self._said = now
         left = max(self.max_seconds - self.used, 0) / 60
         logger.info("Epoch %d, %.0f %% of the time, %.0f minutes left", epoch, 100 * self.share, left)
+
+    def _check_steps(self) -> None:
+        """Say so where nobody steps the schedule."""
+        self._epochs += 1
+        if self._epochs == 2 and self.last_epoch == 0:
+            logger.warning(
+                "Nothing lowers the learning rate: call the `step` of TimedDecay once per epoch, or attach "
+                "monai.handlers.LrScheduleHandler(schedule) to the trainer before it."
+            )
 
     def _count(self) -> None:
         """Add the seconds since they were last added."""

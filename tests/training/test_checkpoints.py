@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from monai_iunet.errors import InputError
-from monai_iunet.training.checkpoints import Checkpoints, start_from
+from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
 from monai_iunet.training.early_stop import EarlyStop
+from monai_iunet.training.time_limit import TimedDecay
 
 EPOCHS = 4
 
@@ -270,3 +271,65 @@ def test_an_early_stop_without_a_trainer_says_so() -> None:
     EarlyStop(patience=1, metric="dice").attach(validator)
     with pytest.raises(RuntimeError, match="no trainer to stop"):
         validator.run([0])
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_training_that_was_stopped_early_does_not_go_on(killed: bool, tmp_path: Path) -> None:
+    assert stopping(tmp_path) == 4
+    if killed:  # before it had written this
+        (tmp_path / "model_final.pt").unlink()
+    with pytest.raises(
+        InputError, match=r"was stopped early, after epoch 4\. Raise its patience of 3 validations to go on"
+    ):
+        stopping(tmp_path, resume=True)
+    assert (tmp_path / "model_final.pt").is_file()
+
+
+def test_a_training_that_has_used_its_time_does_not_go_on(tmp_path: Path) -> None:
+    trainer, network = training(tmp_path / "other")
+    schedule = TimedDecay(torch.optim.SGD(network.parameters(), lr=1.0), max_seconds=60)
+    schedule.used = 61.0
+    checkpoints = Checkpoints(tmp_path, network, {"schedule": schedule}, resume=True)
+    validator = Engine(lambda *_: None)
+    validator.state.best_metric, validator.state.best_metric_epoch = 0.5, 1  # type: ignore[attr-defined]
+    checkpoints._save(trainer, validator)
+    with pytest.raises(InputError, match=r"has used its time, 61 seconds, in 0 epochs\. Raise max_seconds to go on"):
+        checkpoints.attach(trainer, validator)
+
+
+def test_a_validation_that_was_attached_later_is_in_what_is_saved(tmp_path: Path) -> None:
+    trainer, network = training(tmp_path / "other", max_epochs=1)
+    validator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=[{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}],
+        network=network,
+        key_val_metric={"dice": Constant()},
+    )
+    Checkpoints(tmp_path, network, {}).attach(trainer, validator)
+    ValidationHandler(1, validator).attach(trainer)
+    trainer.run()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["best"] == [0.5, 1]
+
+
+def test_an_early_stop_that_is_attached_twice_counts_a_validation_once() -> None:
+    validator = Engine(lambda *_: None)
+    early_stop = EarlyStop(patience=3, metric="dice", trainer=Engine(lambda *_: None))
+    for _ in range(2):
+        early_stop.attach(validator)
+    validator.state.metrics = {"dice": 0.5}
+    validator.run([0], max_epochs=3)
+    assert early_stop.counter == 2
+
+
+def test_weights_must_fit_each_of_the_networks(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match="nothing in it fits"):
+        start_from(tmp_path / "model.pt", nn.Linear(5, 7), nn.Linear(2, 3))
+
+
+def test_a_training_that_goes_on_is_not_started_from_other_weights(tmp_path: Path) -> None:
+    trainer, network = training(tmp_path, max_epochs=1)
+    trainer.run()
+    resumed, network = training(tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"a training that goes on after epoch 1\. Attach StartFrom before"):
+        StartFrom(tmp_path / "model_final.pt", [network]).attach(resumed)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.handlers import LrScheduleHandler
 from torch import distributed, multiprocessing
 
 from monai_iunet import TimedDecay
@@ -63,3 +64,15 @@ def test_processes_of_a_training_go_by_the_clock_of_the_first(tmp_path: Path) ->
     multiprocessing.spawn(train, (tmp_path,), nprocs=PROCESSES)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(PROCESSES))
     assert first == second == "validated in 1, validated in 16, validated in 31, validated in 39, ended in 39 after 273"
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_learning_rate_that_nothing_lowers_is_said(stepped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = TimedDecay(optimizer, 3600)
+    trainer = Engine(lambda *_: optimizer.step())
+    schedule.attach(trainer)
+    if stepped:  # also behind it
+        LrScheduleHandler(schedule, print_lr=False).attach(trainer)
+    trainer.run([0], max_epochs=4)
+    assert caplog.text.count("Nothing lowers the learning rate") == (0 if stepped else 1)
