@@ -283,7 +283,6 @@ class _Fit:
         data = read_labeled_data(self.dataset)
         self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
         self.plan = self._make_plan(data)
-        self._check_validation_cases()
         parent = check_folder(self.folder.resolve().parent)
         with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=parent) as temporary:
             folder = write_bundle(self.plan.task, Path(temporary, "bundle"))
@@ -312,17 +311,6 @@ class _Fit:
             has_validation=bool(data.validation),
             wishes=self.options.wishes,
         )
-
-    def _check_validation_cases(self) -> None:
-        """Refuse folds whose validation cases show no structure: nothing would tell a good network from a bad one."""
-        volumes = {Path(case.name).name: sum(case.volumes) for case in self.fingerprint.cases}
-        for fold in self.plan.folds:
-            names = [Path(image_of(case)).name for case in self._cases("validation", fold)]
-            if not any(volumes[name] for name in names):
-                raise InputError(
-                    f"{self.dataset}: no structure is labeled in {', '.join(names)}, the validation cases of "
-                    f"{_name(fold)}. Label them, or train another --fold or another number of --folds."
-                )
 
     @property
     def is_finished(self) -> bool:

@@ -154,18 +154,6 @@ def test_the_ensemble_is_used_where_it_is_better(better: bool, tmp_path: Path, m
         np.testing.assert_allclose(together, np.mean(members, 0), atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_fold_whose_validation_cases_show_no_structure_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    data = make_set(tmp_path / "data", count=6)
-    first = list_cases(data, "validation", fold=0, folds=3)
-    for case in first:
-        label = nibabel.load(case["label"])
-        nibabel.save(nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), case["label"])
-    with pytest.raises(InputError, match=f"no structure is labeled in {Path(first[0]['image']).name}, .* of fold_0"):
-        fit(data, tmp_path / "made", folds=3, plan_only=True)
-    assert not (tmp_path / "made").exists()
-
-
 @pytest.mark.slow
 def test_processes_share_the_folds(tmp_path: Path) -> None:
     data = make_set(tmp_path / "data", shape=(16, 16, 16), count=6)
