@@ -304,6 +304,20 @@ def test_under_autocast_the_stream_is_of_integers_unless_somebody_looks(monkeypa
     assert stream_types(net, x, monkeypatch) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_loss_on_a_code_where_kernels_depend_on_whether_there_are_gradients(exact: bool) -> None:
+    """On a CPU in bfloat16, convolutions of two slices with gradients are computed in float32."""
+    net, x = IUNet(3, (8, 16), couplings=2, exact=exact, norm=None), torch.randn(1, 8, 4, 8, 8)
+    weights, found = list(net.encoder[0].parameters()), []
+    for activations in ("invert", "store"):
+        net.activations = activations
+        with torch.autocast("cpu", torch.bfloat16):
+            finest, _ = net.encode(x)
+        gradients = torch.autograd.grad(finest.square().mean(), weights)
+        found.append(torch.cat([each.flatten() for each in gradients]))
+    assert (found[0] - found[1]).norm() <= (0 if exact else 1e-4) * found[1].norm()
+
+
 def test_values_of_integers_are_those_of_the_image_to_half_a_step() -> None:
     x = torch.randn(2, 3, 5, 4) * 50
     stream = enter(x, torch.bfloat16)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
 from monai_iunet.engine.pytorch_private import has_hooks, version
@@ -64,6 +65,12 @@ class AdditiveCoupling(InvertibleLayer):
         kept, changed = outputs
         kept, taken = self._take(kept)
         return self._sum(changed, self._shift(taken, changed), -1), kept
+
+    def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
+        # Gradients are enabled as in the forward pass, since kernels may depend on it; nothing of them is stored.
+        with torch.enable_grad(), saved_tensors_hooks(_store_nothing, _store_nothing):
+            inputs = super().recover(outputs, weights, remembered, inverse)
+        return tuple(map(Tensor.detach, inputs))
 
     def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
         kept, changed = inputs if inverse else inputs[::-1]
@@ -167,6 +174,10 @@ class AdditiveCoupling(InvertibleLayer):
             else:
                 changed = torch.add(changed, shift, alpha=sign, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
+
+
+def _store_nothing(_: Any) -> Any:
+    """Store nothing in the place of a tensor that autograd would save."""
 
 
 class _Cast(torch.autograd.Function):
