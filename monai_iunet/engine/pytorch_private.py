@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -22,6 +23,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "can_pack_saved_tensors",
+    "compiled_part",
     "current_backward_pass",
     "frees_gradients_before_converting",
     "graph_is_retained",
@@ -59,6 +61,13 @@ def can_pack_saved_tensors() -> bool:
     """
     enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     return enabled and not torch._C._are_functorch_transforms_active()
+
+
+def compiled_part(module: nn.Module) -> nn.Module | None:
+    """Return the module of which a call of this one runs what it was compiled to: this, or what it wraps; else None."""
+    if isinstance(module, OptimizedModule):
+        return module._orig_mod
+    return None if module._compiled_call_impl is None else module
 
 
 def current_backward_pass() -> int:

@@ -304,6 +304,21 @@ def test_under_autocast_the_stream_is_of_integers_unless_somebody_looks(monkeypa
     assert stream_types(net, x, monkeypatch) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped", "forward"])
+def test_a_coupling_compiled_by_itself_adds_no_integers_as_numbers(how: str) -> None:
+    net, x = IUNet(1, (4, 6), couplings=1, exact=True), torch.randn(1, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(x)
+        last = net.decoder[0][0]
+        if how == "in place":
+            last.compile(backend="eager")
+        elif how == "wrapped":
+            net.decoder[0][0] = torch.compile(last, backend="eager")
+        else:
+            last.forward = torch.compile(last.forward, backend="eager")
+        assert (net(x) - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_loss_on_a_code_where_kernels_depend_on_whether_there_are_gradients(exact: bool) -> None:
     """On a CPU in bfloat16, convolutions of two slices with gradients are computed in float32."""

@@ -171,6 +171,14 @@ def test_has_hooks() -> None:
         assert not private.has_hooks(module)
 
 
+def test_compiled_part() -> None:
+    module = torch.nn.Linear(1, 1)
+    assert private.compiled_part(module) is None
+    assert private.compiled_part(torch.compile(module, backend="eager")) is module
+    module.compile(backend="eager")
+    assert private.compiled_part(module) is module
+
+
 def test_has_saved_tensor_hooks() -> None:
     assert not private.has_saved_tensor_hooks()
     with torch.autograd.graph.save_on_cpu():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import has_hooks, is_exporting, is_view
+from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
@@ -76,7 +76,7 @@ class IUNet(ChosenActivations):
         exact: round activations to a grid, so that they are rebuilt, and gradients taken, exactly to the last bit; see
             `networks/blocks/grid.py`. Values must stay below 256. May be set on a built network too. Under autocast to
             16 bits it takes less memory, because activations are then kept in 16 bits, but where hooks on couplings,
-            channel mixing or resampling look at them.
+            channel mixing or resampling look at them, or these are compiled by themselves.
         branch: kind of the branches: "conv", convolutions; "residual", MONAI's `UnetResBlock`; "mednext", a depthwise
             convolution of `kernel_size` and two of size 1 with GELU between, over 4 times the channels; for another
             number `("mednext", {"expansion": 2})`.
@@ -458,12 +458,13 @@ class IUNet(ChosenActivations):
     def _is_unwatched(self, x: Tensor) -> bool:
         """Return whether nobody looks at what is between the layers.
 
-        A layer of one's own, which may have come since `exact` was set, looks at it, too.
+        A layer of one's own, which may have come since `exact` was set, looks at it, too, and so does a compiled one.
         """
         return (
             all(isinstance(layer, ON_THE_GRID) for layer in self._layers())
             and not is_recorded_by_autograd_alone(x, *self.parameters())
-            and not any(map(has_hooks, self._layers()))
+            and not any(has_hooks(layer) or "forward" in vars(layer) for layer in self._layers())
+            and not any(isinstance(compiled_part(module), InvertibleLayer) for module in self.modules())
         )
 
     def _is_private(self, x: Tensor) -> bool:
