@@ -183,8 +183,10 @@ class _LabelSums(torch.autograd.Function):
             logarithm = place.gather(1, label)
             place.exp_()
             predicted += place.sum(2)
-            overlap.scatter_add_(1, label[:, 0], logarithm[:, 0].exp())
-            true.scatter_add_(1, label[:, 0], true.new_ones(()).expand(label[:, 0].shape))
+            probability = logarithm[:, 0].exp()
+            # Summed apart: a float32 that has counted to 2^24, voxel by voxel, stays there.
+            for total, terms in ((overlap, probability), (true, torch.ones_like(probability))):
+                total += torch.zeros_like(total).scatter_add_(1, label[:, 0], terms)
             entropy -= (logarithm if ctx.weight is None else logarithm.mul_(ctx.weight[label])).sum()
         ctx.save_for_backward(softmax, labels)
         ctx.mark_non_differentiable(true)

@@ -173,3 +173,11 @@ def test_labels_of_all_types_are_taken(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(2, 3, 5, 5, 5), torch.randint(0, 2, (2, 1, 5, 5, 5))
     loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True)
     torch.testing.assert_close(loss(logits, labels.to(dtype)), loss(logits, labels.float()))
+
+
+def test_more_voxels_are_counted_than_a_float32_can_count_one_by_one() -> None:
+    voxels = 2**24 * 11 // 10
+    logits = torch.zeros(1, 2, voxels)
+    logits[:, 0] = 100
+    loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True, batch=True, lambda_ce=0)
+    assert loss(logits, torch.zeros(1, 1, voxels, dtype=torch.uint8)).item() < 1e-4
