@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +242,15 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_networks_of_16_bits_too() -> None:
     net, x, target = trained(2, couplings=3, amp=False)
     assert_equal_to_the_last_bit(net.bfloat16(), x.bfloat16(), target.bfloat16(), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_16_bits_compute_what_others_do(dtype: torch.dtype) -> None:
+    net, x = IUNet(2, (4, 8), exact=True).to(dtype), torch.randn(2, 4, 8, 8, dtype=dtype)
+    expected = copy.deepcopy(net).float()(x.float())
+    torch.testing.assert_close(net(x).float(), expected, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x).float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_exported_it_gives_the_same() -> None:

@@ -402,8 +402,9 @@ class IUNet(ChosenActivations):
         """
         overwrite = private and not torch.is_grad_enabled()
         state = [*codes.pop()]
-        # If rounded, no whole is made in the type of the states, and the backward pass starts from the halves.
-        if not private or is_integer(state[0]) or dtype not in (torch.float16, torch.bfloat16):
+        # If rounded, no whole is made in the type of the states, and the backward pass starts from the halves. Not if
+        # `exact`: 16 bits would be taken for the integers of a stream.
+        if not private or self.exact or dtype not in (torch.float16, torch.bfloat16):
             dtype = None
         for level in reversed(range(len(self.decoder))):
             if level < len(self.merges):
