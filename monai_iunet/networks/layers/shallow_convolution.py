@@ -1,9 +1,10 @@
 """Convolutions whose gradients oneDNN, which PyTorch computes with on a CPU, gets wrong.
 
-In bfloat16, on a processor with AVX-512, the gradient of the weight of a 3D convolution reads memory that nobody has
-written when the image has fewer slices than the kernel, and more than one: 2 slices for a kernel of 3, 2 to 4 for one
-of 5. What comes out is right, or a little wrong, or 1e33, or NaN; with a kernel of 7 the interpreter may crash. Seen
-with PyTorch 2.13 (oneDNN 3.12). The coarsest level of a U-Net soon has 2 slices. In float32 the gradient is right.
+In bfloat16, on a processor with AVX-512, the gradient of the weight, and of the bias, reads memory that nobody has
+written where the image, before or behind the convolution, is smaller than the kernel along an axis: of 2 slices for a
+kernel of 3, 2 to 4 for one of 5, 1 row for a kernel of 5, 1 or 2 for one of 7, 1 column with a stride of 2, and so on.
+What comes out is right, or a little wrong, or 1e33, or NaN; or the interpreter crashes. Seen with PyTorch 2.13 (oneDNN
+3.12). The coarsest level of a U-Net soon has 2 slices. In float32 the gradient is right.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from monai_iunet.networks.layers.autocast import autocast_type, without_autocast
 
 __all__ = ["right_gradients"]
 
-# Of those that may be wrong. A transposed convolution of one slice may give the few slices that are.
-FEWEST_SLICES: dict[Callable[..., Any], int] = {functional.conv3d: 2, functional.conv_transpose3d: 1}
+# Where the dilation is among the arguments behind the bias.
+DILATION: dict[Callable[..., Any], int] = {
+    functional.conv1d: 2,
+    functional.conv2d: 2,
+    functional.conv3d: 2,
+    functional.conv_transpose1d: 4,
+    functional.conv_transpose2d: 4,
+    functional.conv_transpose3d: 4,
+}
 
 
 def right_gradients(x: Tensor) -> AbstractContextManager[Any]:
@@ -50,7 +58,7 @@ class _InFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in FEWEST_SLICES:
+        if function in DILATION:
             return _convolve(function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
@@ -63,9 +71,24 @@ def _convolve(
     *rest: Any,
     **options: Any,
 ) -> Tensor:
-    dtype = _computed_in(input)
-    if dtype != torch.bfloat16 or not FEWEST_SLICES[function] <= input.shape[-3] < weight.shape[-3]:
-        return function(input, weight, bias, *rest, **options)
+    output = function(input, weight, bias, *rest, **options)
+    place = DILATION[function]
+    dilation = rest[place] if place < len(rest) else options.get("dilation", 1)
+    if output.dtype != torch.bfloat16 or not _is_small(input, output, weight, dilation):
+        return output
     with without_autocast(input.device.type):
         bias = None if bias is None else bias.float()
-        return function(input.float(), weight.float(), bias, *rest, **options).to(dtype)
+        return function(input.float(), weight.float(), bias, *rest, **options).to(output.dtype)
+
+
+def _is_small(input: Tensor, output: Tensor, weight: Tensor, dilation: int | Sequence[int]) -> bool:
+    """Return whether an image is smaller than the kernel along an axis, before or behind a convolution.
+
+    A volume of a single slice counts as an image of that, whose gradients are right.
+    """
+    axes = weight.ndim - 2
+    steps = [dilation] * axes if isinstance(dilation, int) else [*dilation] * (axes // len(dilation))
+    extents = [*zip(input.shape[-axes:], output.shape[-axes:], weight.shape[2:], steps)]
+    if axes == 3 and extents[0][:2] == (1, 1):
+        del extents[0]
+    return any(min(before, after) <= (kernel - 1) * step for before, after, kernel, step in extents)

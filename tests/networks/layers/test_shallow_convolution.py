@@ -1,9 +1,10 @@
-"""Gradients of convolutions of few slices on a CPU in bfloat16, where oneDNN reads memory that nobody has written."""
+"""Gradients of convolutions of small images on a CPU in bfloat16, where oneDNN reads memory that nobody has written."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ def small(**options: object) -> SegIUNet:
         ((8, 16, 16), {"kernel_size": 5}),
         ((4, 16, 16), {"branch": "residual"}),
         ((4, 16, 16), {"exact": True}),
+        ((16, 2, 16), {"kernel_size": 5}),  # 1 row at the coarser level
+        ((16, 4, 16), {"kernel_size": 7}),
     ],
 )
 def test_gradients_of_few_slices_are_right(activations: str, size: Sequence[int], options: dict[str, object]) -> None:
@@ -74,6 +77,25 @@ def test_gradients_of_other_networks_are_right_with_the_inferer() -> None:
         nn.Conv3d(1, 16, 3, padding="same"), nn.Tanh(), nn.ConvTranspose3d(16, 16, 3, padding=1), nn.Conv3d(16, 2, 1)
     )
     check(network, torch.rand(2, 1, 2, 16, 16), lambda network, images: AutocastInferer()(images, network))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        (nn.Conv1d, (1,), {"kernel_size": 3, "stride": 2}),
+        (nn.Conv2d, (11, 1), {"kernel_size": (5, 3), "stride": (1, 2)}),
+        (nn.Conv3d, (8, 1, 2), {"kernel_size": (1, 3, 3), "stride": (1, 2, 1)}),  # of which the interpreter may crash
+        (nn.Conv3d, (5, 6, 1), {"kernel_size": 3, "dilation": 2}),
+        (nn.ConvTranspose3d, (6, 4, 1), {"kernel_size": (3, 4, 5), "stride": (1, 1, 3)}),
+    ],
+)
+def test_gradients_of_small_images_are_right(
+    kind: type[nn.Module], size: Sequence[int], options: dict[str, Any]
+) -> None:
+    kernels = options["kernel_size"] if isinstance(options["kernel_size"], tuple) else (options["kernel_size"],) * 3
+    padding = tuple(extent // 2 * options.get("dilation", 1) for extent in kernels[: len(size)])
+    network = kind(16, 17, padding=padding, **options)
+    check(network, torch.randn(2, 16, *size), lambda network, images: AutocastInferer()(images, network))
 
 
 def test_what_is_compiled_has_right_gradients() -> None:
