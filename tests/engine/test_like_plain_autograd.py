@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -1368,6 +1369,18 @@ def test_compiled_branches_with_other_parameters_than_the_network_s() -> None:
         value = loss(functional_call(net, given, (image(),)))
         found.append(torch.autograd.grad(value, list(given.values())))
     assert max(relative_errors(*found)) < 1e-10
+
+
+@pytest.mark.parametrize("part", ["branch", "layer"])
+def test_a_compiled_branch_is_not_compiled_again_for_the_backward_pass(part: str) -> None:
+    """A half of an image is a view with gaps, what is rebuilt has none, and compilers ask for the strides they saw."""
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("eager")
+    layer = torch.compile(nn.Conv1d(2, 2, 3, padding=1), backend=counted)
+    branch = layer if part == "branch" else nn.Sequential(layer, nn.Tanh())
+    chain = InvertibleChain([AdditiveCoupling(branch), AdditiveCoupling(nn.Conv1d(2, 2, 1))])
+    sum(map(loss, chain(*torch.randn(2, 4, 6).split(2, 1)))).backward()
+    assert counted.frame_count == 1
 
 
 def test_what_could_not_be_evaluated_again_leaves_nothing_wrong_behind() -> None:

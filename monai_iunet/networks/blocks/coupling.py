@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from monai_iunet.engine.pytorch_private import has_hooks, version
+from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, version
 from monai_iunet.engine.reversible import (
     Call,
     Converted,
@@ -96,6 +96,9 @@ class AdditiveCoupling(InvertibleLayer):
     def _shift(self, inputs: list[Tensor], changed: Tensor) -> Tensor:
         """Return F of the input in the list, which is emptied."""
         shape = inputs[0].shape
+        if not torch.compiler.is_compiling() and _is_compiled(self.branch):
+            # The backward pass meets the same strides, for which parts are compiled; those of a view have gaps.
+            inputs = [inputs.pop().clone(memory_format=torch.contiguous_format)]
         if (
             type(self.branch) is Branch
             and self._begins_with_convolution
@@ -174,6 +177,11 @@ class AdditiveCoupling(InvertibleLayer):
             else:
                 changed = torch.add(changed, shift, alpha=sign, out=place)
         return ((kept, changed) if call.inverse else (changed, kept)), saved
+
+
+def _is_compiled(branch: nn.Module) -> bool:
+    """Return whether a branch or a part of it is compiled."""
+    return any(compiled_part(part) is not None for part in branch.modules())
 
 
 def _store_nothing(_: Any) -> Any:
