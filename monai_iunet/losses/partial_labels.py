@@ -118,7 +118,7 @@ class MarginalLoss(nn.Module):
         self.loss = loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Compute the mean of the loss over the samples; one in which no structure was contoured adds 0.
+        """Compute the mean of the loss over the samples, in float32; one in which no structure was contoured adds 0.
 
         Args:
             input: logits `(batch, classes, *spatial)`.
@@ -133,7 +133,8 @@ class MarginalLoss(nn.Module):
                 "OneHotContouredd makes it."
             )
         losses = []
-        for logits, truth in zip(input, target):
+        # MONAI's losses sum over voxels in the type of the logits, which a float16 leaves at 65,504.
+        for logits, truth in zip(input.to(torch.promote_types(input.dtype, torch.float32)), target):
             known = truth.flatten(1).amin(1) >= 0  # resampling may have changed the last digit of -1
             known[0] = False
             if not known.any():

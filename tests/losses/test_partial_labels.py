@@ -55,6 +55,15 @@ def test_with_all_classes_known_it_is_the_loss_itself() -> None:
     torch.testing.assert_close(MarginalLoss(loss)(logits, target), loss(logits, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_16_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 3, 41, 40, 40).to(dtype)  # more voxels than the largest float16
+    labels = torch.rand(1, 41, 40, 40) > 0.9
+    target = torch.stack([~labels, labels, torch.zeros_like(labels)], 1).float()
+    loss = MarginalLoss(DiceCELoss(softmax=True))
+    torch.testing.assert_close(loss(logits, target), loss(logits.float(), target))
+
+
 def test_an_unknown_class_may_stand_for_the_background_but_not_for_another_class() -> None:
     loss = MarginalLoss(DiceCELoss(softmax=True, include_background=False))
     truth = label_map(0, 2, 3)
