@@ -61,13 +61,14 @@ class RandIntensityCurved(RandomizableTransform, MapTransform):
         return item
 
     def _mapped(self, image: Any) -> Tensor:
-        image = torch.as_tensor(image)
-        image = image if image.is_floating_point() else image.float()  # a curve of integers would be 0 or 1
+        given = torch.as_tensor(image)
+        # A curve of integers would be 0 or 1, and a range of float16 may be beyond it.
+        image = given.to(torch.promote_types(given.dtype, torch.float32))
         low, high = image.min(), image.max()
-        if high == low:
-            return image
-        knots = torch.as_tensor(self.curve.copy(), dtype=image.dtype, device=image.device)
-        place = (image - low) / (high - low) * (len(knots) - 1)
-        piece = place.long().clamp(0, len(knots) - 2)
-        share = place - piece
-        return low + (high - low) * (knots[piece] * (1 - share) + knots[piece + 1] * share)
+        if high != low:
+            knots = torch.as_tensor(self.curve.copy(), dtype=image.dtype, device=image.device)
+            place = (image - low) / (high - low) * (len(knots) - 1)
+            piece = place.long().clamp(0, len(knots) - 2)
+            share = place - piece
+            image = low + (high - low) * (knots[piece] * (1 - share) + knots[piece + 1] * share)
+        return image.to(given.dtype) if given.is_floating_point() else image

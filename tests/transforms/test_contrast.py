@@ -41,6 +41,15 @@ def test_images_of_any_type_change_alike(kind: Any) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_range_beyond_float16_stays_finite() -> None:
+    image = torch.tensor([[-60000.0, 0.0, 60000.0]])
+    expected, found = (
+        RandIntensityCurved("image", prob=1.0).set_random_state(0)({"image": given})["image"]
+        for given in (image, image.half())
+    )
+    torch.testing.assert_close(found, expected.half())
+
+
 def test_every_curve_leaves_a_contrast() -> None:
     assert min(np.ptp(values) for values in made(0.5)) >= 0.2 * 8 * 0.7
 
