@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ PARTS = {
     "training_peak": "peak of a training step",
     "inference_peak": "peak of an inference pass",
 }
+MOST_VOXELS = 2**48  # of an image, beyond which nothing could be counted
 
 
 def read_dtype(name: str) -> torch.dtype:
@@ -156,10 +158,13 @@ def inference_table(
         measure: whether to run the network on one window, and to say how long all take.
 
     Raises:
-        InputError: when the folder is none of a bundle whose segmentation can be planned, or sizes are not positive.
+        InputError: when the folder is none of a bundle whose segmentation can be planned, or for sizes of no image.
     """
-    if min(*image_size, *spacing) <= 0:
-        raise InputError(f"--image {times(image_size)}, --spacing {times(spacing)}: must be positive.")
+    asked = f"--image {times(image_size)}, --spacing {times(spacing)}"
+    if not all(0 < number < math.inf for number in (*image_size, *spacing)):
+        raise InputError(f"{asked}: must be positive, and numbers that are finite.")
+    if math.prod(image_size) > MOST_VOXELS:
+        raise InputError(f"{asked}: more voxels than any image has. Name its size in voxels, such as 512,512,800.")
     segmenter = BundleSegmenter(bundle)
     with _as_input_error():
         plan = segmenter.plan(image_size, spacing, with_network=True)

@@ -26,6 +26,7 @@ from monai_iunet.engine.pytorch_private import (
     without_modes,
 )
 from monai_iunet.engine.slabs import two_slices
+from monai_iunet.io.text import first_line
 from monai_iunet.planning.live_bytes import LiveBytes
 
 __all__ = [
@@ -193,8 +194,8 @@ def rehearse(
         with mode, _WithValues(), two_slices():  # type: ignore[no-untyped-call]
             yield fake
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        came = " x ".join(map(str, shape))
-        raise ValueError(f"{type(network).__name__} cannot be planned for images of {came}: {error}") from error
+        came, said = " x ".join(map(str, shape)), first_line(error)
+        raise ValueError(f"{type(network).__name__} cannot be planned for images of {came}: {said}") from error
 
 
 class _WithValues(TorchDispatchMode):

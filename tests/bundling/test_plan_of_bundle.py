@@ -116,7 +116,23 @@ def test_a_longer_image_takes_no_more_but_for_image_and_labels() -> None:
     assert hippocampus.preprocessed == hippocampus.image == 4 * 40 * 50 * 60
 
 
-def test_sizes_of_images_must_be_positive() -> None:
-    code, printed = plan("--bundle", "headneck", "--image", "0,5,5")
+@pytest.mark.parametrize(
+    ("size", "spacing", "said"),
+    [
+        ("0,5,5", "1,1,1", "must be positive"),
+        ("9,5,5", "nan,1,1", "must be positive, and numbers that are finite"),
+        ("9,5,5", "1,inf,1", "must be positive, and numbers that are finite"),
+        ("99999999,99999999,99999999", "1,1,1", "more voxels than any image has"),
+    ],
+)
+def test_sizes_must_be_those_of_an_image(size: str, spacing: str, said: str) -> None:
+    code, printed = plan("--bundle", "headneck", "--image", size, "--spacing", spacing)
     assert code == 2
-    assert "must be positive" in printed
+    assert said in printed
+
+
+def test_a_batch_that_cannot_be_counted_is_one_line(bundle: Path) -> None:
+    code, printed = plan("--bundle", bundle, "--batch-size", 10**20)
+    assert code == 2
+    (error,) = (line for line in printed.splitlines() if "a folder, whose configs" not in line)
+    assert "cannot be planned" in error
