@@ -246,6 +246,18 @@ def test_a_data_set_that_is_not_there_is_one_line(command: str, tmp_path: Path) 
     assert not output.exists()
 
 
+def test_links_that_lead_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    circle, data = tmp_path / "circle", tmp_path / "data"
+    circle.symlink_to(circle)
+    data.mkdir()
+    (data / "dataset_description.json").write_text('{"Name": "none", "BIDSVersion": "1.8.0"}')
+    save(data / "sub-1_T1w.nii.gz")
+    for arguments in (("fit", circle, "--output", tmp_path / "out"), ("bids", data, circle, "participant")):
+        code, _, error = call(*arguments)
+        assert code == 2
+        assert [line.startswith(f"Error: {circle}: ") for line in error.splitlines()] == [True]
+
+
 def test_neither_images_nor_the_example() -> None:
     assert call("segment")[0] == 2
 

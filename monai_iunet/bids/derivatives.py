@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -79,7 +80,7 @@ def start_derivatives(output: Path, bids_dir: Path, segmenter: BundleSegmenter) 
     Raises:
         InputError: when the folder is the data set itself, holds that of another program, or cannot be written.
     """
-    if output.resolve() == bids_dir.resolve():
+    if os.path.realpath(output) == os.path.realpath(bids_dir):
         raise InputError(
             f"{output}: is the data set itself. Name another folder, such as {bids_dir}/derivatives/iunet."
         )

@@ -221,7 +221,7 @@ class _Fit:
         """Take the fingerprint and make the plan, or read both."""
         docs = self.folder / "docs"
         asked = {
-            "dataset": str(self.dataset.resolve()),
+            "dataset": os.path.realpath(self.dataset),
             "seconds": self.options.seconds,
             "folds": self.options.folds,
             "fold": self.options.fold,
@@ -283,7 +283,7 @@ class _Fit:
         data = read_labeled_data(self.dataset)
         self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
         self.plan = self._make_plan(data)
-        parent = check_folder(self.folder.resolve().parent)
+        parent = check_folder(Path(os.path.realpath(self.folder)).parent)
         with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=parent) as temporary:
             folder = write_bundle(self.plan.task, Path(temporary, "bundle"))
             docs = folder / "docs"
@@ -300,7 +300,7 @@ class _Fit:
     def _make_plan(self, data: LabeledData) -> FitPlan:
         memory = self.options.memory or _memory(self.device)
         limits = measure_limits(self.device, memory, self.options.seconds)
-        name = re.sub(r"\W+", "_", self.folder.resolve().name)
+        name = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(self.folder)))
         return make_plan(
             self.fingerprint,
             name,
