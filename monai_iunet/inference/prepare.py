@@ -45,6 +45,9 @@ def prepare(preprocessing: Compose, image: MetaTensor, device: torch.device | st
         The image, and a tensor of its shape with its meta data; its values are only those of the image if that was
         preprocessed as a whole.
 
+    Raises:
+        ValueError: when a crop to the foreground leaves nothing.
+
     Example:
         >>> prepare(Compose([Spacingd("image", (2, 2, 2))]), MetaTensor(torch.rand(1, 9, 9, 9)), "cpu")[0].shape
         (1, 5, 5, 5)
@@ -55,6 +58,12 @@ def prepare(preprocessing: Compose, image: MetaTensor, device: torch.device | st
         turned = image
         for transform in before:
             turned = transform({KEY: turned})[KEY]
+            if not turned.numel():
+                raise ValueError(
+                    f"{type(transform).__name__} leaves no voxel of the image, whose intensities are up to "
+                    f"{float(image.max()):g}: none counts as foreground. Bring them to the unit that the network has "
+                    "learned from, of CT Hounsfield units."
+                )
         windowed = _resampled_in_windows(turned, spacing, after, device)
         if windowed is not None:
             return windowed

@@ -302,3 +302,9 @@ def test_largest_components_are_those_of_monai() -> None:
     found = LargestComponentsd("pred", [1, 2, 3, 9])({"pred": labels.clone()})["pred"]
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
     assert not torch.equal(torch.as_tensor(found), labels)
+
+
+def test_an_image_without_foreground_is_refused_in_clear_words() -> None:
+    image = MetaTensor(torch.randint(-2000, -1000, (1, 9, 9, 9)), affine=torch.eye(4))
+    with pytest.raises(ValueError, match="CropForegroundd leaves no voxel .* Hounsfield units"):
+        prepare(preprocessing(), image, "cpu")
