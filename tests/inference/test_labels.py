@@ -306,5 +306,5 @@ def test_largest_components_are_those_of_monai() -> None:
 
 def test_an_image_without_foreground_is_refused_in_clear_words() -> None:
     image = MetaTensor(torch.randint(-2000, -1000, (1, 9, 9, 9)), affine=torch.eye(4))
-    with pytest.raises(ValueError, match="CropForegroundd leaves no voxel .* Hounsfield units"):
+    with pytest.raises(ValueError, match=r"CropForegroundd leaves no voxel .* Hounsfield units"):
         prepare(preprocessing(), image, "cpu")
