@@ -211,7 +211,10 @@ def measure_limits(device: torch.device, memory: int, seconds: float | None) -> 
         memory: bytes of a training step.
         seconds: of everything; None for as long as it takes.
     """
-    dtype, gain = (torch.bfloat16, None) if device.type == "cuda" else _faster_dtype(device)
+    if device.type == "cpu":
+        dtype, gain = _faster_dtype(device)
+    else:
+        dtype, gain = torch.bfloat16 if device.type == "cuda" else torch.float32, None
     speed = None if seconds is None else measure_speed(device, dtype)
     return Limits(memory, seconds, speed, dtype, gain)
 
@@ -577,7 +580,10 @@ class _Planner:
         """Choose in what a CPU trains; return whether that is bfloat16."""
         gain = self.limits.gain
         if self.limits.dtype == torch.float32:
-            self._note("arithmetic", "float32", "this processor is not much faster in bfloat16", "float32 on a CPU")
+            reason = (
+                "16 bits are for CPUs and CUDA" if gain is None else "this processor is not much faster in bfloat16"
+            )
+            self._note("arithmetic", "float32", reason, "float32 on a CPU")
             return False
         if gain is None:
             self._note("arithmetic", "16 bits", "MONAI's automatic mixed precision, as on every GPU", "16 bits")

@@ -9,7 +9,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import tree_map
-from monai_iunet.networks.layers.shallow_convolution import right_gradients
+from monai_iunet.networks.layers.small_convolution import right_gradients
 
 __all__ = ["AutocastInferer"]
 

@@ -117,6 +117,13 @@ def test_a_gpu_trains_with_mixed_precision_of_monai() -> None:
     assert next(choice.value for choice in found.choices if choice.name == "arithmetic") == "16 bits"
 
 
+def test_another_device_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda *_: 1e5)
+    limits = measure_limits(torch.device("mps"), 2**36, 3600)
+    assert limits.dtype == torch.float32
+    assert "CPUs and CUDA" in reason(plan(fingerprint(), limits), "arithmetic")
+
+
 def test_many_rare_structures_are_sampled_alike() -> None:
     names = [f"structure {number}" for number in range(30)]
     limits = dataclasses.replace(LARGE, seconds=3600, speed=100_000.0)

@@ -34,7 +34,7 @@ from monai_iunet.engine.reversible import (
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 from monai_iunet.networks.layers.autocast import autocast_type
-from monai_iunet.networks.layers.shallow_convolution import right_gradients
+from monai_iunet.networks.layers.small_convolution import right_gradients
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
 

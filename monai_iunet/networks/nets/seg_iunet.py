@@ -9,8 +9,8 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
-from monai_iunet.networks.layers.shallow_convolution import right_gradients
 from monai_iunet.networks.layers.slab_convolution import convolve
+from monai_iunet.networks.layers.small_convolution import right_gradients
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.architecture import is_positive_int
 from monai_iunet.networks.nets.iunet import IUNet, MakeBranch
