@@ -97,7 +97,7 @@ class Conditions:
             own += [tensor for tensor, _ in self._moved if all(tensor is not buffer for buffer in own)]
             if own:
                 stack.enter_context(keep_versions(own))
-                stack.callback(_write, own, [tensor.detach().clone() for tensor in own])
+                stack.callback(_put_back, own, [tensor.detach().clone() for tensor in own])
                 for tensor, value in self._moved:
                     _write([tensor], [value])
             for generator, before, _ in self._random:
@@ -332,6 +332,12 @@ def _stays_in_place(tensor: Tensor) -> bool:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return where the values of a tensor lie, without keeping them there."""
     return weakref.ref(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write to what has changed alone: another thread, which looks at the versions, may use the rest."""
+    changed = [both for both in zip(tensors, values) if _may_differ(*both)]
+    _write([tensor for tensor, _ in changed], [value for _, value in changed])
 
 
 def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.engine.pytorch_private import TorchDispatchMode
 from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks.chain import InvertibleChain
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
@@ -944,6 +945,27 @@ def test_threads(kinds: tuple[str, ...]) -> None:
     for name, parameter in net.named_parameters():
         assert parameter is parameters[name]
     assert all(not isinstance(module, nn.Dropout) or module.training for module in net.modules())
+
+
+class Writes(TorchDispatchMode):
+    """Notes which memory is written to by copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[int] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten.copy_.default:
+            self.places.add(args[0].data_ptr())
+        return operator(*args, **(kwargs or {}))
+
+
+def test_statistics_in_evaluation_are_not_written_to_while_another_thread_may_use_them() -> None:
+    net = network(norm="batch").eval()
+    value = loss(net(image()))
+    with Writes() as writes:
+        value.backward()
+    assert not writes.places & {buffer.data_ptr() for buffer in net.buffers()}
 
 
 def test_two_backward_passes_over_one_graph_in_two_threads() -> None:
