@@ -449,9 +449,20 @@ class BundleSegmenter:
         if watch is not None:
             watch(Slab(0, 0, torch.as_tensor(item["pred"])))
         item = self.postprocessing(item)
-        labels = item["pred"][0].cpu().numpy().astype(np.uint8)
+        labels = self._label_map(torch.as_tensor(item["pred"]))
         probabilities = item["prob"].cpu().numpy().astype(np.float32) if self.gives_probabilities else None
         return labels, probabilities, WholeImage(seen.as_tensor()), voxel_sizes(np.asarray(seen.affine))
+
+    def _label_map(self, prediction: torch.Tensor) -> np.ndarray:
+        """Return what the transforms of the bundle have made of a prediction, `(1, *spatial)`, as labels."""
+        if len(prediction) != 1 or not torch.equal(prediction, prediction.to(torch.uint8).to(prediction.dtype)):
+            raise InputError(
+                f"{self.folder}: the postprocessing of its inference.json gives {len(prediction)} channels of "
+                f"{prediction.dtype}, one with whole numbers from 0 to 255, the labels, is needed. End it with MONAI's "
+                "AsDiscreted, `argmax` alone."
+            )
+        labels: np.ndarray = prediction[0].cpu().numpy().astype(np.uint8)
+        return labels
 
     @torch.no_grad()
     def segment_coarsely(self, image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,9 @@ import pytest
 import SimpleITK
 import torch
 from monai.data import MetaTensor
+from monai.inferers import SimpleInferer
+from monai.transforms import Activationsd, AsDiscreted, Compose
+from torch import nn
 
 import monai_iunet
 from monai_iunet.errors import InputError
@@ -198,6 +201,18 @@ def test_probabilities_of_both_sides() -> None:
     mirrored = segmenter.segment_crop(found.image.slicer[:40, :40, :40], mirrored=True)[1]
     assert mirrored is not None
     assert mirrored.shape == (3, 40, 40, 40)
+
+
+@pytest.mark.parametrize("options", [{"softmax": True}, {"argmax": True, "to_onehot": 3}, {"threshold": 0.5}])
+def test_a_bundle_whose_postprocessing_makes_no_labels_is_refused(options: dict[str, Any]) -> None:
+    segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+    segmenter.network = nn.Conv3d(1, 3, 1)
+    segmenter.inferer = SimpleInferer()
+    transform = Activationsd if "softmax" in options else AsDiscreted
+    segmenter.postprocessing = Compose([transform("pred", **options)])
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 16), np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"inference\.json gives 3 channels of .*, one with whole numbers"):
+        segmenter.segment(image)
 
 
 def test_bundles_by_name() -> None:
