@@ -36,7 +36,8 @@ def without_autocast(kind: str) -> AbstractContextManager[None]:
         ...     torch.is_autocast_enabled("cpu")
         False
     """
-    return torch.autocast(kind, enabled=False) if _is_available(kind) else nullcontext()
+    is_on = _is_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 @contextmanager

@@ -23,6 +23,9 @@ __all__ = ["full_precision"]
 _lock = threading.Lock()
 _inside = 0
 _before: list[Any] = []
+FULL = ("ieee", "none", "highest")  # "none": nothing was asked for
+# Whether backends have a precision each, as from PyTorch 2.9 on.
+HAS_PRECISIONS = hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.mkldnn, "matmul")
 
 
 @contextmanager
@@ -43,20 +46,26 @@ def full_precision(device_type: str) -> Iterator[None]:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             yield
             return
-        _enter()
+        if not _enter():
+            yield
+            return
         try:
             yield
         finally:
             _leave()
 
 
-def _enter() -> None:
+def _enter() -> bool:
+    """Ask for full precision, and return whether that is to be taken back: not if it is what the program asks for."""
     global _inside, _before
     with _lock:
         if _inside == 0:
             _before = _get()
-            _set(["ieee"] * len(_before) if _has_precisions() else ["highest"])
+            if all(precision in FULL for precision in _before):
+                return False
+            _set(["ieee"] * len(_before) if HAS_PRECISIONS else ["highest"])
         _inside += 1
+    return True
 
 
 def _leave() -> None:
@@ -67,20 +76,15 @@ def _leave() -> None:
             _set(_before)
 
 
-def _has_precisions() -> bool:
-    """Return whether backends have a precision each, as from PyTorch 2.9 on."""
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.mkldnn, "matmul")
-
-
 def _get() -> list[Any]:
-    if not _has_precisions():
+    if not HAS_PRECISIONS:
         return [torch.get_float32_matmul_precision()]
     backends: Any = torch.backends
     return [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision]
 
 
 def _set(precisions: list[Any]) -> None:
-    if not _has_precisions():
+    if not HAS_PRECISIONS:
         torch.set_float32_matmul_precision(precisions[0])
         return
     backends: Any = torch.backends
