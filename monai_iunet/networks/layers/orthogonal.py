@@ -16,7 +16,7 @@ moves the identity to where training shall start:
 
 All three have determinant 1, so Q stays in the component of B. That is why there is a base: the Haar matrix
 [[1, 1], [1, -1]] / sqrt(2) has the eigenvalue -1, which no Cayley transform has. Gradients come from autograd through
-the linear algebra; nothing is differentiated by hand.
+the linear algebra, but for that of the Cayley transform.
 
 Sources: Cayley 1846; Lezcano-Casado and Martinez-Rubio, Cheap Orthogonal Constraints, 2019 (arXiv 1901.08428); Golub
 and Van Loan, Matrix Computations, section 5.1; Etmann, Ke, Schönlieb 2020 (arXiv 2005.05220), appendix.
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
+from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.networks.layers.cuda_graph import is_captured
 from monai_iunet.networks.layers.full_precision import full_precision
 
@@ -39,9 +40,41 @@ __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
 def cayley(skew: Tensor) -> Tensor:
     """Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
-    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    if is_recorded_by_autograd_alone(skew):
+        return _cayley(skew)
+    matrix: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+def _cayley(skew: Tensor) -> Tensor:
+    identity = _identity_like(skew)
     # solve_ex does not check for singularity, which cannot occur, and so does not wait for the GPU.
     return torch.linalg.solve_ex(identity + skew, identity - skew).result
+
+
+class _Cayley(torch.autograd.Function):
+    """The Cayley transform, whose gradient follows from the transform alone.
+
+    That of `solve_ex` would solve once more, in the many small operations that a GPU makes of it. With Q = map(A), and
+    (I + A)^-1 = (I + Q) / 2, a change dA changes Q by -(I + Q) dA (I + Q) / 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, skew: Tensor) -> Tensor:
+        matrix = _cayley(skew)
+        ctx.save_for_backward(matrix)
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (matrix,) = ctx.saved_tensors
+        with full_precision(matrix.device.type):
+            twice_inverse = matrix.mT + _identity_like(matrix)
+            return twice_inverse @ gradient @ (-0.5 * twice_inverse)
+
+
+def _identity_like(matrices: Tensor) -> Tensor:
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def householder(skew: Tensor) -> Tensor:
