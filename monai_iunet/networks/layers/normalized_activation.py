@@ -95,31 +95,63 @@ class _NormalizedActivation(torch.autograd.Function):
             wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        rows, of_y, of_x = _rows(x), _rows(gradient), torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, of_y = _rows(x), _rows(gradient)
         scales, shifts = (of_channel.to(means.dtype) for of_channel in _of_samples(len(x), weight, bias))
-        of_scales, of_shifts = torch.empty_like(scales), torch.empty_like(shifts)
-        numbers = scales, shifts, means, factors**-2, factors  # the variances with eps in them
-        of_parts = numbers if ctx.parts == 1 else _of_parts(ctx.parts, *numbers)
-        for group in slabs(rows.shape[1], rows.shape[2], x.device):
-            scale, shift, mean, variance, factor = (number[group].flatten() for number in of_parts)
-            before, after = _rows(rows[:, group], ctx.parts), _rows(of_y[:, group], ctx.parts)
-            y = torch.native_batch_norm(before, scale, shift, mean, variance, False, 0.0, 0.0)[0]
-            after = torch.ops.aten.leaky_relu_backward(after, y, ctx.slope, False)
-            del y
-            found = torch.ops.aten.native_batch_norm_backward(
-                after, before, scale, None, None, mean, factor, True, ctx.eps, [True] * 3
-            )
-            if ctx.parts == 1:
-                _rows(of_x)[:, group], of_scales[group], of_shifts[group] = found
-                del found, after
-                continue
-            sums = torch.stack(found[1:]).view(2, -1, ctx.parts).sum(2)
-            of_scales[group], of_shifts[group] = sums
-            del found  # whose first took the sums of the parts, where those of the rows belong
-            of_row = scales[group], means[group], factors[group], sums
-            _put_gradient(_rows(of_x)[:, group], after.view_as(rows[:, group]), rows[:, group], *of_row)
-            del after
-        return of_x, *(of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts)), None, None
+        numbers = scales, shifts, means, factors
+        options = ctx.parts, ctx.eps, ctx.slope
+        groups = [*slabs(rows.shape[1], rows.shape[2], x.device)]
+        if len(groups) == 1:
+            of_rows, of_scales, of_shifts = _gradients(rows, of_y, numbers, *options)
+        else:
+            of_rows, of_scales, of_shifts = (torch.empty_like(of) for of in (rows, scales, shifts))
+            for group in groups:
+                of_group = tuple(number[group] for number in numbers)
+                found = _gradients(rows[:, group], of_y[:, group], of_group, *options, place=of_rows[:, group])
+                of_scales[group], of_shifts[group] = found[1:]
+                del found
+        if len(x) > 1:
+            of_scales, of_shifts = (of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts))
+        return of_rows.view(x.shape), of_scales, of_shifts, None, None
+
+
+def _gradients(
+    rows: Tensor,
+    of_y: Tensor,
+    numbers: tuple[Tensor, ...],
+    parts: int,
+    eps: float,
+    slope: float,
+    place: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of rows, of their scales and of their shifts.
+
+    Args:
+        rows: `(1, rows, voxels)`.
+        of_y: gradient of the outputs, of the same shape.
+        numbers: scale, shift, mean and 1 / sqrt(variance + eps) of each row.
+        parts: of a row.
+        eps: added to the variance.
+        slope: of the activation.
+        place: to write the gradient of the rows to, where it is not to be a new tensor.
+    """
+    of_parts = numbers if parts == 1 else _of_parts(parts, *numbers)
+    scale, shift, mean, factor = (number.flatten() for number in of_parts)
+    before, after = _rows(rows, parts), _rows(of_y, parts)
+    variance = factor**-2  # with eps in it
+    y = torch.native_batch_norm(before, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+    after = torch.ops.aten.leaky_relu_backward(after, y, slope, False)
+    del y
+    of_rows, of_scales, of_shifts = torch.ops.aten.native_batch_norm_backward(
+        after, before, scale, None, None, mean, factor, True, eps, [True] * 3
+    )
+    if parts == 1:
+        return of_rows if place is None else place.copy_(of_rows), of_scales, of_shifts
+    del of_rows  # which took the sums of the parts, where those of the rows belong
+    sums = torch.stack((of_scales, of_shifts)).view(2, -1, parts).sum(2)
+    place = torch.empty_like(rows) if place is None else place
+    scale, _, mean, factor = numbers
+    _put_gradient(place, after.view_as(rows), rows, scale, mean, factor, sums)
+    return place, *sums
 
 
 def _put_gradient(
