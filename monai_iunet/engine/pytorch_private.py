@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -33,6 +34,7 @@ __all__ = [
     "hooks_of",
     "hooks_of_all_modules",
     "is_exporting",
+    "is_in_forward_mode",
     "is_view",
     "keep_versions",
     "tree_leaves",
@@ -126,6 +128,11 @@ def is_exporting() -> bool:
     `torch.compiler.is_exporting()`, which is public, says so of every compiled graph, too, up to PyTorch 2.11.
     """
     return torch.compiler._is_exporting_flag
+
+
+def is_in_forward_mode() -> bool:
+    """Return whether there may be tangents of forward-mode differentiation: within `forward_ad.dual_level()`."""
+    return forward_ad._current_level >= 0
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ the second evaluation, and afterwards.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
+COPIED = (np.ndarray, list, dict, set)  # what may change inside
 # Attributes of every module, which are looked at in their own ways, and what `module.compile()` sets.
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"} | {"_compiled_call_impl"}
 
@@ -198,6 +200,9 @@ class _Part:
         self.kind = type(module)  # which a parametrization changes
         self.attributes = set(module.__dict__)
         self.settings = {name: _noted(value) for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
+        # Its attributes until an evaluation has put another object in the place of one, and which of them were copied.
+        self._objects: dict[str, Any] | None = module.__dict__.copy()
+        self._copied = [name for name, value in self.settings.items() if type(value) in COPIED]
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
         self.buffers = dict(module._buffers)
@@ -219,6 +224,9 @@ class _Part:
     def forget_what_it_changed(self) -> None:
         """Count as settings, behind the evaluation, what it has left as it was, and numbers, texts and switches."""
         now = self.module.__dict__
+        if self._has_the_same_objects() and self._copies_are_equal():
+            return
+        self._objects = None
         self.attributes |= {name for name, value in now.items() if not _is_setting(value)}
         self.settings = {
             name: value
@@ -228,16 +236,35 @@ class _Part:
         }
 
     def is_as_it_was(self) -> bool:
-        now = self.module.__dict__
         return (
             type(self.module) is self.kind
-            and all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
-            and not now.keys() - self.attributes - OF_EVERY_MODULE
+            and self._has_the_same_attributes()
             and hooks_of(self.module) == self.hooks
             and _same(self.module._parameters, self.parameters)
             and _same(self.module._buffers, self.buffers)
             and self.module._modules == self.children
         )
+
+    def _has_the_same_attributes(self) -> bool:
+        if self._has_the_same_objects():
+            return self._copies_are_equal()
+        now = self.module.__dict__
+        return (
+            all(name in now and _is_equal(now[name], value) for name, value in self.settings.items())
+            and not now.keys() - self.attributes - OF_EVERY_MODULE
+        )
+
+    def _has_the_same_objects(self) -> bool:
+        """Return whether every attribute is the object that it was; this alone is quick."""
+        now = self.module.__dict__
+        return (
+            self._objects is not None
+            and now.keys() == self._objects.keys()
+            and all(map(operator.is_, now.values(), self._objects.values()))
+        )
+
+    def _copies_are_equal(self) -> bool:
+        return all(_is_equal(self.module.__dict__[name], self.settings[name]) for name in self._copied)
 
     def replica(self, children: dict[str, nn.Module | None]) -> nn.Module:
         """Return a module that shares everything with this one except for what has changed since.
@@ -306,7 +333,8 @@ def _is_equal(now: Any, then: Any) -> bool:
         return bool(now == then)
     items = [part.items() if isinstance(part, dict) else enumerate(part) for part in (now, then)]
     return len(now) == len(then) and all(
-        name == before and _is_equal(part, part_then) for (name, part), (before, part_then) in zip(*items)
+        name == before and (part is part_then or _is_equal(part, part_then))
+        for (name, part), (before, part_then) in zip(*items)
     )
 
 

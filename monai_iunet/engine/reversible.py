@@ -63,6 +63,7 @@ from monai_iunet.engine.pytorch_private import (
     graph_is_retained,
     has_saved_tensor_hooks,
     is_exporting,
+    is_in_forward_mode,
     version,
 )
 from monai_iunet.engine.repetition import Conditions
@@ -495,8 +496,16 @@ def _saved(*tensors: Tensor) -> Any:
 
 def _is_retained() -> bool:
     """Return whether the graph survives the backward pass that is running."""
-    probe = _saved()
-    return graph_is_retained(probe.grad_fn)
+    backward_pass = current_backward_pass()
+    known, retained = _RETAINED[0]
+    if backward_pass == -1 or known != backward_pass:
+        retained = graph_is_retained(_saved().grad_fn)
+        _RETAINED[0] = backward_pass, retained
+    return retained
+
+
+# The backward pass that was asked last, by its number, and the answer; -1 is none of them.
+_RETAINED: list[tuple[int, bool]] = [(-1, False)]
 
 
 class _Saver(torch.autograd.Function):
@@ -508,7 +517,9 @@ class _Saver(torch.autograd.Function):
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Return whether `torch.func` or forward-mode differentiation works on tensors."""
-    return not can_pack_saved_tensors() or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if not can_pack_saved_tensors():
+        return True
+    return is_in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:

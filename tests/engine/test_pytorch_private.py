@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from monai_iunet.engine import pytorch_private as private
@@ -79,6 +80,21 @@ def test_is_exporting() -> None:
     x = torch.zeros(2)
     assert torch.export.export(Note(), (x,)).module()(x).sum() == 2
     assert torch.compile(Note(), backend="eager")(x).sum() == 0
+
+
+def test_is_in_forward_mode() -> None:
+    assert not private.is_in_forward_mode()
+    with forward_ad.dual_level():
+        assert private.is_in_forward_mode()
+    seen: list[bool] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(private.is_in_forward_mode())
+        return x.sum()
+
+    torch.func.jvp(note, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [True]
+    assert not private.is_in_forward_mode()
 
 
 def test_is_view() -> None:

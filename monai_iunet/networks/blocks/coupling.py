@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, version
+from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_in_forward_mode, version
 from monai_iunet.engine.reversible import (
     Call,
     Converted,
@@ -55,6 +55,10 @@ class AdditiveCoupling(InvertibleLayer):
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
         self.branch = branch
+
+    def weights(self) -> Tensors:
+        # The branch reads its parameters itself; those that have tangents must be seen.
+        return super().weights() if is_in_forward_mode() else ()
 
     def transform(self, inputs: Tensors, weights: Tensors) -> Tensors:
         changed, kept = inputs
@@ -181,7 +185,7 @@ class AdditiveCoupling(InvertibleLayer):
 
 def _is_compiled(branch: nn.Module) -> bool:
     """Return whether a branch or a part of it is compiled."""
-    return any(compiled_part(part) is not None for part in branch.modules())
+    return compiled_part(branch) is not None or any(map(_is_compiled, branch.children()))
 
 
 def _store_nothing(_: Any) -> Any:

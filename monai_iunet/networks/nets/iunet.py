@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_view
+from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
@@ -461,11 +461,13 @@ class IUNet(ChosenActivations):
 
         A layer of one's own, which may have come since `exact` was set, looks at it, too, and so does a compiled one.
         """
+        modules = list(self.modules())  # the walk takes time
+        layers = [module for module in modules if isinstance(module, InvertibleLayer)]
         return (
-            all(isinstance(layer, ON_THE_GRID) for layer in self._layers())
-            and not is_recorded_by_autograd_alone(x, *self.parameters())
-            and not any(has_hooks(layer) or "forward" in vars(layer) for layer in self._layers())
-            and not any(isinstance(compiled_part(module), InvertibleLayer) for module in self.modules())
+            all(isinstance(layer, ON_THE_GRID) for layer in layers)
+            and not is_recorded_by_autograd_alone(x, *(self.parameters() if is_in_forward_mode() else ()))
+            and not any(has_hooks(layer) or "forward" in vars(layer) for layer in layers)
+            and not any(isinstance(compiled_part(module), InvertibleLayer) for module in modules)
         )
 
     def _is_private(self, x: Tensor) -> bool:
@@ -473,11 +475,13 @@ class IUNet(ChosenActivations):
 
         A branch of one's own, or a hook in a branch, may keep what goes into it.
         """
+        modules = list(self.modules())
+        layers = [module for module in modules if isinstance(module, InvertibleLayer)]
         return (
             self._is_unwatched(x)
-            and all(type(layer) in OVERWRITING for layer in self._layers())
-            and all(type(layer.branch) is Branch for layer in self._layers() if isinstance(layer, AdditiveCoupling))
-            and not any(has_hooks(module) or "forward" in vars(module) for module in self.modules())
+            and all(type(layer) in OVERWRITING for layer in layers)
+            and all(type(layer.branch) is Branch for layer in layers if isinstance(layer, AdditiveCoupling))
+            and not any(has_hooks(module) or "forward" in vars(module) for module in modules)
         )
 
     @contextmanager
