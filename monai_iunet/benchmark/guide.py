@@ -272,6 +272,23 @@ SMALL_GPUS: dict[str, Callable[[Any], str]] = {
 }
 
 
+def _cuda_graphs(sections: Sections) -> str:
+    found = sections.get("cuda_graphs", [])
+    headings = ["", "", "one by one, ns per voxel", "over DynUNet", "CUDA graph, ns per voxel", "over DynUNet"]
+    rows = []
+    for dtype in DTYPES:
+        for network in _different(found, "network"):
+            cells = [network, dtype]
+            for way in ("one by one", "graph"):
+                time, dynunet = (
+                    [row["nanoseconds_per_voxel"] for row in found if (row["network"], row["dtype"], row["way"]) == which]
+                    for which in ((network, dtype, way), ("DynUNet", dtype, way))
+                )
+                cells += [spread(digits=1)(time[0]), f"{time[0].median / dynunet[0].median:.2f}"]
+            rows.append(cells)
+    return _table(headings, rows)
+
+
 def _convolutions(sections: Sections) -> str:
     headings = ["channels", "", "", "tensors beside input and gradient", "ms", "time over at once"]
     rows = [
@@ -327,6 +344,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Sections], str]]] = {
     "voxels on a GPU": ("gpu", partial(_voxels, key="training_allocated_per_voxel")),
     "whole volume": ("gpu", _whole_volume),
     "small GPUs": ("gpu", _small_gpus),
+    "CUDA graphs": ("gpu", _cuda_graphs),
     "convolutions": ("gpu", _convolutions),
     "budgets on a GPU": ("gpu", partial(_budgets, unit="ns", of_microsecond=1e3, digits=0)),
     "exactness": ("gpu", _exactness),
