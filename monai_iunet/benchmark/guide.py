@@ -275,16 +275,14 @@ SMALL_GPUS: dict[str, Callable[[Any], str]] = {
 def _cuda_graphs(sections: Sections) -> str:
     found = sections.get("cuda_graphs", [])
     headings = ["", "", "one by one, ns per voxel", "over DynUNet", "CUDA graph, ns per voxel", "over DynUNet"]
+    times = {(row["network"], row["dtype"], row["way"]): row["nanoseconds_per_voxel"] for row in found}
     rows = []
     for dtype in DTYPES:
         for network in _different(found, "network"):
             cells = [network, dtype]
             for way in ("one by one", "graph"):
-                time, dynunet = (
-                    [row["nanoseconds_per_voxel"] for row in found if (row["network"], row["dtype"], row["way"]) == which]
-                    for which in ((network, dtype, way), ("DynUNet", dtype, way))
-                )
-                cells += [spread(digits=1)(time[0]), f"{time[0].median / dynunet[0].median:.2f}"]
+                time = times[network, dtype, way]
+                cells += [spread(digits=1)(time), f"{time.median / times['DynUNet', dtype, way].median:.2f}"]
             rows.append(cells)
     return _table(headings, rows)
 
