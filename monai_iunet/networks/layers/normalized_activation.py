@@ -106,9 +106,9 @@ class _NormalizedActivation(torch.autograd.Function):
             of_rows, of_scales, of_shifts = (torch.empty_like(of) for of in (rows, scales, shifts))
             for group in groups:
                 of_group = tuple(number[group] for number in numbers)
-                found = _gradients(rows[:, group], of_y[:, group], of_group, *options, place=of_rows[:, group])
-                of_scales[group], of_shifts[group] = found[1:]
-                del found
+                _, of_scales[group], of_shifts[group] = _gradients(
+                    rows[:, group], of_y[:, group], of_group, *options, place=of_rows[:, group]
+                )
         if len(x) > 1:
             of_scales, of_shifts = (of.view(len(x), -1).sum(0) for of in (of_scales, of_shifts))
         return of_rows.view(x.shape), of_scales, of_shifts, None, None
