@@ -26,6 +26,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
 from monai_iunet.io.checks import check_not_constant
 from monai_iunet.io.files import write_atomically, write_text
+from monai_iunet.io.read import read_image
 from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of, read_case
 from monai_iunet.training.dataset import LabeledData
@@ -186,10 +187,10 @@ def _label_values(data: LabeledData) -> list[tuple[str, int]]:
     for case in data.training:
         try:
             # Cases that cannot be read are reported later, together with what else is wrong.
-            label: Any = nibabel.load(case["label"])
-            found |= set(np.unique(np.asarray(label.dataobj)).astype(int).tolist())
-        except Exception as error:
-            logger.debug("%s: %s", case["label"], first_line(error))
+            labels = np.unique(np.asarray(read_image(case["label"]).dataobj))
+            found |= set(labels.astype(int).tolist())
+        except InputError as error:
+            logger.debug("%s: %s", case["label"], error)
     return [(f"label {value}", value) for value in sorted(found) if value > 0]
 
 

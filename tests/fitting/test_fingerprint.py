@@ -10,6 +10,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 
 from monai_iunet import InputError
 from monai_iunet.fitting.fingerprint import (
@@ -136,3 +137,12 @@ def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
     change(folder / "imagesTr" / "case_01_0003.nii.gz", lambda data: data[1:])
     with pytest.raises(InputError, match=r"case_01_0003.nii.gz: has the shape .*, the first channel"):
         take(folder)
+
+
+def test_labels_that_nothing_names_may_be_of_any_format(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, count=1, classes=2)
+    path = folder / "labelsTr" / "case_00.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path.with_name("case_00.nrrd")))
+    path.unlink()
+    (folder / "dataset.json").unlink()
+    assert take(folder).label_values == (1, 2)
