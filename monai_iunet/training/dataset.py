@@ -78,7 +78,7 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
         ...     (folder / name).touch()
         >>> data = read_labeled_data(folder)
         >>> len(data.training), [problem.replace(str(folder), "") for problem in data.problems]
-        (1, ['/images/b.nii.gz: has no label.'])
+        (1, ['/images/b.nii.gz: has no label, /labels has no file of the name b.'])
     """
     folder = Path(str(folder))  # the command line of MONAI makes a number of a folder that is named 2024
     if not folder.is_dir():
@@ -297,6 +297,9 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
         raise InputError(f"{folder}: not a data set. It must have {LAYOUTS}.")
     problems: list[str] = []
     images, labels = (_files(part, problems) for part in found)
+    for part, files in zip(found, (images, labels)):
+        if not files:
+            raise InputError(f"{part}: no images in this folder. Files of {', '.join(SUFFIXES)} must lie in it.")
     of_case: dict[str, dict[int, Path]] = {}
     channels = {name: re.fullmatch(r"(.+)_(\d{4})", name) for name in images}
     # Names that end in four digits are channels where the labels are named without them.
@@ -312,12 +315,16 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
     for name, parts in sorted(of_case.items()):
         paths = [str(parts[number]) for number in sorted(parts)]
         if name not in labels:
-            problems.append(f"{paths[0]}: has no label.")
+            problems.append(f"{paths[0]}: has no label, {found[1]} has no file of the name {name}.")
         elif sorted(parts) != list(range(usual)):
             problems.append(f"{paths[0]}: has the channels {sorted(parts)}, other images have {list(range(usual))}.")
         else:
             cases.append({"image": paths if usual > 1 else paths[0], "label": str(labels[name])})
-    problems += [f"{path}: has no image." for name, path in labels.items() if name not in of_case]
+    problems += [
+        f"{path}: has no image, {found[0]} has no file of the name {name}."
+        for name, path in labels.items()
+        if name not in of_case
+    ]
     return cases, problems
 
 

@@ -117,6 +117,17 @@ def test_two_folders_of_files_are_read(tmp_path: Path) -> None:
     assert data.labels is None
 
 
+def test_files_of_other_names_and_formats_are_told(tmp_path: Path) -> None:
+    problems = read_labeled_data(make(tmp_path, ["images/scan_1.nii.gz", "labels/mask_1.nii.gz"])).problems
+    assert problems == (
+        f"{tmp_path}/images/scan_1.nii.gz: has no label, {tmp_path}/labels has no file of the name scan_1.",
+        f"{tmp_path}/labels/mask_1.nii.gz: has no image, {tmp_path}/images has no file of the name mask_1.",
+    )
+    (tmp_path / "images" / "scan_1.nii.gz").rename(tmp_path / "images" / "scan_1.mgz")
+    with pytest.raises(InputError, match=r"images: no images in this folder\. Files of \.nii\.gz, "):
+        read_labeled_data(tmp_path)
+
+
 def test_labels_with_gaps_keep_their_values(tmp_path: Path) -> None:
     labels = {"0": "background", "5": "tumor", "2": "liver"}
     assert read_labeled_data(make(tmp_path, [], decathlon(1, labels=labels))).labels == {"liver": 2, "tumor": 5}
