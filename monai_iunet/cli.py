@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 Number = TypeVar("Number", int, float)
-# Options of `bids` that take no value.
-SWITCHES = ("--probabilities", "--fail-fast", "--overwrite", "--skip-done")
 
 
 class TableFormat(str, Enum):
@@ -311,12 +309,13 @@ class _LabelsInARow(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each further label, once the three arguments were there."""
+        switches = {name for option in self.params if getattr(option, "is_flag", False) for name in option.opts}
         words, option, arguments, previous = [], None, 0, ""
         for word in args:
             if word.startswith("-"):
                 word = word.replace("_label", "-label")  # as BIDS apps write it, too
                 option = word if word.endswith("-label") else None
-            elif not previous.startswith("-") or previous in SWITCHES:
+            elif not previous.startswith("-") or previous in switches:
                 arguments += 1
                 if option and arguments > 3:
                     words.append(option)
