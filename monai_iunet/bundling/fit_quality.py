@@ -27,10 +27,10 @@ from scipy.optimize import least_squares
 from tqdm import tqdm
 
 from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
-from monai_iunet.bundling.evaluation_data import Case
+from monai_iunet.bundling.evaluation_data import Case, label_values
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.io.files import check_folder, image_name, write_atomically, write_text
+from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_atomically, write_text
 from monai_iunet.io.text import csv_text, first_line
 from monai_iunet.segmentation.quality import (
     FEATURES,
@@ -110,7 +110,8 @@ def evaluate_quality(
         The model; None if there is none.
 
     Raises:
-        InputError: when the bundle cannot segment; if `required`, when there are too few cases.
+        InputError: when the bundle cannot segment; if `required`, when there are too few cases, images of several
+            channels, or label files with other values than 1, 2, ...
 
     Example:
         >>> from monai_iunet import bundle_folder
@@ -126,6 +127,11 @@ def evaluate_quality(
             return segmenter.quality
         if segmenter.channels > 1:
             raise InputError(f"{bundle}: takes {segmenter.channels} channels, a quality model is for images of one.")
+        if (values := label_values(bundle)) is not None:
+            raise InputError(
+                f"{bundle}: its label files have the values {values}, a quality model is for 1, 2, ... To have one, "
+                "write the labels so and train again."
+            )
         references = describe_training(segmenter, cases["training"])
         digest = weights_digest(bundle, weights)
         table = check_folder(bundle / "eval") / f"quality_{digest[:8]}.csv"
@@ -205,7 +211,7 @@ def damaged_results(
     done = _read_table(table)
     results: list[Result] = []
     for case, fits, kind, repeat in tqdm(jobs, "segmenting damaged cases", leave=False, disable=None):
-        job = (image_name(case["image"]), kind, repeat)
+        job = (image_name(case["image"], SUFFIXES), kind, repeat)
         known = [replace(result, fits=fits) for result in done.get(job, [])]
         results += known or _segment_damaged(segmenter, references, case, job, fits)
         if not known:

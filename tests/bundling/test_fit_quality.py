@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from monai_iunet import BundleSegmenter, InputError, bundle_folder
-from monai_iunet.bundling.fit_quality import Result, damaged_results, describe_training, fit_quality, judge_quality
+from monai_iunet.bundling.fit_quality import (
+    Job,
+    Result,
+    damaged_results,
+    describe_training,
+    evaluate_quality,
+    fit_quality,
+    judge_quality,
+)
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.segmentation.quality import FEATURES, Normal, Reference, quality_file, read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE
@@ -165,6 +174,23 @@ def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> Non
     code, _, error = call(*arguments, "--refit")
     assert code == 2
     assert "not a table of results" in error
+
+
+def test_labels_of_other_values_are_refused(bundle: Path) -> None:
+    labels = write_bundle(replace(SMALL_TASK, label_values=(2, 1)), bundle.with_name("other")) / "configs/evaluate.json"
+    shutil.copyfile(labels, bundle / "configs" / "evaluate.json")
+    with pytest.raises(InputError, match=r"label files have the values \[2, 1\], a quality model is for 1, 2"):
+        evaluate_quality(bundle, {"training": [], "validation": []}, "cpu")
+
+
+def test_a_case_of_another_format_has_a_name(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(
+        "monai_iunet.bundling.fit_quality._segment_damaged",
+        lambda segmenter, references, case, job, fits: jobs.append(job) or [],
+    )
+    damaged_results(BundleSegmenter(bundle, "cpu"), {}, [{"image": "scan.nrrd"}], 0, tmp_path / "table.csv")
+    assert jobs == [("scan", "none", 0)]
 
 
 def test_the_evaluation_fits_what_is_not_fitted_yet(
