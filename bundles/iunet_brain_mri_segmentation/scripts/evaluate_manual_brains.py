@@ -51,7 +51,7 @@ DEEP = ("hippocampus", "amygdala", "thalamus", "caudate", "putamen", "pallidum",
 Change = Callable[[np.ndarray], np.ndarray]
 
 
-def turned_round(data: np.ndarray) -> np.ndarray:
+def inverted(data: np.ndarray) -> np.ndarray:
     """Return the brain with dark and bright exchanged."""
     return np.where(data > 0, data.max() - data, 0)
 
@@ -63,7 +63,7 @@ def thick_slices(data: np.ndarray) -> np.ndarray:
 
 CHANGES: dict[str, Change] = {
     "as it is": lambda data: data,
-    "turned round": turned_round,
+    "inverted": inverted,
     "3 mm slices": thick_slices,
 }
 
