@@ -6,7 +6,7 @@ __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """Something that a user handed in cannot be used; the message names it and the remedy in one line.
+    """Says that something a user handed in cannot be used; the message names it and the remedy in one line.
 
     Example:
         >>> raise InputError("scan.nii.gz: no such file. Check the path.")

@@ -85,7 +85,7 @@ LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be 
 
 
 class InvertibleLayer(nn.Module):
-    """A bijection between tuples of tensors, whose backward pass rebuilds its input from its output.
+    """Maps tuples of tensors invertibly; the backward pass rebuilds the input from the output.
 
     A subclass defines `transform` and its inverse `restore`, in ordinary differentiable PyTorch. Calling the layer, and
     calling `inverse`, then back-propagates without storing more than the last state of a chain of layers. A subclass

@@ -34,7 +34,7 @@ SAME_AS_IDENTITY = ("pixel_shuffle", "squeeze", "zeros")
 
 
 class iUNet(IUNet):  # noqa: N801 - the name that is replaced
-    """An `IUNet` with the arguments of the package `iunets`, of its release 0.1 and of the head of its repository.
+    """Builds an `IUNet` by arguments of the package `iunets`, of its release 0.1 and of the head of its repository.
 
     Args:
         channels: an int, as in the release: channels of the images, from which `slice_mode` makes those of the levels;

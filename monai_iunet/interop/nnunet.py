@@ -35,7 +35,7 @@ DTYPE = torch.bfloat16  # 16-bit autocast, as nnU-Net trains on a GPU; on a CPU 
 
 
 class PlannedIUNet(SegIUNet):
-    """A `SegIUNet` as nnU-Net's plans name it: `monai_iunet.PlannedIUNet`.
+    """Builds a `SegIUNet` as nnU-Net's plans name it: `monai_iunet.PlannedIUNet`.
 
     Args:
         input_channels: channels of the images.

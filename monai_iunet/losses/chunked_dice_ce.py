@@ -44,7 +44,7 @@ CHUNK_ELEMENTS = 2**18  # at most: they and what is made of them stay in the cac
 
 
 class ChunkedDiceCELoss(DiceCELoss):
-    """`monai.losses.DiceCELoss`, in little more memory than the logits and their gradient.
+    """Computes `monai.losses.DiceCELoss` in little more memory than the logits and their gradient.
 
     Takes its arguments; value and gradient agree to rounding, and are taken in float32 whatever the type of the logits.
     With an `other_act`, with a single channel, for a target that needs a gradient, and under `torch.func` it is the

@@ -87,7 +87,7 @@ class OneHotContouredd(MapTransform):
 
 
 class MarginalLoss(nn.Module):
-    """A loss in which the structures that were not contoured in a case are merged with the background.
+    """Computes a loss in which structures that were not contoured in a case are merged with the background.
 
     Args:
         loss: takes logits and one-hot target, both `(1, classes, *spatial)`, with the background first; for example

@@ -72,7 +72,7 @@ class ChoosesActivations(Protocol):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Bytes of one training step and one inference pass.
+    """Holds the bytes of one training step and one inference pass.
 
     Attributes:
         spatial_size: of the patch.

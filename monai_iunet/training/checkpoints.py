@@ -254,7 +254,7 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
 
 
 class StartFrom:
-    """Handler of a trainer that copies weights of another training into its networks when it is attached.
+    """Copies, as a handler of a trainer, weights of another training into its networks when it is attached.
 
     Args:
         path: see `start_from`.

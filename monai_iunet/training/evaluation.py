@@ -100,7 +100,7 @@ def _check_affine(prediction: MetaTensor, labels: MetaTensor) -> None:
 
 
 class CaseReport:
-    """Handler of an evaluator: writes `cases.csv`, a row per case and structure, and `summary.csv`.
+    """Writes, as a handler of an evaluator, `cases.csv`, a row per case and structure, and `summary.csv`.
 
     It reads "pred" and "label", label maps `(1, *spatial)` on the grid of the image, and sets the metric
     `val_mean_dice`, the mean over the structures of the mean over the cases.

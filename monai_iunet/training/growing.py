@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class GrowingPatches:
-    """Handler of a trainer that gives each size of patches an equal part of the training, one after another.
+    """Gives, as a handler of a trainer, each size of patches an equal part of the training, one after another.
 
     The size follows from the epoch, or from the time that is used, which both are part of the state of a training, so
     one that was interrupted goes on with the size that it had.

@@ -116,7 +116,7 @@ BRANCHES: dict[str, Callable[..., list[nn.Module]]] = {
 
 
 class Branch(nn.Sequential):
-    """Layers one after another, which can be compiled: `branch.compile()`.
+    """Runs layers one after another, and can be compiled: `branch.compile()`.
 
     What is compiled gets a copy of the input, contiguous and no view of something else, so that the backward pass,
     which evaluates a branch again on a rebuilt input, meets the same conditions and is not compiled once more.

@@ -12,7 +12,7 @@ __all__ = ["InvertibleChain"]
 
 
 class InvertibleChain(nn.ModuleList):
-    """Invertible layers one after another, whose memory in training does not grow with their number.
+    """Runs invertible layers one after another, in memory that does not grow with their number in training.
 
     Args:
         layers: each takes what the one before it returns.

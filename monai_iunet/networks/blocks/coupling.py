@@ -40,7 +40,7 @@ __all__ = ["AdditiveCoupling", "WholeCoupling"]
 
 
 class AdditiveCoupling(InvertibleLayer):
-    """Additive coupling of a pair of tensors.
+    """Couples a pair of tensors additively.
 
     Args:
         branch: the network F, from tensors like the second of the pair to tensors like the first.

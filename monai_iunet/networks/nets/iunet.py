@@ -39,7 +39,7 @@ OVERWRITING = (AdditiveCoupling, ChannelMixing, OrthogonalDownsampling, ChannelP
 
 
 class IUNet(ChosenActivations):
-    """Invertible U-Net: a bijection of 1D, 2D or 3D images, trained without storing its activations.
+    """Maps 1D, 2D or 3D images to such images, invertibly, and is trained without storing its activations.
 
     Additive couplings keep the resolution. Between levels a part of the channels is downsampled by a learnable
     orthogonal matrix per channel, and the rest, the code of the level, skips to the decoder:

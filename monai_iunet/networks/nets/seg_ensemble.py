@@ -15,7 +15,7 @@ __all__ = ["SegEnsemble"]
 
 
 class SegEnsemble(nn.Module):
-    """Networks of one kind, trained on different cases, that are asked together.
+    """Averages networks of one kind that were trained on different cases.
 
     It returns logits whose softmax is the mean of the members' probabilities, so it is used as any one of them. The
     members are run one after another: memory grows by what the logits take. Of members with `deep_supervision` it takes

@@ -20,7 +20,7 @@ __all__ = ["SegIUNet"]
 
 
 class SegIUNet(ChosenActivations):
-    """Segmentation network: a convolution to `channels[0]`, an `IUNet`, a 1x1 convolution to the classes.
+    """Segments images: a convolution to `channels[0]`, an `IUNet`, a 1x1 convolution to the classes.
 
     Args:
         spatial_dims: 1, 2 or 3.
