@@ -33,6 +33,8 @@ LARGEST_COMPRESSION = 1032
 LARGEST_VOXEL = 50.0  # mm
 LARGEST_EXTENT = 2500.0  # mm, a tall person with some air around
 SMALLEST_EXTENT = 1.0  # mm, of the longest axis
+LARGEST_WHOLE = 2**24  # above it float32 leaves out whole numbers
+FEWEST_STEPS = 1024  # between the smallest and the largest value, of those that float32 has there
 COMPRESSED_PART = 2**14  # bytes that are decompressed at a time, to 16 MiB at most
 SMALL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16))  # which PyTorch computes with too
 DAMAGED = (
@@ -61,7 +63,7 @@ def check_image(image: nibabel.Nifti1Image, name: str, channels: int = 1) -> nib
 
     Raises:
         InputError: when it is not 3D, or of other channels, without orientation, of a size that no scan has, damaged or
-            not finite.
+            not finite, or when its values are too large and too alike for float32.
 
     Example:
         >>> check_image(nibabel.Nifti1Image(np.zeros((4, 5)), np.eye(4)), "x")
@@ -99,6 +101,7 @@ def check_image(image: nibabel.Nifti1Image, name: str, channels: int = 1) -> nib
     bad = 0 if data.dtype.kind in "iu" else sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes(data))
     if bad:
         raise InputError(f"{name}: {bad} voxels are NaN or infinite. Replace them, for example by `numpy.nan_to_num`.")
+    _check_digits(data, name)
     if data is image.dataobj:
         return image
     read = nibabel.Nifti1Image(data, image.affine, header, dtype=data.dtype)
@@ -128,6 +131,20 @@ def planes(data: np.ndarray) -> Iterator[np.ndarray]:
     """Go through a volume plane by plane, so that what is computed of it takes little memory."""
     axis = int(np.argmax(np.abs(data.strides)))
     yield from np.moveaxis(data, axis, 0)
+
+
+def _check_digits(data: np.ndarray, name: str) -> None:
+    """Refuse values so large and so alike that float32, into which they were read, hardly tells them apart."""
+    if data.dtype.kind in "iu" or max(float(np.abs(plane).max()) for plane in planes(data)) <= LARGEST_WHOLE:
+        return
+    inside = (plane[plane != 0] for plane in planes(data))  # zeros may lie around an image
+    ends = [float(end) for values in inside if values.size for end in (values.min(), values.max())]
+    low, high = min(ends), max(ends)
+    if high - low < FEWEST_STEPS * np.spacing(np.float32(max(-low, high))):
+        raise InputError(
+            f"{name}: its values lie between {low:.10g} and {high:.10g}, which float32, the type that images are "
+            "computed in, hardly tells apart. Subtract their minimum before it is saved."
+        )
 
 
 def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:

@@ -283,6 +283,25 @@ def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> N
         read_image(tmp_path / "image.nii.gz")
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_values_that_float32_does_not_tell_apart_are_refused(dtype: type, suffix: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(1, 200, (6, 5, 4)).astype(dtype)
+    values[0] = -(2**30)  # which is zero with the offset
+    path = tmp_path / f"image{suffix}"
+    for offset in (2**30, 2**20):
+        image = nibabel.Nifti1Image(values + dtype(offset), oblique())
+        if suffix == ".nii.gz":
+            nibabel.save(image, path)
+        else:
+            SimpleITK.WriteImage(to_simpleitk(image, np.asarray(image.dataobj)), path)
+        if offset == 2**30:
+            with pytest.raises(InputError, match=r"between 107374\d+ and 107374\d+, which float32, .*, hardly tells"):
+                read_image(path)
+        else:
+            assert np.unique(read_image(path).get_fdata()).size == np.unique(values).size
+
+
 @pytest.mark.parametrize("unit", ["meter", "micron"])
 def test_sizes_in_another_unit_are_refused(unit: str, volume: np.ndarray, tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(volume, oblique())
