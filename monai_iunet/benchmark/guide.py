@@ -287,6 +287,16 @@ def _cuda_graphs(sections: Sections) -> str:
     return _table(headings, rows)
 
 
+def _bundles(sections: Sections) -> str:
+    found = sections.get("bundles", [])
+    if not found:
+        return "Not measured on a GPU yet."
+    rows = [
+        [row["bundle"], row["image"], number(0)(row["mebibytes"]), spread(digits=1)(row["seconds"])] for row in found
+    ]
+    return _table(["bundle", "image", "MiB, weights included", "s"], rows)
+
+
 def _convolutions(sections: Sections) -> str:
     headings = ["channels", "", "", "tensors beside input and gradient", "ms", "time over at once"]
     rows = [
@@ -343,6 +353,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Sections], str]]] = {
     "whole volume": ("gpu", _whole_volume),
     "small GPUs": ("gpu", _small_gpus),
     "CUDA graphs": ("gpu", _cuda_graphs),
+    "bundles on a GPU": ("gpu", _bundles),
     "convolutions": ("gpu", _convolutions),
     "budgets on a GPU": ("gpu", partial(_budgets, unit="ns", of_microsecond=1e3, digits=0)),
     "exactness": ("gpu", _exactness),

@@ -30,7 +30,7 @@ from monai_iunet.benchmark.networks import EQUAL_COST
 from monai_iunet.benchmark.peers import CONTESTANTS, PEERS, available_peers
 from monai_iunet.benchmark.report import write_json
 from monai_iunet.benchmark.section import Job, Row, Section, Settings, Sizes, SkippedError
-from monai_iunet.benchmark.sections import SECTIONS, compiled, inference
+from monai_iunet.benchmark.sections import SECTIONS, bundles, compiled, inference
 from monai_iunet.benchmark.sections.depth import AUTO_UNITS
 from monai_iunet.benchmark.sections.inference import BUFFERED, LONG, MONAI, OURS, measure_here
 from monai_iunet.benchmark.sections.largest_cubes import largest
@@ -313,6 +313,17 @@ def test_segmentations_beside_each_other() -> None:
     held = [row["mebibytes"] - row["image_and_labels_mebibytes"] for row in rows if row["classes"] == LONG]
     assert held[-1] < 1.3 * held[2]  # ours, four times as long
     assert held[-3] > 2.5 * held[0]  # MONAI's
+
+
+def test_bundles_segment_images_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 2**20)
+    jobs = {job.name: job for job in SECTIONS["bundles"].jobs(Settings(CPU, dataclasses.replace(TINY, time_size=32)))}
+    assert len(jobs) == 3
+    (row,) = jobs["iunet_headneck_ct_segmentation"].measure()
+    assert (row["image"], row["mebibytes"]) == ("32 x 32 x 32", 0)
+    assert row["seconds"].median > 0
+    assert bundles._image("iunet_brain_mri_segmentation", 32).shape == (99, 117, 95)
 
 
 @pytest.mark.gpu

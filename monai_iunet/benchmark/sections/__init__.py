@@ -25,6 +25,7 @@ command runs the section, also alone (`--section inference`), prints its table a
 from monai_iunet.benchmark.section import Section
 from monai_iunet.benchmark.sections import (
     budgets,
+    bundles,
     compiled,
     convolutions,
     cuda_graphs,
@@ -54,12 +55,13 @@ SECTIONS: dict[str, Section] = {
         whole_volume.SECTION,
         small_gpus.SECTION,
         equal_cost.TIME,
+        cuda_graphs.SECTION,
+        bundles.SECTION,
         largest_cubes.SECTION,
         depth.MEMORY,
         resampling.SECTION,
         layouts.SECTION,
         convolutions.SECTION,
-        cuda_graphs.SECTION,
         depth.TIME,
         losses.SECTION,
         inference.SECTION,
