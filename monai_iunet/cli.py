@@ -526,13 +526,19 @@ def plan(
         console = Console()
         if image is not None:
             size, millimeters = _numbers(image, int, "--image"), _numbers(spacing, float, "--spacing")
-            console.print(inference_table(bundle_folder(bundle), size, millimeters, measure))
+            with console.status("counting the bytes of a segmentation"):
+                table = inference_table(bundle_folder(bundle), size, millimeters, measure)
+            console.print(table)
             return
         patch_size = _numbers(patch, int, "--patch") if patch else None
         training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), patch_size, batch_size)
-        console.print(training.parts())
+        with console.status("counting the bytes of a step"):
+            table = training.parts()
+        console.print(table)
         if gpu_memory is not None:
-            console.print(training.fitting(gpu_memory))
+            with console.status("looking for the largest patch and the most couplings"):
+                table = training.fitting(gpu_memory)
+            console.print(table)
 
 
 @app.command(epilog="Example: monai-iunet compare --bundle hippocampus --dataset-dir DATA --max-epochs 10")
