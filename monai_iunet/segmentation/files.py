@@ -136,6 +136,11 @@ class Case:
         return [self.labels, *self.beside]
 
     @property
+    def is_done(self) -> bool:
+        """Whether the labels are there, and are not old ones that a kill has left among what was to replace them."""
+        return self.labels.exists() and not self.started.exists()
+
+    @property
     def started(self) -> Path:
         """File that is there while results are written, so that what a kill leaves is not taken for somebody's own."""
         return self.labels.with_name(f".{self.labels.name}.started")
@@ -209,7 +214,7 @@ def segment_cases(
     Of images whose files are small, several are in memory at once, see `images_at_once`.
     """
     _check_strict(segmenter, settings)
-    left = [case for case in cases if not (settings.skip_done and case.labels.exists())]
+    left = [case for case in cases if not (settings.skip_done and case.is_done)]
     # A bar on a terminal, nothing elsewhere. No variable holds what is iterated: an error ends its threads at once.
     for case, result in tqdm(
         _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None
@@ -337,7 +342,7 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                 raise InputError(
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )
-    _check_done([case for case in cases if settings.skip_done and case.labels.exists()])
+    _check_done([case for case in cases if settings.skip_done and case.is_done])
 
 
 def _check_done(cases: Sequence[Case]) -> None:

@@ -177,6 +177,20 @@ def test_what_a_kill_leaves_is_completed(images: list[Path], tmp_path: Path) -> 
     assert [row.split(",")[0] for row in rows] == ["image", "a", "a", "b", "b"]
 
 
+def test_what_a_kill_leaves_of_a_replacement_is_completed(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("segment", images[0], "--output", out, "--no-overlay", "--volumes", "csv")
+    assert call(*words)[0] == 0
+    labels = (out / "a_seg.nii.gz").read_bytes()
+    # Killed after the record, which says what the new labels would have been made of.
+    (out / "a_seg.nii.gz").write_bytes(b"labels of other weights")
+    (out / ".a_seg.nii.gz.started").touch()
+    code, printed, _ = call(*words, "--skip-done")
+    assert (code, "Left out" in printed) == (0, False)
+    assert (out / "a_seg.nii.gz").read_bytes() == labels
+    assert names(out) == ["a_seg.json", "a_seg.nii.gz", "volumes.csv"]
+
+
 def test_several_processes_share_a_folder(images: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed, _ = call("segment", *images, "--output", out, "--no-overlay", "--volumes", "json", "--share", "1/2")
