@@ -129,14 +129,19 @@ def bids_case(image: BidsImage, segmenter: BundleSegmenter, output: Path, settin
         folder / f"{stem}_dseg.tsv": _write_structures,
         output / "figures" / f"{stem}_dseg.png": partial(write_picture, stem, segmenter.window),
     }
+    probabilities = folder / f"{stem}_probseg.nii.gz"
     if segmenter.gives_probabilities:
         text = "Probabilities of the background and the structures"
         beside[folder / f"{stem}_probseg.json"] = partial(_write_sidecar, image, segmenter, origin, text)
-        beside[folder / f"{stem}_probseg.nii.gz"] = write_probabilities
-    if settings.view:
-        beside[output / VIEWS / f"{stem}{RECORD_SUFFIX}"] = partial(write_record, image.path, origin)
-        beside[output / VIEWS / f"{stem}.json"] = partial(write_view, stem, segmenter.window)
-    return Case(image.path, stem, folder / f"{stem}_dseg.nii.gz", sidecar, origin, write_nifti, beside)
+        beside[probabilities] = write_probabilities
+    record, view = output / VIEWS / f"{stem}{RECORD_SUFFIX}", output / VIEWS / f"{stem}.json"
+    # What later runs read must be of these labels.
+    if settings.view or record.exists() or view.exists():
+        beside[record] = partial(write_record, image.path, origin)
+        beside[view] = partial(write_view, stem, segmenter.window)
+    others = () if segmenter.gives_probabilities else (probabilities,)
+    labels = folder / f"{stem}_dseg.nii.gz"
+    return Case(image.path, stem, labels, sidecar, origin, write_nifti, beside, others=others)
 
 
 def _write_sidecar(

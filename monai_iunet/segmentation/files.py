@@ -29,7 +29,7 @@ from monai_iunet.io.text import first_line
 from monai_iunet.segmentation.at_once import SegmenterPool, images_at_once, run_in_order
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.origin import check_origin, origin_of
-from monai_iunet.segmentation.records import RECORD_SUFFIX, write_record
+from monai_iunet.segmentation.records import RECORD_SUFFIX, is_record, write_record
 from monai_iunet.segmentation.report import VIEWS, write_view
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BundleSegmenter
@@ -114,6 +114,7 @@ class Case:
         write: writes the labels.
         beside: what is written beside the labels, by file: the picture, probabilities, side-cars.
         channels: files of the channels, if there is one for each.
+        others: what other runs may have written beside the labels, and this one does not.
     """
 
     image: Path
@@ -124,6 +125,7 @@ class Case:
     write: Write
     beside: Mapping[Path, Write] = field(default_factory=dict)
     channels: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -301,18 +303,21 @@ def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
 def _case(files: tuple[Path, ...], segmenter: BundleSegmenter, output: Path, settings: Settings) -> Case:
     image = files[0]
     name, (suffix, write) = _name(image, segmenter.channels), _format(image, settings)
-    record = output / f"{name}{RECORD_SUFFIX}"
+    record, view = output / f"{name}{RECORD_SUFFIX}", output / VIEWS / f"{name}.json"
+    picture, probabilities = output / f"{name}_seg.png", output / f"{name}_prob.nii.gz"
     origin = partial(origin_of, files, segmenter, settings.mirror, settings.series)
     beside: dict[Path, Write] = {}
     if segmenter.gives_probabilities:
-        beside[output / f"{name}_prob.nii.gz"] = write_probabilities
+        beside[probabilities] = write_probabilities
     if settings.overlay:
-        beside[output / f"{name}_seg.png"] = partial(write_picture, name, segmenter.window)
-    if settings.record:
+        beside[picture] = partial(write_picture, name, segmenter.window)
+    # What later runs read must be of these labels.
+    if settings.record or is_record(record):
         beside[record] = partial(write_record, image, origin)
-    if settings.view:
-        beside[output / VIEWS / f"{name}.json"] = partial(write_view, name, segmenter.window)
-    return Case(image, name, output / f"{name}_seg{suffix}", record, origin, write, beside, files)
+    if settings.view or view.exists():
+        beside[view] = partial(write_view, name, segmenter.window)
+    others = tuple(path for path in (picture, probabilities) if path not in beside)
+    return Case(image, name, output / f"{name}_seg{suffix}", record, origin, write, beside, files, others)
 
 
 def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
@@ -343,6 +348,8 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                     f"{path}: exists. Pass --overwrite to replace it, or --skip-done to leave out images with a result."
                 )
     _check_done([case for case in cases if settings.skip_done and case.is_done])
+    replaced = [case for case in cases if settings.overwrite and not settings.skip_done and case.labels.exists()]
+    _warn_of_others([path for case in replaced for path in case.others if path.exists() and path not in inputs])
 
 
 def _check_done(cases: Sequence[Case]) -> None:
@@ -358,6 +365,16 @@ def _check_done(cases: Sequence[Case]) -> None:
         logger.warning(
             "%d files, such as %s, are not there, though their labels are. Pass --overwrite alone to have them.",
             *(len(missing), missing[0]),
+        )
+
+
+def _warn_of_others(others: Sequence[Path]) -> None:
+    """Say which files beside labels that are replaced will still be of the old ones."""
+    if others:
+        logger.warning(
+            "%d files, such as %s, are of labels that are replaced, and are not written again. Remove them, or ask "
+            "for them again.",
+            *(len(others), others[0]),
         )
 
 

@@ -17,7 +17,7 @@ from monai_iunet.io.files import write_text
 from monai_iunet.io.text import csv_text
 from monai_iunet.segmentation.result import Segmentation
 
-__all__ = ["RECORD_SUFFIX", "Records", "read_records", "write_from_records", "write_record", "write_table"]
+__all__ = ["RECORD_SUFFIX", "Records", "is_record", "read_records", "write_from_records", "write_record", "write_table"]
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -62,6 +62,14 @@ def read_records(folder: Path, first: Sequence[str] = ()) -> dict[str, dict[str,
     paths = {path.name.removesuffix(RECORD_SUFFIX): path for path in sorted(folder.glob(f"*{RECORD_SUFFIX}"))}
     order = [name for name in first if name in paths]
     return {name: _read(paths[name]) for name in dict.fromkeys([*order, *paths])}
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file is there and the record of an image."""
+    try:
+        return bool(_read(path))
+    except InputError:
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -191,6 +191,26 @@ def test_what_a_kill_leaves_of_a_replacement_is_completed(images: list[Path], tm
     assert names(out) == ["a_seg.json", "a_seg.nii.gz", "volumes.csv"]
 
 
+def test_what_is_beside_labels_that_are_replaced_is_of_the_new_ones(
+    images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    words = ("segment", images[0], "--output", out, "--no-overlay")
+    assert call(*words, "--volumes", "csv")[0] == 0
+    origin = json.loads((out / "a_seg.json").read_text())["origin"]
+    view, picture = out / "report_files" / "a.json", out / "a_seg.png"
+    view.parent.mkdir()
+    for path in (view, picture):
+        path.write_text("of the old labels")
+    assert call(*words, "--mirror", "--overwrite")[0] == 0
+    assert json.loads((out / "a_seg.json").read_text())["origin"] == {
+        **origin,
+        "options": {"mirror": True, "series": None},
+    }
+    assert json.loads(view.read_text())
+    assert f"1 files, such as {picture}, are of labels that are replaced, and are not written again" in caplog.text
+
+
 def test_several_processes_share_a_folder(images: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed, _ = call("segment", *images, "--output", out, "--no-overlay", "--volumes", "json", "--share", "1/2")
