@@ -15,7 +15,16 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from monai_iunet.benchmark.comparison import NETWORKS, Config, difference, read_rows, run_config, scores
+from monai_iunet.benchmark.comparison import (
+    NETWORKS,
+    Config,
+    check_asked,
+    difference,
+    interval_text,
+    read_rows,
+    run_config,
+    scores,
+)
 from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
 from monai_iunet.bundling.report import mean_parts, read_log
 from monai_iunet.bundling.task import Task
@@ -90,7 +99,8 @@ def compare_arms(
         by the planner, "parameters", "steps", "seconds" and "losses" of the training, means over equal parts of it;
         "dice" and "hausdorff95_mm" per structure, "mean_dice", and in "cases" the means over the structures of each
         test case; and "differences", which has, per pair of arms, for "dice" and "hausdorff95_mm", the "mean"
-        difference of the cases' means, "low" and "high" of its 95 % bootstrap interval, and the number of "cases".
+        difference of the cases' means, "low" and "high" of its 95 % bootstrap interval, which one case does not have,
+        and the number of "cases".
 
     Raises:
         InputError: for folders that are none, and when a training or an evaluation fails.
@@ -103,6 +113,7 @@ def compare_arms(
     check_structures(dataset_dir, task.classes, task.label_values)
     values = None if task.label_values is None else (0, *task.label_values)
     check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
+    check_asked(output, {"dataset": str(Path(dataset_dir).resolve())})
     test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests)
     timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
     task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)
@@ -299,7 +310,7 @@ def arms_as_markdown(result: Mapping[str, Any]) -> str:
     lines += ["", "| difference | Dice | 95 % interval | HD95, mm | 95 % interval |", "|---|---|---|---|---|"]
     for name, measures in result["differences"].items():
         cells = [
-            "none | " if found["mean"] is None else "{mean:+.4f} | {low:+.4f} to {high:+.4f}".format(**found)
+            "none | " if found["mean"] is None else f"{found['mean']:+.4f} | {interval_text(found)}"
             for found in measures.values()
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

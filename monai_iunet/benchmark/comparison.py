@@ -23,10 +23,22 @@ from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content
-from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.files import check_folder, files_digest, write_text
+from monai_iunet.training.cases import image_of
 from monai_iunet.training.evaluation import mean_dice_of_cases
 
-__all__ = ["NETWORKS", "Config", "as_markdown", "compare_networks", "difference", "read_rows", "run_config", "scores"]
+__all__ = [
+    "NETWORKS",
+    "Config",
+    "as_markdown",
+    "check_asked",
+    "compare_networks",
+    "difference",
+    "interval_text",
+    "read_rows",
+    "run_config",
+    "scores",
+]
 
 Config = dict[str, Any]
 
@@ -80,19 +92,24 @@ def compare_networks(
         which has, per network, "dice" and "hausdorff95_mm" per structure, "mean_dice", "parameters",
         "training_bytes", the peak of a training step beside parameters and gradients, and the medians
         "training_step_seconds" and "inference_seconds" of a case; and "ours_minus", which has, per other network, the
-        "mean" difference of the cases' mean Dice, and "low" and "high" of its 95 % bootstrap interval.
+        "mean" difference of the cases' mean Dice, and "low" and "high" of its 95 % bootstrap interval, which one case
+        does not have. The Dice of a structure that no case has is None.
 
     Raises:
-        InputError: for folders that are none, and when a training or an evaluation fails.
+        InputError: for folders that are none, when the output folder is that of another bundle or data set, and when a
+            training or an evaluation fails.
     """
     bundle, output_dir = Path(bundle), Path(output_dir)
     for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
         if not needed.is_file():
             raise InputError(f"{needed}: no such file. Needed are the folder of a bundle and that of a data set.")
     common = {"bundle_root": str(bundle.resolve()), "dataset_dir": str(Path(dataset_dir).resolve())}
-    bundle_cases(bundle, dataset_dir)  # refuses a data set of other structures
+    cases = bundle_cases(bundle, dataset_dir)  # refuses a data set of other structures
     parsed_content(_parser(bundle, "train.json", common), "datalist")  # reads all cases, and lists the bad ones
     folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
+    configs = files_digest([bundle / "configs" / name for name in ("train.json", "evaluate.json")])
+    listed = {section: [Path(image_of(case)).name for case in cases[section]] for section in cases}
+    check_asked(folder, {"dataset": common["dataset_dir"], "cases": listed, "bundle": bundle.name, "configs": configs})
     definitions = {
         OURS: _parser(bundle, "train.json", common)["network_def"],
         **{name: NETWORKS[name] for name in networks},
@@ -120,6 +137,32 @@ def compare_networks(
     return result
 
 
+def check_asked(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Note in a folder what its results are of; refuse to go on with those of something else.
+
+    Args:
+        folder: of results.
+        asked: what JSON knows.
+
+    Raises:
+        InputError: when the folder has results of something else.
+    """
+    path = folder / "asked.json"
+    if not path.is_file():
+        write_text(path, json.dumps(asked, indent=1) + "\n")
+        return
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged, so that nobody knows what is there. Name another --output.") from error
+    changed = [name for name, value in asked.items() if before.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{folder}: a comparison with another {' and another '.join(changed)} is there ({path.name}). Ask for the "
+            "same to go on with it, or name another --output."
+        )
+
+
 def as_markdown(result: Mapping[str, Any]) -> str:
     """Return the tables of a README: Dice and 95 % Hausdorff distance per structure, costs, and the differences."""
     networks = result["networks"]
@@ -127,7 +170,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for structure in networks[OURS]["dice"]:
         scores = ((network["dice"][structure], network["hausdorff95_mm"][structure]) for network in networks.values())
         lines.append(
-            _row(f"{structure}, Dice / HD95", *(f"{dice:.3f} / {_millimeters(hd95)}" for dice, hd95 in scores))
+            _row(f"{structure}, Dice / HD95", *(f"{_dice(dice)} / {_millimeters(hd95)}" for dice, hd95 in scores))
         )
     figures = {
         "mean Dice": lambda network: f"**{network['mean_dice']:.3f}**",
@@ -139,8 +182,18 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += [_row(name, *map(write, networks.values())) for name, write in figures.items()]
     lines += ["", _row(f"{OURS} minus", "mean Dice", "95 % interval"), _row("---", "---", "---")]
     for name, found in result["ours_minus"].items():
-        lines.append(_row(name, "{mean:+.4f}".format(**found), "{low:+.4f} to {high:+.4f}".format(**found)))
+        lines.append(_row(name, "{mean:+.4f}".format(**found), interval_text(found)))
     return "\n".join(lines) + "\n"
+
+
+def interval_text(found: Mapping[str, Any]) -> str:
+    """Return the interval of a difference as text; one case has none."""
+    return "none" if found["low"] is None else "{low:+.4f} to {high:+.4f}".format(**found)
+
+
+def _dice(dice: float | None) -> str:
+    """Return a Dice as text; there is none of a structure that no case has."""
+    return "none" if dice is None else f"{dice:.3f}"
 
 
 def _millimeters(distance: float | None) -> str:
@@ -154,12 +207,19 @@ def _row(*cells: str) -> str:
 
 def _train(bundle: Path, folder: Path, settings: Config, max_epochs: int) -> None:
     last = folder / "last.pt"
-    if last.is_file() and torch.load(last, map_location="cpu", weights_only=True)["epoch"] == max_epochs:
+    if last.is_file() and _epochs_done(last) == max_epochs:
         return
     options = {"max_epochs": max_epochs, "val_interval": max_epochs, "resume": True}
     run_config(
         bundle, "train.json", {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")}
     )
+
+
+def _epochs_done(last: Path) -> int:
+    try:
+        return int(torch.load(last, map_location="cpu", weights_only=True)["epoch"])
+    except Exception as error:  # whatever damaged files bring about
+        raise InputError(f"{last}: not a state of a training. Remove it to train anew.") from error
 
 
 def _evaluate(bundle: Path, folder: Path, settings: Config) -> None:
@@ -192,21 +252,33 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def scores(rows: list[dict[str, str]]) -> Config:
-    """Return means over the cases of a table: "dice" and "hausdorff95_mm" per structure, and "mean_dice"."""
+    """Return means over the cases of a table: "dice" and "hausdorff95_mm" per structure, and "mean_dice".
+
+    A structure that no case has, has no Dice and no part in the mean.
+    """
     structures = list(dict.fromkeys(row["structure"] for row in rows))
 
-    def means(measure: str) -> dict[str, float]:
+    def means(measure: str) -> dict[str, float | None]:
         values = {name: [float(row[measure]) for row in rows if row["structure"] == name] for name in structures}
-        return {name: float(np.nanmean(numbers)) for name, numbers in values.items()}
+        known = {name: [number for number in numbers if not np.isnan(number)] for name, numbers in values.items()}
+        found = {name: float(np.mean(numbers)) if numbers else np.nan for name, numbers in known.items()}
+        return {name: mean if np.isfinite(mean) else None for name, mean in found.items()}
 
     dice = means("dice")
-    distances = {name: value if np.isfinite(value) else None for name, value in means("hausdorff95_mm").items()}
-    return {"dice": dice, "hausdorff95_mm": distances, "mean_dice": float(np.mean(list(dice.values())))}
+    known = [mean for mean in dice.values() if mean is not None]
+    if not known:
+        raise InputError("No case has a structure, so there is nothing to compare. Name a data set with labels.")
+    return {"dice": dice, "hausdorff95_mm": means("hausdorff95_mm"), "mean_dice": float(np.mean(known))}
 
 
-def difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Return the mean difference of the same cases, and "low" and "high" of its 95 % bootstrap interval."""
+def difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
+    """Return the mean difference of the same cases, and "low" and "high" of its 95 % bootstrap interval.
+
+    One case tells nothing of others: it has no interval.
+    """
     gains = ours - other
+    if len(gains) == 1:
+        return {"mean": float(gains[0]), "low": None, "high": None}
     if np.ptp(gains) == 0:
         return dict.fromkeys(("mean", "low", "high"), float(gains[0]))
     interval = bootstrap((gains,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from monai_iunet.benchmark import comparison
-from monai_iunet.benchmark.comparison import as_markdown
+from monai_iunet.benchmark.comparison import as_markdown, check_asked
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.cli import app
+from monai_iunet.errors import InputError
 from tests.bundles.helpers import run
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
@@ -48,11 +50,53 @@ def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeyp
     ours, other = (found["networks"][name]["mean_dice"] for name in ("SegIUNet", "SegResNet"))
     assert difference["mean"] == pytest.approx(ours - other, abs=1e-4)
 
+    assert difference["low"] is difference["high"] is None  # of one case
+
     # What is done is not done again.
     weights = tmp_path / "out" / "2_epochs" / "SegIUNet" / "model.pt"
     before = weights.stat().st_mtime_ns
     assert CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False).exit_code == 0
     assert weights.stat().st_mtime_ns == before
+
+    # The results are not taken for those of another data set.
+    other = shutil.copytree(data, tmp_path / "other")
+    words[words.index(data)] = other
+    refused = CliRunner().invoke(app, [str(word) for word in words])
+    assert (refused.exit_code, "a comparison with another dataset is there" in refused.stderr) == (2, True)
+
+
+def test_results_of_something_else_are_not_taken(tmp_path: Path) -> None:
+    check_asked(tmp_path, {"dataset": "a", "cases": ["x"]})
+    check_asked(tmp_path, {"dataset": "a", "cases": ["x"]})
+    with pytest.raises(InputError, match="a comparison with another dataset and another cases is there"):
+        check_asked(tmp_path, {"dataset": "b", "cases": ["y"]})
+    (tmp_path / "asked.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        check_asked(tmp_path, {"dataset": "a"})
+
+
+def test_a_damaged_state_of_a_training_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"last\.pt: not a state of a training"):
+        comparison._train(tmp_path, tmp_path, {}, 1)
+
+
+def test_a_structure_that_no_case_has_is_no_part_of_the_mean() -> None:
+    rows = [
+        {"structure": "liver", "dice": "0.8", "hausdorff95_mm": "2"},
+        {"structure": "tumor", "dice": "nan", "hausdorff95_mm": "nan"},
+    ]
+    found = comparison.scores(rows)
+    assert found == {
+        "dice": {"liver": 0.8, "tumor": None},
+        "hausdorff95_mm": {"liver": 2, "tumor": None},
+        "mean_dice": 0.8,
+    }
+    costs = {"parameters": 1, "training_bytes": 1, "training_step_seconds": 1, "inference_seconds": 1}
+    text = as_markdown({"networks": {"SegIUNet": {**found, **costs}}, "ours_minus": {}})
+    assert "| tumor, Dice / HD95 | none / none |" in text
+    with pytest.raises(InputError, match="No case has a structure"):
+        comparison.scores(rows[1:])
 
 
 def test_a_difference_that_all_cases_share_is_certain() -> None:
