@@ -16,6 +16,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
 from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
+from monai_iunet.io.text import first_line
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.training.evaluation import mean_dice_of_cases
 from monai_iunet.visualization.overlay import draw_overlay
@@ -47,7 +48,11 @@ def write_report(bundle: str | Path, dataset_dir: str | Path) -> list[Path]:
 
 def _kept_by_fit(bundle: Path) -> dict[str, Path]:
     """Return where a fit keeps the log and the table of the network that it chose."""
-    drawn = json.loads((bundle / "fit.json").read_text(encoding="utf-8")).get("drawn")
+    state = bundle / "fit.json"
+    try:
+        drawn = dict(json.loads(state.read_text(encoding="utf-8"))).get("drawn")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{state}: not the state of a fit ({first_line(error)}). Remove it, or fit again.") from error
     if drawn is None:
         raise InputError(
             f"{bundle}: its fit is not finished. Call `monai-iunet fit` as before to go on; it draws both pictures."

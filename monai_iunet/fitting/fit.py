@@ -54,6 +54,7 @@ from monai_iunet.fitting.page import write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
+from monai_iunet.io.text import first_line
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.cases import image_of
@@ -211,7 +212,14 @@ class _Fit:
         return self.folder / "fit.json"
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+        try:
+            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+            dict(state["asked"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self._state_file}: not the state of a fit ({first_line(error)}). Choose another --output to "
+                "begin anew."
+            ) from error
         return state
 
     def _note(self, **changes: Any) -> None:

@@ -282,6 +282,13 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("state", ["{", "[]", "{}"])
+def test_a_damaged_state_is_said_in_a_line(state: str, tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text(state)
+    with pytest.raises(InputError, match=r"fit\.json: not the state of a fit .* Choose another --output"):
+        fit(tmp_path, tmp_path, device="cpu")
+
+
 def test_a_training_that_diverges_goes_on_with_a_lower_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fitting._Fit(tmp_path, tmp_path, fitting.FitOptions(device="cpu"), Console(quiet=True))
     factors: list[float] = []
