@@ -30,7 +30,15 @@ from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
 from monai_iunet.bundling.evaluation_data import Case, label_values
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
-from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_atomically, write_text
+from monai_iunet.io.files import (
+    SUFFIXES,
+    check_folder,
+    files_digest,
+    files_in,
+    image_name,
+    write_atomically,
+    write_text,
+)
 from monai_iunet.io.text import csv_text, first_line
 from monai_iunet.segmentation.quality import (
     FEATURES,
@@ -95,7 +103,8 @@ def evaluate_quality(
     Those of second weights, NAME, are `models/NAME_quality.json` and `docs/NAME_quality.png`.
 
     Nothing is done if the bundle has a model that belongs to its weights. The results of all cases are written to
-    `eval/quality_DIGEST.csv` on the way; what an interrupted run has left there is not done again.
+    `eval/quality_DIGEST_DIGEST.csv` on the way, named after the weights and the cases; what an interrupted run has left
+    there is not done again.
 
     Args:
         bundle: folder.
@@ -134,7 +143,7 @@ def evaluate_quality(
             )
         references = describe_training(segmenter, cases["training"])
         digest = weights_digest(bundle, weights)
-        table = check_folder(bundle / "eval") / f"quality_{digest[:8]}.csv"
+        table = check_folder(bundle / "eval") / f"quality_{digest[:8]}_{cases_digest(cases)[:8]}.csv"
         results = damaged_results(segmenter, references, cases["validation"], damages, table)
         model = fit_quality(results, references, digest)
     except InputError as error:
@@ -145,6 +154,13 @@ def evaluate_quality(
     draw_quality(results, model, bundle / "docs" / f"{quality_file(bundle, weights).stem}.png")
     logger.info("%s\n%s", write_quality(model, bundle, weights), as_markdown(model))
     return model
+
+
+def cases_digest(cases: Mapping[str, Sequence[Case]]) -> str:
+    """Return the SHA-256 of the files of cases, so that results are not taken for those of other images or labels."""
+    listed = [case for section in ("training", "validation") for case in cases[section]]
+    paths = [Path(case[key]) for case in listed for key in ("image", "label") if case.get(key)]
+    return files_digest([file for path in paths for file in files_in(path) if file.exists()])
 
 
 def describe_training(segmenter: BundleSegmenter, cases: Sequence[Case]) -> dict[str, Reference]:

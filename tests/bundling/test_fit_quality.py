@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -19,6 +20,7 @@ from monai_iunet import BundleSegmenter, InputError, bundle_folder
 from monai_iunet.bundling.fit_quality import (
     Job,
     Result,
+    cases_digest,
     damaged_results,
     describe_training,
     evaluate_quality,
@@ -148,7 +150,7 @@ def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> Non
     assert model is not None
     assert model.held_out["cases"] == 2
 
-    table = bundle / "eval" / f"quality_{weights_digest(bundle)[:8]}.csv"
+    (table,) = (bundle / "eval").glob(f"quality_{weights_digest(bundle)[:8]}_*.csv")
     rows = list(csv.DictReader(table.open()))
     assert {row["case"] for row in rows} == {"made_3", "made_4", "made_5", "made_6"}
     sound = [float(row["dice"]) for row in rows if row["damage"] == "none"]
@@ -174,6 +176,16 @@ def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> Non
     code, _, error = call(*arguments, "--refit")
     assert code == 2
     assert "not a table of results" in error
+
+
+def test_results_of_other_labels_are_not_taken(data: Path) -> None:
+    case = {"image": str(data / "imagesTr" / "made_5.nii.gz"), "label": str(data / "labelsTr" / "made_5.nii.gz")}
+    cases: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [case]}
+    before = cases_digest(cases)
+    assert cases_digest(cases) == before
+    label = nibabel.load(case["label"])
+    nibabel.save(nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), case["label"])
+    assert cases_digest(cases) != before
 
 
 def test_labels_of_other_values_are_refused(bundle: Path) -> None:
