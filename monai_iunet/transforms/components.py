@@ -27,7 +27,8 @@ class LargestComponentsd(MapTransform):
         applied_labels: numbers of the structures.
 
     Raises:
-        InputError: for numbers that are no structures', and for maps of several channels, such as one-hot ones.
+        InputError: for numbers that are no structures', and for maps of several channels, such as one-hot ones, or of
+            floating-point numbers of 16 bits.
 
     Example:
         >>> labels = torch.tensor([[[1, 0, 1, 1, 2]]], dtype=torch.uint8)
@@ -49,7 +50,13 @@ class LargestComponentsd(MapTransform):
                     f"{key}: a label map of one channel is needed, got {tuple(item[key].shape)}. Take the argmax of "
                     "what is one-hot, or of logits, first."
                 )
-            labels = torch.as_tensor(item[key])[0].numpy()
+            tensor = torch.as_tensor(item[key])
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"{key}: a label map of whole numbers is needed, such as torch.uint8, got {tensor.dtype}. Convert "
+                    "it, or take the argmax of logits first."
+                )
+            labels = tensor[0].numpy()
             boxes = ndimage.find_objects(labels, max(self.applied_labels, default=0))
             for label in self.applied_labels:
                 box = boxes[label - 1]

@@ -19,3 +19,9 @@ def test_numbers_of_no_structure_are_refused(labels: Any) -> None:
 def test_maps_of_several_channels_are_refused() -> None:
     with pytest.raises(InputError, match=r"pred: a label map of one channel is needed, got \(2, 4, 4\)"):
         LargestComponentsd("pred", [1])({"pred": torch.zeros(2, 4, 4, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_of_16_bits_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=f"pred: a label map of whole numbers is needed, .* got {dtype}"):
+        LargestComponentsd("pred", [1])({"pred": torch.ones(1, 2, 2, dtype=dtype)})
