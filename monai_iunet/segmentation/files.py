@@ -383,6 +383,7 @@ def _write(segmentation: Segmentation, case: Case, strict: bool) -> WrittenSegme
     doubts = segmentation.doubts()
     if strict and doubts:
         raise InputError(f"{case.image}: {doubts}. Nothing was written; without --strict it is, with a warning.")
+    measures = (segmentation.volumes(), segmentation.qualities(), doubts, segmentation.weights)  # or refused
     for path in case.outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     case.started.touch()
@@ -394,7 +395,6 @@ def _write(segmentation: Segmentation, case: Case, strict: bool) -> WrittenSegme
             case.started.unlink(missing_ok=True)
         raise
     case.started.unlink(missing_ok=True)
-    measures = (segmentation.volumes(), segmentation.qualities(), doubts, segmentation.weights)
     return WrittenSegmentation(case.name, case.labels, *measures)
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.segmentation import files
 from monai_iunet.segmentation.origin import origin_of
+from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.segmenter import BRAIN, BundleSegmenter
 from tests.bundles.helpers import command, copy_bundle
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
@@ -156,6 +158,16 @@ def test_of_large_images_one_is_in_memory_at_a_time(
         ("b.nii.gz", ["a_seg.nii.gz"]),
         ("c.nii.gz", ["a_seg.nii.gz", "b_seg.nii.gz"]),
     ]
+
+
+def test_nothing_is_written_of_labels_that_have_no_name(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
+    segmentation = Segmentation(image, np.full((2, 2, 2), 3, np.uint8), {1: "liver"})
+    labels = tmp_path / "out" / "a_seg.nii.gz"
+    case = files.Case(tmp_path / "a.nii.gz", "a", labels, tmp_path / "a_seg.json", dict, files.write_nifti)
+    with pytest.raises(InputError, match="labels 3 have no name"):
+        files._write(segmentation, case, strict=False)
+    assert not labels.exists()
 
 
 def test_what_a_kill_leaves_is_completed(images: list[Path], tmp_path: Path) -> None:
