@@ -21,7 +21,6 @@ from monai_iunet.benchmark.comparison import (
     check_asked,
     difference,
     interval_text,
-    read_rows,
     run_config,
     scores,
 )
@@ -37,6 +36,7 @@ from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.training.cases import check_cases
 from monai_iunet.training.dataset import list_cases
+from monai_iunet.training.evaluation import read_rows
 from monai_iunet.training.structures import check_structures
 
 __all__ = ["ARMS", "arms_as_markdown", "compare_arms"]

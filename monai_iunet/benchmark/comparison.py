@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content
 from monai_iunet.io.files import check_folder, files_digest, write_text
 from monai_iunet.training.cases import image_of
-from monai_iunet.training.evaluation import mean_dice_of_cases
+from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
 
 __all__ = [
     "NETWORKS",
@@ -35,7 +34,6 @@ __all__ = [
     "compare_networks",
     "difference",
     "interval_text",
-    "read_rows",
     "run_config",
     "scores",
 ]
@@ -243,12 +241,6 @@ def run_config(bundle: Path, config: str, settings: Config) -> None:
     if code:
         network = f" with {settings['network_def']['_target_']}" if "network_def" in settings else ""
         raise InputError(f"{config} of {bundle}{network}: failed with code {code}.")
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a table of comma-separated values."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def scores(rows: list[dict[str, str]]) -> Config:

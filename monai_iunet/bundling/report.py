@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.read import read_image
 from monai_iunet.io.text import first_line
 from monai_iunet.segmentation.segmenter import BundleSegmenter
-from monai_iunet.training.evaluation import mean_dice_of_cases
+from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
 from monai_iunet.visualization.overlay import draw_overlay
 
 __all__ = ["draw_cases", "draw_training", "mean_parts", "read_log", "write_report"]
@@ -51,13 +50,14 @@ def _kept_by_fit(bundle: Path) -> dict[str, Path]:
     state = bundle / "fit.json"
     try:
         drawn = dict(json.loads(state.read_text(encoding="utf-8"))).get("drawn")
-    except (ValueError, TypeError) as error:
+        kept = None if drawn is None else {name: bundle / drawn[name] for name in ("log", "cases")}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{state}: not the state of a fit ({first_line(error)}). Remove it, or fit again.") from error
-    if drawn is None:
+    if kept is None:
         raise InputError(
             f"{bundle}: its fit is not finished. Call `monai-iunet fit` as before to go on; it draws both pictures."
         )
-    return {name: bundle / place for name, place in drawn.items()}
+    return kept
 
 
 def draw_training(log_dir: str | Path, path: Path) -> None:
@@ -139,8 +139,7 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
 
     if not cases.is_file():
         raise InputError(f"{cases}: no such file. Evaluate the bundle first.")
-    with cases.open(newline="", encoding="utf-8") as file:
-        means = mean_dice_of_cases(csv.DictReader(file))
+    means = mean_dice_of_cases(read_rows(cases))
     if not means:
         raise InputError(f"{cases}: no structure was contoured in any case. Evaluate the bundle on cases with labels.")
     ranked = sorted(means, key=lambda case: means[case])

@@ -58,7 +58,7 @@ def read_scores(tables: Sequence[Path]) -> list[Score]:
                     if float(row["reference_mm3"]) > 0:
                         measures = {name: float(row[name]) for name in MEASURES}
                         scores.append(Score(row["case"], row["structure"], measures))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
             raise InputError(f"{path}: not the table of an evaluation ({error}). Evaluate again.") from error
     return scores
 

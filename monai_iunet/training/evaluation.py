@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +18,13 @@ from monai.metrics import compute_average_surface_distance, compute_dice, comput
 from monai.networks import one_hot
 from torch import Tensor
 
+from monai_iunet.errors import InputError
 from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.files import check_folder, write_text
-from monai_iunet.io.text import csv_text
+from monai_iunet.io.text import csv_text, first_line
 from monai_iunet.losses.class_numbers import check_labels
 
-__all__ = ["CaseReport", "compare", "mean_dice_of_cases", "write_rows"]
+__all__ = ["CaseReport", "compare", "mean_dice_of_cases", "read_rows", "write_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +187,21 @@ def mean_dice_of_cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         if not np.isnan(float(row["dice"])):
             dice.setdefault(row["case"], []).append(float(row["dice"]))
     return {case: float(np.mean(values)) for case, values in sorted(dice.items())}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the table `cases.csv` of an evaluation.
+
+    Raises:
+        InputError: when the file is no such table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        mean_dice_of_cases(rows)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path}: not the table of an evaluation ({first_line(error)}). Evaluate again.") from error
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from typer.testing import CliRunner
 
-from monai_iunet import SegIUNet
+from monai_iunet import InputError, SegIUNet
 from monai_iunet.bundling import report as report_module
 from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.bundling.report import draw_cases
 from monai_iunet.cli import app
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
@@ -108,9 +109,10 @@ def test_what_a_fit_keeps_elsewhere_is_drawn(bundle: Path, data: Path) -> None:
         (bundle / part).rename(bundle / "kept")
         (bundle / part).mkdir()
         (bundle / "kept").rename(bundle / part / "fold_1")
-    (bundle / "fit.json").write_text("{")
-    code, output = report(bundle, data)
-    assert (code, "fit.json: not the state of a fit" in output) == (2, True)
+    for damaged in ("{", '{"drawn": 3}'):
+        (bundle / "fit.json").write_text(damaged)
+        code, output = report(bundle, data)
+        assert (code, "fit.json: not the state of a fit" in output) == (2, True)
     (bundle / "fit.json").write_text(json.dumps({"asked": {}}))
     code, output = report(bundle, data)
     assert (code, "its fit is not finished. Call `monai-iunet fit`" in output) == (2, True)
@@ -118,3 +120,11 @@ def test_what_a_fit_keeps_elsewhere_is_drawn(bundle: Path, data: Path) -> None:
     (bundle / "fit.json").write_text(json.dumps({"asked": {}, "finished": True, "drawn": drawn}))
     assert report(bundle, data)[0] == 0
     assert (bundle / "docs" / "cases.png").is_file()
+
+
+@pytest.mark.parametrize("content", [b"case,structure\nx,y\n", b"case,dice\nx,y\n", b"case,dice\nx\n", b"\xff\xfe"])
+def test_a_damaged_table_is_said_in_a_line(content: bytes, tmp_path: Path) -> None:
+    table = tmp_path / "cases.csv"
+    table.write_bytes(content)
+    with pytest.raises(InputError, match=r"cases\.csv: not the table of an evaluation"):
+        draw_cases(tmp_path, tmp_path, table, tmp_path / "cases.png")
