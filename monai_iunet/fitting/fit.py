@@ -230,6 +230,7 @@ class _Fit:
         docs = self.folder / "docs"
         asked = {
             "dataset": os.path.realpath(self.dataset),
+            "memory": self.options.memory,
             "seconds": self.options.seconds,
             "folds": self.options.folds,
             "fold": self.options.fold,
@@ -240,7 +241,8 @@ class _Fit:
             sleep(WAIT)  # the first process makes the plan
         if self._state_file.is_file():
             before = self._state()["asked"]
-            changed = [name for name, value in asked.items() if before.get(name) != value]
+            # A fit of an earlier version does not say which memory it was asked for.
+            changed = [name for name, value in asked.items() if before.get(name) != value and name in before]
             if changed:
                 raise InputError(
                     f"{self.folder}: a fit with another {' and another '.join(changed)} is there. Ask for the same to "

@@ -282,6 +282,15 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
+    asked = {"dataset": str(tmp_path.resolve()), "memory": 9000}
+    (tmp_path / "fit.json").write_text(json.dumps({"asked": asked}))
+    with pytest.raises(InputError, match="a fit with another memory is there"):
+        fit(tmp_path, tmp_path, device="cpu", gpu_memory=20_000)
+    with pytest.raises(InputError, match="not a plan"):  # which is read next
+        fit(tmp_path, tmp_path, device="cpu", gpu_memory=10_000)
+
+
 @pytest.mark.parametrize("state", ["{", "[]", "{}"])
 def test_a_damaged_state_is_said_in_a_line(state: str, tmp_path: Path) -> None:
     (tmp_path / "fit.json").write_text(state)
