@@ -185,7 +185,7 @@ def segment(
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.io.channels import group_channels
         from monai_iunet.segmentation.files import EXAMPLE_IMAGE, Settings, image_names, segment_example, segment_files
-        from monai_iunet.segmentation.records import RECORD_SUFFIX, write_table
+        from monai_iunet.segmentation.records import RECORD_SUFFIX, check_records, write_table
         from monai_iunet.segmentation.report import write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
         from monai_iunet.segmentation.share import Share
@@ -216,6 +216,8 @@ def segment(
         else:
             outcomes, paths, own = iter([segment_example(segmenter, output, settings)]), [EXAMPLE_IMAGE], 1
         names = image_names(paths, segmenter.channels)
+        if table is not None or page is not None:
+            check_records(output, names)
         say = _ignore if quiet or as_json else typer.echo
         with _said(outcomes, quiet, as_json) as (done, failures):
             left_out = own - done - len(failures)

@@ -17,7 +17,16 @@ from monai_iunet.io.files import write_text
 from monai_iunet.io.text import csv_text
 from monai_iunet.segmentation.result import Segmentation
 
-__all__ = ["RECORD_SUFFIX", "Records", "is_record", "read_records", "write_from_records", "write_record", "write_table"]
+__all__ = [
+    "RECORD_SUFFIX",
+    "Records",
+    "check_records",
+    "is_record",
+    "read_records",
+    "write_from_records",
+    "write_record",
+    "write_table",
+]
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -62,6 +71,21 @@ def read_records(folder: Path, first: Sequence[str] = ()) -> dict[str, dict[str,
     paths = {path.name.removesuffix(RECORD_SUFFIX): path for path in sorted(folder.glob(f"*{RECORD_SUFFIX}"))}
     order = [name for name in first if name in paths]
     return {name: _read(paths[name]) for name in dict.fromkeys([*order, *paths])}
+
+
+def check_records(folder: Path, names: Sequence[str]) -> None:
+    """Check, before images are segmented, that a table can be made of what is in a folder.
+
+    Args:
+        folder: with results.
+        names: of images whose records will be written.
+
+    Raises:
+        InputError: when the record of another image cannot be read.
+    """
+    for path in sorted(folder.glob(f"*{RECORD_SUFFIX}")):
+        if path.name.removesuffix(RECORD_SUFFIX) not in names:
+            _read(path)
 
 
 def is_record(path: Path) -> bool:

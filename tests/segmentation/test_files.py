@@ -223,6 +223,15 @@ def test_what_is_beside_labels_that_are_replaced_is_of_the_new_ones(
     assert f"1 files, such as {picture}, are of labels that are replaced, and are not written again" in caplog.text
 
 
+def test_a_foreign_record_is_said_before_an_image_is_segmented(images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "other_seg.json").write_text("[]")
+    code, _, error = call("segment", images[0], "--output", out, "--no-overlay", "--volumes", "csv")
+    assert (code, "other_seg.json: not the record of a segmented image" in error) == (2, True)
+    assert names(out) == ["other_seg.json"]
+
+
 def test_several_processes_share_a_folder(images: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed, _ = call("segment", *images, "--output", out, "--no-overlay", "--volumes", "json", "--share", "1/2")
