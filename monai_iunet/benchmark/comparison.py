@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
-from monai_iunet.io.bundles import parsed_content
+from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, files_digest, write_text
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
@@ -278,8 +278,7 @@ def difference(ours: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
 
 
 def _parser(bundle: Path, config: str, settings: Mapping[str, Any]) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / config)
+    parser = read_config(bundle / "configs" / config)
     parser.update(dict(settings))
     return parser
 

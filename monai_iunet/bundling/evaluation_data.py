@@ -8,7 +8,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.bundles import parsed_content
+from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.training.structures import check_structures
 
 __all__ = ["Case", "bundle_cases", "label_values"]
@@ -45,6 +45,4 @@ def _evaluation(bundle: Path) -> ConfigParser:
     path = bundle / "configs" / "evaluate.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file. Name the folder of a bundle that has one.")
-    parser = ConfigParser()
-    parser.read_config(path)
-    return parser
+    return read_config(path)

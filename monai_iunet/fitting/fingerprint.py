@@ -328,7 +328,9 @@ def read_fingerprint(path: Path) -> Fingerprint:
             **{name: as_tuples(value) for name, value in content.items() if name != "cases"}, cases=cases
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a fingerprint ({first_line(error)}). Remove it to take it again.") from error
+        raise InputError(
+            f"{path}: not a fingerprint ({first_line(error)}). Choose another --output to begin anew."
+        ) from error
 
 
 def as_tuples(value: Any) -> Any:

@@ -52,7 +52,7 @@ from monai_iunet.fitting.fingerprint import (
 )
 from monai_iunet.fitting.page import write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
-from monai_iunet.io.bundles import parsed_content
+from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.planning.budget import for_a_step
@@ -215,6 +215,8 @@ class _Fit:
         try:
             state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
             dict(state["asked"])
+            if not all(len(facts) == 3 for facts in dict(state.get("files", {})).values()):
+                raise ValueError("files")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self._state_file}: not the state of a fit ({first_line(error)}). Choose another --output to "
@@ -538,9 +540,7 @@ class _Fit:
                 (self._models(fold) / name).unlink(missing_ok=True)
 
     def _parser(self, config: str, fold: int | None) -> ConfigParser:
-        parser = ConfigParser()
-        parser.read_config(str(self.folder / "configs" / config))
-        return self._pointed(parser, fold)
+        return self._pointed(read_config(self.folder / "configs" / config), fold)
 
     def _pointed(self, parser: ConfigParser, fold: int | None) -> ConfigParser:
         """Point a config to the data set, and to a fold."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import weights_file
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
-__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles", "parsed_content"]
+__all__ = ["DEFAULT_BUNDLE", "bundle_facts", "bundle_folder", "installed_bundles", "parsed_content", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,23 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the metadata of a segmentation bundle. Name another bundle.") from error
+
+
+def read_config(path: Path) -> ConfigParser:
+    """Read a config of a bundle.
+
+    Raises:
+        InputError: when there is none, or it is damaged.
+    """
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    try:
+        parser.read_config(path)
+        dict(parser.get())
+    except Exception as error:  # whatever a damaged file brings about
+        raise InputError(f"{path}: not a config ({first_line(error)}). Copy the bundle again.") from error
+    return parser
 
 
 def parsed_content(parser: ConfigParser, name: str) -> Any:

@@ -25,7 +25,7 @@ from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
-from monai_iunet.io.bundles import bundle_folder, installed_bundles
+from monai_iunet.io.bundles import bundle_folder, installed_bundles, read_config
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_not_constant, raw_voxels
 from monai_iunet.io.text import first_line, in_one_line
@@ -150,12 +150,7 @@ class BundleSegmenter:
 
     def _inference_config(self) -> ConfigParser:
         """Read `inference.json` without what loads and saves files."""
-        parser = ConfigParser()
-        path = self.folder / "configs" / "inference.json"
-        try:
-            parser.read_config(path)
-        except Exception as error:  # whatever a damaged file brings about
-            raise InputError(f"{path}: not a config ({first_line(error)}). Copy the bundle again.") from error
+        parser = read_config(self.folder / "configs" / "inference.json")
         parser["bundle_root"] = str(self.folder.absolute())  # MONAI evaluates text that begins with $, @ or %
         parser["device"] = self.device
         missing = [name for name in SECTIONS if name not in parser.get()]

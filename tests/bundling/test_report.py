@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from monai_iunet import InputError, SegIUNet
 from monai_iunet.bundling import report as report_module
+from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.bundling.report import draw_cases
 from monai_iunet.cli import app
@@ -128,3 +129,12 @@ def test_a_damaged_table_is_said_in_a_line(content: bytes, tmp_path: Path) -> No
     table.write_bytes(content)
     with pytest.raises(InputError, match=r"cases\.csv: not the table of an evaluation"):
         draw_cases(tmp_path, tmp_path, table, tmp_path / "cases.png")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_damaged_config_is_said_in_a_line(content: str, tmp_path: Path) -> None:
+    config = tmp_path / "configs" / "evaluate.json"
+    config.parent.mkdir()
+    config.write_text(content)
+    with pytest.raises(InputError, match=r"evaluate\.json: not a config"):
+        bundle_cases(tmp_path, tmp_path)

@@ -291,7 +291,7 @@ def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
         fit(tmp_path, tmp_path, device="cpu", gpu_memory=10_000)
 
 
-@pytest.mark.parametrize("state", ["{", "[]", "{}"])
+@pytest.mark.parametrize("state", ["{", "[]", "{}", '{"asked": {}, "files": 3}', '{"asked": {}, "files": {"a": null}}'])
 def test_a_damaged_state_is_said_in_a_line(state: str, tmp_path: Path) -> None:
     (tmp_path / "fit.json").write_text(state)
     with pytest.raises(InputError, match=r"fit\.json: not the state of a fit .* Choose another --output"):
