@@ -130,6 +130,8 @@ class BundleSegmenter:
             classes = formats["outputs"]["pred"]["channel_def"]
             if not all(str(value).isdigit() and isinstance(name, str) for value, name in classes.items()):
                 raise ValueError("channel_def must name each class by its number")
+            if sorted(map(int, classes)) != list(range(len(classes))) or len(set(classes.values())) < len(classes):
+                raise ValueError("channel_def must have the numbers 0, 1, 2, ... and as many different names")
             formats["inputs"]["image"]["format"]
             self.channels = int(formats["inputs"]["image"].get("num_channels", 1))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -350,6 +352,12 @@ class BundleSegmenter:
             lambda part: self.network(part.to(self.device)),
             getattr(self.windows, "divisible_by", None),
         )
+        nameless = sorted(set(described) - set(self.labels))
+        if nameless:
+            raise InputError(
+                f"{self.folder}: labels {', '.join(map(str, nameless))} have no name in its metadata.json, which names "
+                f"{', '.join(map(str, self.labels))}. Add them to channel_def."
+            )
         return labels, probabilities, {self.labels[value]: description for value, description in described.items()}
 
     def prepare(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> tuple[Image, MetaTensor]:

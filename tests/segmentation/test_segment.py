@@ -284,6 +284,16 @@ FOREIGN: dict[str, tuple[str, Any, str]] = {
         lambda config: json.loads(json.dumps(config).replace('"1": "anterior', '"one": "anterior')),
         "channel_def must name each class by its number",
     ),
+    "a name for two classes": (
+        "metadata.json",
+        lambda config: json.loads(json.dumps(config).replace('"2": "posterior', '"2": "anterior')),
+        "as many different names",
+    ),
+    "a class left out": (
+        "metadata.json",
+        lambda config: json.loads(json.dumps(config).replace('"2": "posterior', '"3": "posterior')),
+        "must have the numbers 0, 1, 2",
+    ),
     "no input": ("metadata.json", without("network_data_format", "inputs"), "does not describe a segmentation"),
 }
 
@@ -296,6 +306,19 @@ def test_a_foreign_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> N
         BundleSegmenter(folder, "cpu")
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_a_class_without_a_name_is_said(tmp_path: Path) -> None:
+    # Quality models know the names too.
+    folder = break_bundle(
+        tmp_path / "bundle", "metadata.json", without("network_data_format", "outputs", "pred", "channel_def", "2")
+    )
+    for model in (folder / "models").glob("*quality.json"):
+        model.unlink()
+    segmenter = BundleSegmenter(folder, "cpu")
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((35, 50, 36), np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"labels 2 have no name in its metadata\.json, which names 1"):
+        segmenter.describe_crop(image)
 
 
 def test_the_list_of_bundles_says_what_the_metadata_say() -> None:
