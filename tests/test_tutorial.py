@@ -97,6 +97,8 @@ def test_there_is_code_in_the_pages() -> None:
 def test_the_code_of_the_pages_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "import lightning" in block:
         pytest.importorskip("lightning")
+    if '"cuda"' in block:
+        pytest.skip("needs a GPU, where tests/test_gpu.py records a step in the same way")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"np": np, "clients": [Client(1), Client(3)], "weights": {"weight": np.zeros(2)}}
     if "{bundle}" in block:

@@ -14,6 +14,7 @@ from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.fit import fit
 from monai_iunet.io.bundles import parsed_content
+from monai_iunet.planning.budget import for_a_step
 from tests.bundles.made_data import SMALL_TASK
 from tests.fitting.made_sets import make_set
 
@@ -42,7 +43,7 @@ def test_a_fit_may_be_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16))
     data = unnamed_set("$data")
     output = fit(data, "@fit", gpu_memory="1 GiB", device="cpu", fold=0, plan_only=True)
-    run = fitting._Fit(data, output, fitting.FitOptions(device="cpu", fold=0), Console(quiet=True))
+    run = fitting._Fit(data, output, fitting.FitOptions(for_a_step("1 GiB"), device="cpu", fold=0), Console(quiet=True))
     run.prepare()
     assert len(parsed_content(run._parser("train.json", 0), "datalist")["training"]) == 4
 
