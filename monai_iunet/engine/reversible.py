@@ -499,7 +499,8 @@ def _is_retained() -> bool:
     backward_pass = current_backward_pass()
     known, retained = _RETAINED[0]
     if backward_pass == -1 or known != backward_pass:
-        retained = graph_is_retained(_saved().grad_fn)
+        saver = _saved()  # keeps its node alive
+        retained = graph_is_retained(saver.grad_fn)
         _RETAINED[0] = backward_pass, retained
     return retained
 
