@@ -141,6 +141,10 @@ def test_functional_transforms(options: dict[str, bool]) -> None:
     logits, target = data(one_hot=False)
     loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True, **options)
     value, gradient = value_and_gradient(loss, logits, target)
+    try:
+        torch.func.grad(DiceCELoss(softmax=True, to_onehot_y=True))(logits, target)
+    except RuntimeError as error:
+        pytest.skip(f"MONAI's loss does not work in torch.func with PyTorch {torch.__version__}: {error}")
     torch.testing.assert_close(torch.func.grad(loss)(logits, target), gradient / 2)
     direction = torch.randn_like(logits)
     found, change = torch.func.jvp(lambda x: loss(x, target), (logits,), (direction,))
