@@ -24,6 +24,7 @@ from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
 from monai_iunet.networks.blocks.partition import ChannelPartition, join_rounded
 from monai_iunet.networks.blocks.resampling import OrthogonalDownsampling
 from monai_iunet.networks.layers.autocast import autocast_type, without_cast_copies
+from monai_iunet.networks.layers.metadata import with_metadata, without_metadata
 from monai_iunet.networks.nets.activations import ChosenActivations
 from monai_iunet.networks.nets.architecture import Architecture, is_positive_int
 from monai_iunet.networks.nets.padding import crop, crop_like, pad
@@ -318,8 +319,8 @@ class IUNet(ChosenActivations):
 
     def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
         x = images.pop()
-        # Has the shape and the type of the images, which nobody else may hold from here on.
-        like = x if torch.jit.is_tracing() else x.new_empty((1,)).expand(x.shape)
+        # Has the shape, the type and the metadata of the images, which nobody else may hold from here on.
+        like = x if torch.jit.is_tracing() else with_metadata(without_metadata(x).new_empty(1).expand(x.shape), x)
         private = not levels and self._is_private(x)
         with self._walk(x.device) as checked:
             images.append(self._pad(x))
@@ -436,6 +437,7 @@ class IUNet(ChosenActivations):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Convert a part of images to the type in which sums can be taken back, and to the grid if `exact`."""
+        x = without_metadata(x)
         autocast = autocast_type(x.device)
         if self.exact and autocast in (torch.float16, torch.bfloat16) and self._may_use_integers(x):
             return enter(x, autocast)
@@ -447,10 +449,12 @@ class IUNet(ChosenActivations):
         return x.clone()  # in inference a half must not keep the whole alive, of which it is a view
 
     def _leave(self, y: Tensor, x: Tensor, rounded: bool = False) -> Tensor:
-        """Return an output in the type of the input; under autocast in float32, unless it may be rounded."""
+        """Return an output with the type and metadata of the input; under autocast in float32, unless rounded."""
         if self.exact and is_integer(y):
-            return values(y, x.dtype if rounded else torch.float32)
-        return y.to(x.dtype) if rounded or autocast_type(x.device) is None else y
+            y = values(y, x.dtype if rounded else torch.float32)
+        elif rounded or autocast_type(x.device) is None:
+            y = y.to(x.dtype)
+        return with_metadata(y, x)
 
     def _may_use_integers(self, x: Tensor) -> bool:
         """Return whether nobody looks at what is between the layers, nor needs more digits."""
@@ -520,7 +524,7 @@ class IUNet(ChosenActivations):
                 "The ONNX exporter that traces cannot write conditions on the size of images. Pass dynamo=True to "
                 "torch.onnx.export, its default from PyTorch 2.9 on; to MONAI's onnx_export in converter_kwargs."
             )
-        return pad(x, list(self.factors), self.padding_mode)
+        return pad(without_metadata(x), list(self.factors), self.padding_mode)
 
 
 def _after(layer: InvertibleLayer, state: list[Tensor], overwrite: bool, inverse: bool = False) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from monai_iunet.networks.layers.metadata import with_metadata, without_metadata
 from monai_iunet.networks.layers.slab_convolution import convolve
 from monai_iunet.networks.layers.small_convolution import right_gradients
 from monai_iunet.networks.nets.activations import ChosenActivations
@@ -151,12 +152,15 @@ class SegIUNet(ChosenActivations):
         most = max(self.iunet.channels[0], self.head.out_channels)
         self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
+        image, x = x, without_metadata(x)
         with right_gradients(x):
             features: Any = convolve(x, self.stem)
         if not torch.is_grad_enabled():
             # In a list, from which the network takes them, so that nobody else holds them; a checkpoint asks again.
             features = [features]
         if not (self.deep_supervision and self.training):
-            return convolve(self.iunet(features), self.head)
+            return with_metadata(convolve(self.iunet(features), self.head), image)
         levels = self.iunet.forward_levels(features)
-        return [convolve(level, head) for head, level in zip((self.head, *self.deep_heads), levels)]
+        return [
+            with_metadata(convolve(level, head), image) for head, level in zip((self.head, *self.deep_heads), levels)
+        ]
