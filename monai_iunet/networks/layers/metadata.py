@@ -26,4 +26,4 @@ def with_metadata(tensor: Tensor, image: Tensor) -> Tensor:
     wrapped: Any = tensor.as_subclass(MetaTensor)
     # As MONAI does for the result of an operation: nothing where it is told not to track.
     (result,) = MetaTensor.update_meta([wrapped], None, (image,), {})
-    return result  # type: ignore[no-any-return]
+    return result
