@@ -77,13 +77,22 @@ def test_the_weights_of_a_running_training_are_taken(tmp_path: Path) -> None:
     weights = {"head.weight": torch.rand(3, 4), "head.bias": torch.rand(3)}
     torch.save({"model": weights, "epoch": 7, "record": {"spacing": [2, 2, 2]}}, tmp_path / "last.pt")
     take = script("take_weights").take
-    assert take(tmp_path / "last.pt", tmp_path / "model.pt") == 7
+    assert take([tmp_path / "last.pt"], tmp_path / "model.pt") == 7
     taken = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(taken[name], tensor.half()) for name, tensor in weights.items())
     assert trained_value(tmp_path / "model.pt", "spacing", None) == [2, 2, 2]
+    later = {name: 3 * tensor for name, tensor in weights.items()}
+    torch.save({"model": later, "epoch": 9, "record": {"spacing": [1, 1, 1]}}, tmp_path / "later.pt")
+    assert take([tmp_path / "last.pt", tmp_path / "later.pt"], tmp_path / "mean.pt") == 9
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    assert all(torch.equal(mean[name], (2 * tensor).half()) for name, tensor in weights.items())
+    assert trained_value(tmp_path / "mean.pt", "spacing", None) == [1, 1, 1]
+    torch.save({"model": {"other": torch.rand(3)}, "epoch": 1}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="of different networks"):
+        take([tmp_path / "last.pt", tmp_path / "other.pt"], tmp_path / "model.pt")
     (tmp_path / "last.pt").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"not the last\.pt of a training"):
-        take(tmp_path / "last.pt", tmp_path / "model.pt")
+        take([tmp_path / "last.pt"], tmp_path / "model.pt")
 
 
 @pytest.mark.slow
