@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,6 +38,7 @@ __all__ = [
     "is_in_forward_mode",
     "is_view",
     "keep_versions",
+    "memory_of",
     "tree_leaves",
     "tree_map",
     "version",
@@ -150,6 +152,15 @@ def is_view(tensor: Tensor) -> bool:
 def keep_versions(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Change tensors in place without the knowledge of autograd, which must find them as they were afterwards."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+
+
+def memory_of(tensor: Tensor) -> StorageWeakRef:
+    """Return what stands for the memory of a tensor, equal for no other one, without keeping it.
+
+    A `weakref` to the storage does not: before PyTorch 2.13 Python may collect that object, as part of a cycle, and
+    another one of the same memory takes its place.
+    """
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def version(tensor: Tensor) -> int:

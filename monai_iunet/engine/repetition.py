@@ -17,7 +17,6 @@ the second evaluation, and afterwards.
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -28,7 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
-from monai_iunet.engine.pytorch_private import has_values, hooks_of, hooks_of_all_modules, keep_versions, version
+from monai_iunet.engine.pytorch_private import (
+    has_values,
+    hooks_of,
+    hooks_of_all_modules,
+    keep_versions,
+    memory_of,
+    version,
+)
 from monai_iunet.engine.random_numbers import RandomNumbers, generators, is_same_state
 
 __all__ = ["Conditions"]
@@ -359,7 +365,7 @@ def _stays_in_place(tensor: Tensor) -> bool:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return where the values of a tensor lie, without keeping them there."""
-    return weakref.ref(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return memory_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:

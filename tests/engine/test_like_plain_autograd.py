@@ -6,6 +6,8 @@ Each row is a way to get gradients; it is walked with activations that are rebui
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import random
 import threading
 from collections.abc import Callable
@@ -756,6 +758,15 @@ def test_other_memory_of_a_parameter_is_noticed(name: str) -> None:
     parameter.data = parameter.data + 1
     with pytest.raises(RuntimeError, match=r"was given other memory"):
         value.backward()
+
+
+def test_a_network_that_is_saved_between_the_passes_is_as_it_was() -> None:
+    net = network()
+    value = loss(net(image()))
+    torch.save(net.state_dict(), io.BytesIO())
+    gc.collect()  # before PyTorch 2.13 that takes the objects of the storages with it
+    value.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 def test_a_state_dict_that_is_assigned_between_the_passes_changes_no_gradient() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +232,18 @@ def test_hooks_of_all_modules() -> None:
         assert private.hooks_of_all_modules() != before
         handle.remove()
         assert private.hooks_of_all_modules() == before
+
+
+def test_memory_of() -> None:
+    x = torch.zeros(3)
+    memory = private.memory_of(x)
+    assert memory == private.memory_of(x[1:])
+    assert memory != private.memory_of(x.clone())
+    cycle: list[Any] = [x.untyped_storage()]  # as `torch.save` leaves one behind
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert memory == private.memory_of(x)
+    del x
+    assert memory.expired()
+    assert memory not in [private.memory_of(torch.zeros(3)) for _ in range(100)]
