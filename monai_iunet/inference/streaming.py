@@ -16,9 +16,8 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from monai_iunet.inference.images import Image, Region, WholeImage
 from monai_iunet.inference.windows import Windows
 from monai_iunet.io.text import times
 from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.networks.layers.metadata import with_metadata, without_metadata
 from monai_iunet.planning.budget import largest_window
 from monai_iunet.system import available_memory
 from monai_iunet.transforms.outputs import check_numbers
@@ -207,7 +207,7 @@ class StreamingInferer(SlidingWindowInferer):
             ValueError: when the arguments do not fit the image, or the output of the network not its input; for labels,
                 when that holds no numbers.
         """
-        images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        images = without_metadata(inputs)
         if not images.numel():
             raise ValueError(f"The images are {tuple(images.shape)}: without a voxel there is nothing to stitch.")
         device = kwargs.pop("device", None) or self.device or images.device
@@ -221,11 +221,7 @@ class StreamingInferer(SlidingWindowInferer):
                         shape = (len(images), len(values), *images.shape[2:])
                         output = torch.empty(shape, dtype=values.dtype, device=device)
                     output[number].narrow(1 + slab.axis, slab.start, slab.length).copy_(values)
-        like: Any = images
-        if isinstance(inputs, MetaTensor):
-            empty: Any = MetaTensor([])
-            like = empty.copy_meta_from(inputs, copy_attr=False)
-        return convert_to_dst_type(output, like, dtype=output.dtype, device=output.device)[0]
+        return with_metadata(output, inputs)
 
     def slabs(self, image: Image, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Slab]:
         """Hand on the output for one image slab by slab, in the order of its longest axis.
@@ -309,7 +305,7 @@ def _checked(predictions: Any, windows: Tensor) -> Tensor:
             f"The network makes {tuple(predictions.shape)} of windows {tuple(windows.shape)}: batch and spatial size "
             f"must stay. {advice}"
         )
-    return predictions.as_tensor() if isinstance(predictions, MetaTensor) else predictions
+    return without_metadata(predictions)
 
 
 class _Stitched:
