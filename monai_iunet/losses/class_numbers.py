@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-__all__ = ["check_labels"]
+from monai_iunet.errors import InputError
+
+__all__ = ["check_labels", "check_one_channel"]
 
 
 def check_labels(labels: Tensor, classes: int, name: str) -> None:
@@ -30,4 +34,25 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
         raise ValueError(
             f"{name} must hold the numbers of {classes} classes, 0 to {classes - 1}, got {values}. Map the labels, for "
             "example by MONAI's MapLabelValued, resample them to the nearest one, or give the network more classes."
+        )
+
+
+def check_one_channel(labels: Any, name: str) -> None:
+    """Check that a label map has one channel: of a one-hot one the first is taken for the labels, and read as such.
+
+    Args:
+        labels: `(channels, *spatial)`, a tensor or an array.
+        name: of the labels in the error.
+
+    Raises:
+        InputError: when there are more channels, or none.
+
+    Example:
+        >>> import torch
+        >>> check_one_channel(torch.zeros(1, 4, 4), "label")
+    """
+    if len(labels) != 1:
+        raise InputError(
+            f"{name}: a label map of one channel is needed, got {tuple(labels.shape)}. Take the argmax of what is "
+            "one-hot, or of logits, first."
         )

@@ -23,7 +23,7 @@ from monai.networks import one_hot
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
-from monai_iunet.losses.class_numbers import check_labels
+from monai_iunet.losses.class_numbers import check_labels, check_one_channel
 
 __all__ = ["MarginalLoss", "NoteContouredd", "OneHotContouredd"]
 
@@ -38,7 +38,7 @@ class NoteContouredd(MapTransform):
         num_classes: number of classes, background included, which always counts as contoured.
 
     Raises:
-        ValueError: for labels that are not the number of a class.
+        ValueError: for labels that are not the number of a class, and for maps of several channels.
 
     Example:
         >>> labels = torch.tensor([[[0, 2], [0, 2]]])
@@ -53,8 +53,10 @@ class NoteContouredd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            check_labels(torch.as_tensor(item[key]), self.num_classes, str(key))
-            contoured = torch.bincount(item[key].long().flatten(), minlength=self.num_classes) > 0
+            labels = torch.as_tensor(item[key])
+            check_one_channel(labels, str(key))
+            check_labels(labels, self.num_classes, str(key))
+            contoured = torch.bincount(labels.long().flatten(), minlength=self.num_classes) > 0
             contoured[0] = True
             item[f"{key}_contoured"] = contoured
         return item
@@ -67,7 +69,8 @@ class OneHotContouredd(MapTransform):
         keys: label maps `(1, *spatial)`, whose contoured classes `NoteContouredd` has noted.
 
     Raises:
-        ValueError: for labels that are not the number of a class, as if they were resampled linearly.
+        ValueError: for labels that are not the number of a class, as if they were resampled linearly, and for maps of
+            several channels.
 
     Example:
         >>> data = NoteContouredd("label", num_classes=3)({"label": torch.tensor([[0, 2]])})
@@ -79,8 +82,10 @@ class OneHotContouredd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             contoured = item[f"{key}_contoured"]
-            check_labels(torch.as_tensor(item[key]), len(contoured), str(key))
-            channels = one_hot(item[key], num_classes=len(contoured), dim=0)
+            labels = torch.as_tensor(item[key])
+            check_one_channel(labels, str(key))
+            check_labels(labels, len(contoured), str(key))
+            channels = one_hot(labels, num_classes=len(contoured), dim=0)
             channels[~contoured] = UNKNOWN
             item[key] = channels
         return item

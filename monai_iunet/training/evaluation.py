@@ -22,7 +22,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.io.text import csv_text, first_line
-from monai_iunet.losses.class_numbers import check_labels
+from monai_iunet.losses.class_numbers import check_labels, check_one_channel
 
 __all__ = ["CaseReport", "compare", "mean_dice_of_cases", "read_rows", "write_rows"]
 
@@ -112,6 +112,9 @@ class CaseReport:
         structures: names of the labels 1, 2, ...
         label_key: key of the true labels.
 
+    Raises:
+        ValueError: from the evaluator, for what is no label map of one channel on the grid of the image.
+
     Example:
         >>> import tempfile
         >>> from monai.engines import SupervisedEvaluator
@@ -138,6 +141,8 @@ class CaseReport:
         for number, output in enumerate(outputs):
             # MONAI keeps in the batch what neither the network nor the loss has seen.
             labels = output[self.label_key] if self.label_key in output else batch[number][self.label_key]
+            for key, found in (("pred", output["pred"]), (self.label_key, labels)):
+                check_one_channel(found, key)
             spacing = nibabel.affines.voxel_sizes(np.asarray(labels.affine))
             if isinstance(output["pred"], MetaTensor):
                 _check_affine(output["pred"], labels)

@@ -12,6 +12,7 @@ from monai.transforms.utils import get_largest_connected_component_mask
 from scipy import ndimage
 
 from monai_iunet.errors import InputError
+from monai_iunet.losses.class_numbers import check_one_channel
 
 __all__ = ["LargestComponentsd"]
 
@@ -45,11 +46,7 @@ class LargestComponentsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            if len(item[key]) != 1:
-                raise InputError(
-                    f"{key}: a label map of one channel is needed, got {tuple(item[key].shape)}. Take the argmax of "
-                    "what is one-hot, or of logits, first."
-                )
+            check_one_channel(item[key], str(key))
             tensor = torch.as_tensor(item[key])
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 raise InputError(

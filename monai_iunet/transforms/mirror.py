@@ -9,6 +9,7 @@ from monai.config import KeysCollection
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 
 from monai_iunet.errors import InputError
+from monai_iunet.losses.class_numbers import check_one_channel
 
 __all__ = ["RandMirrord", "read_swap"]
 
@@ -38,13 +39,13 @@ class RandMirrord(RandomizableTransform, MapTransform):
 
     Args:
         keys: images and label maps.
-        label_keys: those of them that are label maps.
+        label_keys: those of them that are label maps `(1, *spatial)`.
         swap: pairs of labels that change places, such as `[[3, 4]]` for a right and a left parotid.
         prob: probability of a flip.
         spatial_axis: axis that runs from left to right.
 
     Raises:
-        InputError: when `swap` are no pairs, or a label map is not among `keys`.
+        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels.
 
     Example:
         >>> import torch
@@ -79,6 +80,7 @@ class RandMirrord(RandomizableTransform, MapTransform):
             for key in self.key_iterator(item):
                 item[key] = self.flip(item[key])
                 if key in self.label_keys:
+                    check_one_channel(item[key], str(key))
                     item[key] = self._swapped(item[key])
                     self._swap_contoured(item, f"{key}_contoured")
         return item

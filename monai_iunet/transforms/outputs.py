@@ -16,6 +16,7 @@ from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveIma
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.files import NIFTI, check_folder
 from monai_iunet.io.labels import write_labels
+from monai_iunet.losses.class_numbers import check_one_channel
 
 __all__ = ["LabelsOnImageGridd", "SaveImageLabelsd", "check_numbers"]
 
@@ -102,6 +103,9 @@ class SaveImageLabelsd(SaveImaged):
         suffix: what is added to the name of the image.
         orig_keys: the image, whose file is named in its meta data.
 
+    Raises:
+        InputError: for what is no label map of one channel on the grid of the file.
+
     Example:
         >>> SaveImageLabelsd("pred", "eval").suffix
         '_seg'
@@ -119,6 +123,7 @@ class SaveImageLabelsd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
+            check_one_channel(item[key], str(key))
             source = item[self.orig_key].meta["filename_or_obj"]
             name = result_name(source, len(item[self.orig_key]), NIFTI)
             image: Any = nibabel.load(source)

@@ -195,3 +195,19 @@ def test_beside_such_a_sample_another_one_counts_as_alone() -> None:
     torch.testing.assert_close(value, alone / 2)
     torch.testing.assert_close(gradient[:1], torch.autograd.grad(alone, logits)[0][:1] / 2)
     assert not gradient[1].any()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [*ENCODE.transforms, RandMirrord("label", "label", swap=[[1, 2]], prob=1.0)],
+    ids=lambda t: type(t).__name__,
+)
+def test_one_hot_maps_are_taken_for_no_labels(transform: Any) -> None:
+    one_hot = nn.functional.one_hot(label_map(0, 2, 3)[0], 4).movedim(-1, 0)
+    with pytest.raises(InputError, match=r"label: a label map of one channel is needed, got \(4, 4, 4, 4\)"):
+        transform({"label": one_hot, "label_contoured": torch.ones(4, dtype=torch.bool)})
+
+
+def test_arrays_are_taken_as_tensors_are() -> None:
+    labels = label_map(0, 2, 3)
+    assert torch.equal(ENCODE({"label": labels.numpy()})["label"], ENCODE({"label": labels})["label"])

@@ -102,3 +102,13 @@ def test_what_is_no_number_of_a_structure_is_refused(value: float, which: str) -
 def test_maps_of_two_grids_are_not_compared() -> None:
     with pytest.raises(ValueError, match="on the grid of the image"):
         compare(torch.ones(6, 6, 5), torch.ones(6, 6, 6), (1.0, 1.0, 3.0), ["structure"])
+
+
+@pytest.mark.parametrize("key", ["pred", "label"])
+def test_one_hot_maps_are_not_compared(key: str, tmp_path: Path) -> None:
+    case = {"pred": MetaTensor(boxes(4)[None]), "label": MetaTensor(boxes(4)[None])}
+    case[key] = torch.cat([1 - case[key], case[key]])
+    engine = Engine(lambda engine, batch: [case])
+    CaseReport(tmp_path / "eval", ["box"]).attach(engine)
+    with pytest.raises(ValueError, match=rf"{key}: a label map of one channel is needed, got \(2, 20, 10, 10\)"):
+        engine.run([0])

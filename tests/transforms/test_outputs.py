@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.transforms import Compose, CropForegroundd, LoadImaged, Orientationd, Spacingd
 
+from monai_iunet.errors import InputError
 from monai_iunet.planning.live_bytes import LiveBytes
 from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
 
@@ -77,3 +78,12 @@ def test_memory_does_not_grow_with_the_number_of_classes(tmp_path: Path) -> None
             LabelsOnImageGridd("pred", PREPROCESSING)(case)
         peaks.append(live.peak)
     assert peaks[1] <= 1.05 * peaks[0]
+
+
+def test_one_hot_maps_are_not_written(tmp_path: Path) -> None:
+    data, affine = ball()
+    nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / "image.nii.gz")
+    case = LoadImaged("image", ensure_channel_first=True)({"image": str(tmp_path / "image.nii.gz")})
+    case["pred"] = torch.ones(3, *data.shape, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"pred: a label map of one channel is needed, got \(3, 30, 26, 22\)"):
+        SaveImageLabelsd("pred", tmp_path / "out")(case)
