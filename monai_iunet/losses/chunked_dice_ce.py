@@ -67,7 +67,8 @@ class ChunkedDiceCELoss(DiceCELoss):
             target: class numbers `(batch, 1, *spatial)` with `to_onehot_y`, else one channel per class.
 
         Raises:
-            ValueError: for shapes that do not fit each other, and for labels that are not the number of a class.
+            ValueError: for shapes that do not fit each other, for weights of another number of classes, and for labels
+                that are not the number of a class.
         """
         reason = self._reason_for_one_piece(input, target)
         if reason is not None:
@@ -80,6 +81,11 @@ class ChunkedDiceCELoss(DiceCELoss):
             raise ValueError(
                 f"target must have the shape {expected} for logits of shape {tuple(input.shape)} and "
                 f"to_onehot_y={self.dice.to_onehot_y}, got {tuple(target.shape)}."
+            )
+        weight = self.cross_entropy.weight
+        if weight is not None and tuple(weight.shape) != (input.shape[1],):
+            raise ValueError(
+                f"weight must have a value for each of the {input.shape[1]} classes, got {tuple(weight.shape)}."
             )
         # Not `as_subclass`, which tensors without values may not have.
         plain = (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor for tensor in (input, target))
@@ -163,7 +169,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         overlap, predicted, true = (part.sum(0) for part in sums) if dice.batch else sums
         union = 2 * (predicted + true - overlap) if dice.jaccard else predicted + true
         loss: Tensor = 1 - (2 * overlap + dice.smooth_nr) / (union + dice.smooth_dr)
-        if dice.class_weight is not None:
+        if dice.class_weight is not None and overlap.shape[-1] > 1:  # of a single one DiceLoss takes no weight
             loss = loss * dice.class_weight.to(loss)
         return loss.mean() if dice.reduction == "mean" else loss.sum()
 

@@ -185,3 +185,20 @@ def test_more_voxels_are_counted_than_a_float32_can_count_one_by_one() -> None:
     logits[:, 0] = 100
     loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True, batch=True, lambda_ce=0)
     assert loss(logits, torch.zeros(1, 1, voxels, dtype=torch.uint8)).item() < 1e-4
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_single_structure_has_the_weight_that_monai_gives_it(batch: bool) -> None:
+    logits, target = data(one_hot=False, shape=(2, 2, 7, 5, 6))
+    options = {"to_onehot_y": True, "softmax": True, "include_background": False, "weight": torch.tensor([0.2, 3.0])}
+    expected = value_and_gradient(DiceCELoss(**options, batch=batch), logits, target)
+    found = value_and_gradient(ChunkedDiceCELoss(**options, batch=batch), logits, target)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_weights_of_another_number_of_classes_are_refused(count: int, one_hot: bool) -> None:
+    loss = ChunkedDiceCELoss(to_onehot_y=not one_hot, softmax=True, weight=torch.ones(count))
+    with pytest.raises(ValueError, match=rf"weight must have a value for each of the 3 classes, got \({count},\)"):
+        loss(*data(one_hot))
