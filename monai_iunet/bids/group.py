@@ -49,18 +49,19 @@ def segment_participants(
     check_outputs(cases, settings)
     start_derivatives(output, bids_dir, segmenter)
     for absent in missing:
-        failure = _missing(absent, bids_dir, suffixes)
+        failure = _missing(absent, bids_dir, suffixes, filters is not None)
         if settings.fail_fast:
             raise InputError(failure.reason)
         yield failure
     yield from segment_cases(cases, segmenter, settings)
 
 
-def _missing(absent: MissingImage, bids_dir: Path, suffixes: Sequence[str]) -> Failure:
+def _missing(absent: MissingImage, bids_dir: Path, suffixes: Sequence[str], is_filtered: bool) -> Failure:
     labels = [label for label in (absent.subject, absent.session) if label is not None]
     known = all(label.isascii() and label.isalnum() for label in labels)
     advice = "" if known else " Labels of BIDS are letters and digits: rename folders and files."
-    return Failure(bids_dir, f"{absent}: has no {' or '.join(suffixes)} image.{advice}")
+    image = f"{' or '.join(suffixes)} image{' that fits --bids-filter-file' if is_filtered else ''}"
+    return Failure(bids_dir, f"{absent}: has no {image}.{advice}")
 
 
 def write_group_table(bids_dir: Path, output: Path, segmenter: BundleSegmenter) -> tuple[Path, list[str]]:

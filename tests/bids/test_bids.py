@@ -124,7 +124,8 @@ def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> Non
     filters.write_text(json.dumps({"t1w": {"acquisition": "fast"}}))
     words = ("--bids-filter-file", filters, "--participant-label", "04", "05", "--session-label", "pre")
     code, printed, error = call("bids", "--json", data, tmp_path / "out", "participant", *words)
-    assert (code, without_warnings(error)) == (2, "Error: sub-05 ses-pre: has no T1w image.\n")
+    expected = "Error: sub-05 ses-pre: has no T1w image that fits --bids-filter-file.\n"
+    assert (code, without_warnings(error)) == (2, expected)
     assert f"sub-04_ses-pre_acq-fast_{SUFFIX}.nii.gz" in printed
 
 
