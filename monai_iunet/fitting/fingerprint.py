@@ -100,6 +100,7 @@ class Fingerprint:
         modality: "MR" or "CT".
         cases: that can be learned from.
         left_out: file names of the images of the others.
+        parts: which labels the regions of the data set are made of, as text; empty if it has none.
 
     Example:
         >>> Fingerprint(("CT",), ("liver",), (1,), "CT", ()).structures
@@ -112,6 +113,17 @@ class Fingerprint:
     modality: str
     cases: tuple[CaseFacts, ...]
     left_out: tuple[str, ...] = ()
+    parts: str = ""
+
+    @property
+    def of_regions(self) -> str:
+        """Say what became of the regions of the data set, whose names labels have; empty if it has none."""
+        if not self.parts:
+            return ""
+        return (
+            "Regions are not learned as such, but each label by itself, under the name of the smallest region that has "
+            f"it. To have a region, add its labels up, by their numbers in the data set: {self.parts}."
+        )
 
     @property
     def labeled(self) -> tuple[int, ...]:
@@ -172,7 +184,8 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         raise InputError(f"modality {kind!r}: must be MR or CT.")
     structures = tuple(name for name, _ in values)
     names = tuple(sorted(Path(name).name for name in left_out))
-    return Fingerprint(data.channels, structures, tuple(value for _, value in values), kind, good, names)
+    numbers = tuple(value for _, value in values)
+    return Fingerprint(data.channels, structures, numbers, kind, good, names, data.parts)
 
 
 def _count(problems: Sequence[str]) -> str:
@@ -352,6 +365,7 @@ def fingerprint_tables(fingerprint: Fingerprint) -> Group:
     low, middle, high = fingerprint.percentiles(0.5, 50, 99.5)
     images.add_row("intensities in structures", f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}")
     table = Table("label", "structure", "cases", "volume, ml", "part of the images", title="Structures")
+    table.caption = fingerprint.of_regions or None
     for number, (value, name) in enumerate(zip(fingerprint.label_values, fingerprint.structures)):
         labeled = [case for case in fingerprint.cases if case.volumes[number] > 0]
         volume = np.median([case.volumes[number] for case in labeled]) if labeled else 0.0

@@ -77,6 +77,7 @@ def write_page(
         else " In the label files of the data set they have the values "
         f"{', '.join(map(str, task.label_values))}, in this order."
     )
+    values += f" {fingerprint.of_regions}" if fingerprint.parts else ""
     shape, spacing = (
         np.median([getattr(case, name) for case in fingerprint.cases], axis=0) for name in ("shape", "spacing")
     )

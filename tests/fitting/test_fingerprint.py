@@ -60,6 +60,18 @@ def test_it_is_written_read_printed_and_drawn(tmp_path: Path) -> None:
         read_fingerprint(tmp_path / "fingerprint.json")
 
 
+def test_it_says_what_became_of_regions(tmp_path: Path) -> None:
+    path = make_set(tmp_path, classes=2) / "dataset.json"
+    assert take(tmp_path).of_regions == ""
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["labels"] = {"background": 0, "whole": [1, 2], "core": 2}
+    path.write_text(json.dumps(description))
+    found = take(tmp_path)
+    assert found.structures == ("whole", "core")  # the label 1, which is not the whole
+    assert found.of_regions.endswith("add its labels up, by their numbers in the data set: whole: labels 1, 2.")
+    assert fingerprint_tables(found).renderables[1].caption == found.of_regions
+
+
 def test_a_mirrored_image_is_named(tmp_path: Path) -> None:
     change(make_set(tmp_path) / "imagesTr" / "case_02.nii.gz", lambda data: data[::-1])
     with pytest.raises(InputError) as error:
