@@ -90,7 +90,6 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
                 f'{folder / "dataset.json"}: "{section}" must be a list of cases, such as '
                 f'{{"image": "a.nii.gz", "label": "b.nii.gz"}}, not {str(description[section])[:80]}. Mend it.'
             )
-    channels = _channels(description)
     labels, parts = _labels(description, folder / "dataset.json")
     if isinstance(description.get("training"), list):
         training, problems = _listed(folder, description["training"])
@@ -103,10 +102,9 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
         validation = None
     problems += _take_out_repeated(training, validation or [])
     counts = {len(case["image"]) if isinstance(case["image"], list) else 1 for case in training}
-    if len(counts) == 1:
-        count = counts.pop()
-        count = _stored_channels(training[0]["image"]) if count == 1 else count
-        channels = channels if len(channels) == count else tuple(f"channel {number}" for number in range(count))
+    count = counts.pop() if len(counts) == 1 else None
+    count = _stored_channels(training[0]["image"]) if count == 1 else count
+    channels = _channels(description, count, folder / "dataset.json")
     return LabeledData(folder, training, validation, channels, labels, parts, tuple(problems))
 
 
@@ -208,14 +206,31 @@ def _description(path: Path) -> Mapping[str, Any]:
     return description
 
 
-def _channels(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of channels in the order of their numbers, which need not be that of the file."""
+def _channels(description: Mapping[str, Any], count: int | None, path: Path) -> tuple[str, ...]:
+    """Return the names of channels in the order of their numbers, which need not be that of the file.
+
+    Args:
+        description: of the data set.
+        count: of the channels of its images; None if they differ.
+        path: of the description, for errors.
+
+    Raises:
+        InputError: when it names more channels than images have, or fewer.
+    """
     names = description.get("channel_names", description.get("modality", {}))
-    if isinstance(names, str):
-        return (names,)
-    if isinstance(names, Mapping):
+    if isinstance(names, str):  # of all channels
+        names = [names] if count in (None, 1) else [f"{names} {number}" for number in range(count)]
+    elif isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=lambda key: int(key) if key.isdecimal() else 0)]
-    return tuple(map(str, names if isinstance(names, list) else ())) or ("image",)
+    named = tuple(map(str, names if isinstance(names, list) else ()))
+    if not named:
+        return ("image",) if count in (None, 1) else tuple(f"channel {number}" for number in range(count))
+    if count not in (None, len(named)):
+        raise InputError(
+            f"{path}: names {len(named)} channels, {', '.join(named)}, but images have {count}. Look whether files "
+            "NAME_0000, NAME_0001, ... are missing; else name the channels that there are."
+        )
+    return named
 
 
 def _stored_channels(path: str) -> int:

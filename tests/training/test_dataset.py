@@ -82,6 +82,19 @@ def test_channels_are_named_by_their_numbers(tmp_path: Path) -> None:
     assert data.channels == tuple("abcdefghijk")
 
 
+@pytest.mark.parametrize("names", [{"0": "T1"}, {"0": "T1", "1": "T2", "2": "FLAIR"}])
+def test_names_of_more_or_fewer_channels_are_refused(names: dict[str, str], tmp_path: Path) -> None:
+    files = ["imagesTr/p_0000.nii.gz", "imagesTr/p_0001.nii.gz", "labelsTr/p.nii.gz"]
+    with pytest.raises(InputError, match=rf"names {len(names)} channels, T1.*, but images have 2\. "):
+        read_labeled_data(make(tmp_path, files, {"channel_names": names, "labels": {"liver": 1}}))
+
+
+@pytest.mark.parametrize(("description", "expected"), [({"modality": "MRI"}, "MRI"), ({}, "channel")])
+def test_one_name_is_that_of_all_channels(description: dict[str, str], expected: str, tmp_path: Path) -> None:
+    files = ["imagesTr/p_0000.nii.gz", "imagesTr/p_0001.nii.gz", "labelsTr/p.nii.gz"]
+    assert read_labeled_data(make(tmp_path, files, description)).channels == (f"{expected} 0", f"{expected} 1")
+
+
 @pytest.mark.parametrize(
     ("image", "label", "named"),
     [
