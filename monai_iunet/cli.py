@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -124,8 +125,18 @@ def _input_errors(guide: str = "index") -> Iterator[None]:
     try:
         yield
     except (InputError, OSError) as error:
-        typer.echo(f"Error: {error} Guide: monai-iunet guide {guide}.", err=True)
+        typer.echo(f"Error: {_as_sentence(error)} Guide: monai-iunet guide {guide}.", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+
+
+def _as_sentence(error: Exception) -> str:
+    """Return what an error says; of one of the system, the file comes first, and what to do where the disk is full."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and "Make room" not in text:
+            text += ". Make room there, and call it again"
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 @app.command(epilog="Example: monai-iunet segment scans/*.nii.gz --output labels --volumes csv --report")

@@ -133,9 +133,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _sync(temporary, os.O_RDWR)  # Windows syncs what may be written only
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)  # a full disk does not say which file it has no room for
         raise
     with contextlib.suppress(OSError):  # not every system opens folders
         _sync(path.parent, os.O_RDONLY)

@@ -413,6 +413,18 @@ def test_a_full_disk_ends_the_batch_and_what_went_wrong_before_is_said(
     assert "No space left" in lines[1]
 
 
+def test_a_full_disk_names_the_file_and_what_to_do(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(segmentation: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_nifti", fail)
+    code, _, error = call("segment", images[0], "--output", tmp_path / "out", "--no-overlay")
+    expected = f"Error: {tmp_path / 'out' / 'a_seg.nii.gz'}: No space left on device. Make room there, and call it"
+    assert (code, without_warnings(error).strip()) == (1, f"{expected} again. Guide: monai-iunet guide segment.")
+
+
 def test_fail_fast_says_unknown_errors_in_one_line(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
