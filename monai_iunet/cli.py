@@ -124,6 +124,8 @@ def _input_errors(guide: str = "index") -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:  # who reads what is printed has seen enough; click ends without a word
+        raise
     except (InputError, OSError) as error:
         typer.echo(f"Error: {_as_sentence(error)} Guide: monai-iunet guide {guide}.", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error

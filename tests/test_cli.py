@@ -288,6 +288,16 @@ def test_large_tensors_are_in_huge_pages_unless_chosen_otherwise(chosen: str | N
     assert result.stdout.splitlines()[-1:] == [str(chosen is None)], result.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    script = "from monai_iunet.cli import main; main()"
+    command = [sys.executable, "-c", script, "guide", "benchmark"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `head` does
+        assert process.stderr.read() == b""
+
+
 def test_help_and_version_do_not_load_torch() -> None:
     for option in ("--help", "--version"):
         code = (
