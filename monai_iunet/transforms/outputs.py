@@ -46,7 +46,8 @@ class LabelsOnImageGridd(MapTransform):
         orig_keys: the preprocessed image.
 
     Raises:
-        ValueError: when a probability is NaN or infinite.
+        ValueError: when a probability is NaN or infinite, there is a single class, or the probabilities are not on the
+            grid of the preprocessed image.
 
     Example:
         >>> from monai.data import MetaTensor
@@ -73,6 +74,12 @@ class LabelsOnImageGridd(MapTransform):
 
     def _labels(self, probabilities: torch.Tensor, image: MetaTensor) -> MetaTensor:
         """Return the most probable class of each voxel, on the grid of the original image."""
+        grid = tuple(image.shape[1:])
+        if len(probabilities) < 2 or tuple(probabilities.shape[1:]) != grid:
+            raise ValueError(
+                "Probabilities of 2 classes or more, background included, are needed on the grid of the preprocessed "
+                f"image, {grid}, got {tuple(probabilities.shape)}."
+            )
         check_numbers(torch.as_tensor(probabilities))
         largest: Any = None
         labels: Any = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, LoadImaged, Orientationd, Spacingd
 
 from monai_iunet.errors import InputError
@@ -65,6 +67,16 @@ def test_what_is_no_number_is_no_background(tmp_path: Path) -> None:
     case["pred"][2, 1, 1, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite, of which no labels can be made"):
         LabelsOnImageGridd("pred", PREPROCESSING)(case)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5, 5), (3, 9, 9, 9), (3, 5, 5)], ids=str)
+def test_what_are_no_probabilities_of_classes_on_the_grid_is_refused(shape: tuple[int, ...]) -> None:
+    spacing = Spacingd("image", (2, 2, 2))
+    case = spacing({"image": MetaTensor(torch.rand(1, 9, 9, 9), affine=torch.eye(4))})
+    with pytest.raises(
+        ValueError, match=rf"on the grid of the preprocessed image, \(5, 5, 5\), got {re.escape(str(shape))}"
+    ):
+        LabelsOnImageGridd("pred", spacing)({**case, "pred": torch.rand(shape)})
 
 
 def test_memory_does_not_grow_with_the_number_of_classes(tmp_path: Path) -> None:
