@@ -26,7 +26,7 @@ class SegEnsemble(nn.Module):
         options: arguments of `SegIUNet`, the same for all.
 
     Raises:
-        ValueError: when there is no member.
+        ValueError: when there is no member, or a single class, whose softmax is 1.
 
     Example:
         >>> net = SegEnsemble(members=2, spatial_dims=3, in_channels=1, out_channels=3, channels=(8, 16)).eval()
@@ -39,6 +39,11 @@ class SegEnsemble(nn.Module):
         if members < 1:
             raise ValueError(f"members must be positive, got {members}.")
         self.members = nn.ModuleList(SegIUNet(**options) for _ in range(members))
+        if options["out_channels"] < 2:
+            raise ValueError(
+                "out_channels must be 2 or more, background included, since members are averaged behind a softmax, "
+                f"got {options['out_channels']}."
+            )
 
     @staticmethod
     def state_of(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

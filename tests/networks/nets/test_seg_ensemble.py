@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from monai_iunet import SegEnsemble, SegIUNet
@@ -38,3 +39,8 @@ def test_a_probability_of_zero_is_no_hole() -> None:
             member.head.bias.copy_(torch.tensor([1e4, -1e4, 0.0]) * sign)  # float32 has no such small probability
         found = ensemble(torch.rand(1, 2, 8, 8, 8)).softmax(1)
     torch.testing.assert_close(found[0, :, 0, 0, 0], torch.tensor([0.5, 0.5, 0.0]))
+
+
+def test_a_single_class_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"out_channels must be 2 or more, background included, .* got 1\."):
+        SegEnsemble(2, **{**OPTIONS, "out_channels": 1})
