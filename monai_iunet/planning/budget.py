@@ -53,7 +53,7 @@ def largest_patch(
         memory_budget: bytes, or such as "24 GiB".
         aspect: proportions of the patch's axes.
         multiple_of: every axis is a multiple of this, or each of its own number.
-        smallest: the patch is at least of this size.
+        smallest: the patch is at least of this size, rounded up to the multiples.
         largest: the patch is at most of this size, rounded down to the multiples.
         options: of `plan_training`, without the size.
 
@@ -70,7 +70,9 @@ def largest_patch(
     budget = parse_bytes(memory_budget)
 
     multiples = (multiple_of,) * len(aspect) if isinstance(multiple_of, int) else tuple(multiple_of)
-    lowest = smallest or multiples
+    lowest = multiples
+    if smallest is not None:
+        lowest = tuple(-(-extent // multiple) * multiple for extent, multiple in zip(smallest, multiples))
     highest = [math.inf] * len(aspect)
     if largest is not None:
         highest = [limit // multiple * multiple for limit, multiple in zip(largest, multiples)]

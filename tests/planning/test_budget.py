@@ -116,6 +116,12 @@ def test_a_patch_stays_within_its_limits_and_multiples() -> None:
         largest_patch(net, "64 MiB", aspect=(1, 1), multiple_of=(8, 16), largest=(45, 10))
 
 
+def test_the_smallest_patch_is_one_of_multiples_too() -> None:
+    net = SegIUNet(2, in_channels=1, out_channels=2, channels=(4, 8))
+    plan = largest_patch(net, "180 KiB", aspect=(1, 1), multiple_of=(8, 16), smallest=(50, 16))
+    assert plan.spatial_size == (56, 48)
+
+
 def test_a_window_is_the_whole_image_where_it_fits_and_else_as_large_as_fits() -> None:
     network = SegIUNet(2, 1, 2, (8, 16, 32))
     factors = (4, 4)
