@@ -135,8 +135,10 @@ def plan_training(
     """
     if optimizer is not None and not callable(optimizer):
         raise TypeError(f"optimizer {optimizer!r}: must make one of parameters, as torch.optim.AdamW does, or be None.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype {dtype}: must be that of autocast, such as torch.bfloat16, or torch.float32 for none.")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"dtype {dtype}: must be that of autocast, torch.bfloat16 or torch.float16, or torch.float32 for none."
+        )
     shape = (batch_size, in_channels, *spatial_size)
     with rehearse(network, shape, dtype) as fake:
         counted = _count_step(fake, shape, dtype, optimizer, loss)

@@ -118,7 +118,8 @@ def test_what_a_network_cannot_take_is_said() -> None:
 
 def test_types_and_optimizers_that_are_none_are_refused() -> None:
     net = SegIUNet(2, 1, 2, (4, 8), couplings=1)
-    with pytest.raises(ValueError, match=r"dtype torch.int32: must be that of autocast"):
-        plan_training(net, (8, 8), dtype=torch.int32)
+    for dtype in (torch.int32, torch.float64, "bfloat16"):
+        with pytest.raises(ValueError, match=f"dtype {dtype}: must be that of autocast"):
+            plan_training(net, (8, 8), dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer 'adam': must make one"):
         plan_training(net, (8, 8), optimizer="adam")  # type: ignore[arg-type]
