@@ -33,6 +33,8 @@ __all__ = ["Checkpoints", "StartFrom", "start_from"]
 
 logger = logging.getLogger(__name__)
 
+TAKEN = ("epoch", "best", "scaler", "model", "record")  # names in the file of the last state
+
 
 class Checkpoints:
     """Saves `last.pt` after each epoch of a trainer, `model.pt` whenever its validator finds a better network, and
@@ -45,7 +47,8 @@ class Checkpoints:
     Args:
         folder: where the files go; created if need be.
         model: the network whose weights `model.pt` holds.
-        state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say.
+        state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say. It may
+            not be named "model", "epoch", "best", "scaler" or "record".
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
@@ -55,6 +58,7 @@ class Checkpoints:
 
     Raises:
         InputError: when `last.pt` is of another training, or of one that was given something else.
+        ValueError: when a part of `state` has a name that is taken.
 
     Example:
         >>> import tempfile
@@ -79,6 +83,8 @@ class Checkpoints:
         self.folder = Path(str(folder))  # the command line makes a number of a folder that is named 2024
         self.model = model
         self.state = dict(state)
+        if taken := [name for name in TAKEN if name in self.state]:
+            raise ValueError(f"state: the name {taken[0]} is taken, one of {', '.join(TAKEN)}. Give it another.")
         self.validator = validator
         self.early_stop = early_stop
         if early_stop is not None:

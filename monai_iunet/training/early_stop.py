@@ -51,14 +51,20 @@ class EarlyStop(EarlyStopping):
         """Count a validation.
 
         Raises:
-            RuntimeError: when there is no trainer to stop.
+            RuntimeError: when there is no trainer to stop, or no such metric.
         """
         if not self._has_trainer:
             raise RuntimeError("EarlyStop has no trainer to stop. Call `set_trainer` before the training.")
         super().__call__(engine)
 
     def _score(self, engine: Engine) -> float:
-        score = float(engine.state.metrics[self.metric])
+        metrics = engine.state.metrics
+        if self.metric not in metrics:
+            raise RuntimeError(
+                f"EarlyStop: the validator has no metric {self.metric!r} when it ends an epoch. Name one of "
+                f"{', '.join(map(str, metrics)) or 'its key_val_metric'}."
+            )
+        score = float(metrics[self.metric])
         return -math.inf if math.isnan(score) else score
 
 

@@ -265,6 +265,20 @@ def test_an_early_stop_counts_metrics_that_are_no_number(scores: list[float]) ->
     assert stops.index(True) == (3 if scores[1] == 0.5 else 2)
 
 
+def test_an_early_stop_by_a_metric_that_is_none_says_so() -> None:
+    validator = Engine(lambda *_: None)
+    EarlyStop(patience=1, metric="dcie", trainer=Engine(lambda *_: None)).attach(validator)
+    validator.state.metrics = {"dice": 0.5}
+    with pytest.raises(RuntimeError, match=r"the validator has no metric 'dcie' .* Name one of dice\."):
+        validator.fire_event(Events.EPOCH_COMPLETED)
+
+
+@pytest.mark.parametrize("name", ["model", "epoch"])
+def test_a_state_of_a_name_that_checkpoints_use_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"state: the name {name} is taken"):
+        Checkpoints(tmp_path, nn.Linear(1, 1), {name: nn.Linear(1, 1)})
+
+
 def test_an_early_stop_without_a_trainer_says_so() -> None:
     validator = Engine(lambda *_: None)
     validator.state.metrics = {"dice": 0.5}
