@@ -143,6 +143,8 @@ class CaseReport:
             labels = output[self.label_key] if self.label_key in output else batch[number][self.label_key]
             for key, found in (("pred", output["pred"]), (self.label_key, labels)):
                 check_one_channel(found, key)
+            if not isinstance(labels, MetaTensor):
+                raise ValueError(f"{self.label_key}: a MetaTensor is needed, whose affine says how large a voxel is.")
             spacing = nibabel.affines.voxel_sizes(np.asarray(labels.affine))
             if isinstance(output["pred"], MetaTensor):
                 _check_affine(output["pred"], labels)

@@ -112,3 +112,10 @@ def test_one_hot_maps_are_not_compared(key: str, tmp_path: Path) -> None:
     CaseReport(tmp_path / "eval", ["box"]).attach(engine)
     with pytest.raises(ValueError, match=rf"{key}: a label map of one channel is needed, got \(2, 20, 10, 10\)"):
         engine.run([0])
+
+
+def test_labels_need_the_size_of_their_voxels(tmp_path: Path) -> None:
+    engine = Engine(lambda engine, batch: [{"pred": boxes(4)[None], "label": boxes(4)[None]}])
+    CaseReport(tmp_path / "eval", ["box"]).attach(engine)
+    with pytest.raises(ValueError, match="label: a MetaTensor is needed, whose affine says how large a voxel is"):
+        engine.run([0])
