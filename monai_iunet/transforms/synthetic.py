@@ -20,6 +20,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -46,8 +47,8 @@ class RandSyntheticImaged(Randomizable, MapTransform):
     """Make an image of random pose, contrast and quality from a map of tissues, and deform the labels alike.
 
     Args:
-        keys: maps of tissues `(1, *spatial)`, whole numbers from 0; images take their place, `(1, *spatial_size)`,
-            float32, from 0 to 1.
+        keys: maps of tissues `(1, *spatial)`, whole numbers from 0, turned to RAS as by `Orientationd`; images take
+            their place, `(1, *spatial_size)`, float32, from 0 to 1.
         label_key: labels on the same grid.
         pixdim: voxels of the result, in mm.
         spatial_size: largest field of view, in voxels, around the center of what is labeled.
@@ -101,6 +102,8 @@ class RandSyntheticImaged(Randomizable, MapTransform):
             raise InputError(
                 f"prob_crop, prob_typical, prob_strip: must be 0 to 1, got {prob_crop, prob_typical, prob_strip}."
             )
+        if others := [tissue for tissue in (*outside, *fluid) if not 0 <= tissue < len(typical)]:
+            raise InputError(f"outside, fluid: {others} are no tissues, which are 0 to {len(typical) - 1}.")
         MapTransform.__init__(self, keys)
         self.label_key = label_key
         self.pixdim = pixdim
@@ -123,13 +126,20 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         """Return an image and its labels.
 
         Raises:
-            ValueError: when both are not on one grid, or a tissue has no number of `typical`.
+            ValueError: when both are not on one grid, or not turned to RAS, or a tissue has no number of `typical`.
         """
         if tissues.shape != labels.shape:
             raise ValueError(
                 f"The map of tissues is {tuple(tissues.shape)}, that of the labels {tuple(labels.shape)}: both "
                 "must be on one grid."
             )
+        for volume in (tissues, labels):
+            axes = nibabel.aff2axcodes(np.asarray(volume.affine)) if isinstance(volume, MetaTensor) else tuple("RAS")
+            if axes != tuple("RAS"):
+                raise ValueError(
+                    f"The map of tissues or of labels is turned {''.join(map(str, axes))}, must be RAS, as the image "
+                    "will be. Turn it by MONAI's Orientationd."
+                )
         random = torch.Generator(tissues.device).manual_seed(int(self.R.randint(2**31)))
         source = [
             volume.as_tensor()[0] if isinstance(volume, MetaTensor) else volume[0] for volume in (tissues, labels)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from monai_iunet import RandSyntheticImaged
+from monai_iunet import InputError, RandSyntheticImaged
 
 STILL: dict[str, Any] = {
     "max_rotation": 0.0, "max_scale": 0.0, "max_shear": 0.0, "max_shift": 0.0, "max_displacement": 0.0,
@@ -134,3 +134,17 @@ def test_tissues_that_are_unknown_are_refused(value: float) -> None:
 def test_labels_on_another_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="on one grid"):
         maker()({"image": head()["image"], "label": head(2.0)["label"]})
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_maps_that_are_not_turned_to_ras_are_refused(key: str) -> None:
+    item = head()
+    item[key].affine = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"is turned LAS, must be RAS"):
+        maker()(item)
+
+
+@pytest.mark.parametrize("options", [{"outside": [0, 3]}, {"fluid": [-1]}], ids=str)
+def test_tissues_to_take_out_that_are_none_are_refused(options: Any) -> None:
+    with pytest.raises(InputError, match=r"outside, fluid: \[(3|-1)\] are no tissues, which are 0 to 2"):
+        maker(**options)
