@@ -170,11 +170,12 @@ class CollatePadded:
         self.label_key = label_key
 
     def __call__(self, cases: Sequence[Any]) -> Any:
-        """Return the batch.
+        """Return the batch; cases may be lists of several, as transforms make that cut several patches of an image.
 
         Raises:
             ValueError: when the cases differ in the number of channels or of axes.
         """
+        cases = [case for part in cases for case in (part if isinstance(part, list) else [part])]
         for key in (self.image_key, self.label_key):
             kinds = {(case[key].shape[0], case[key].ndim - 1) for case in cases}
             if len(kinds) > 1:

@@ -142,6 +142,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
         CollatePadded()([{"image": image, "label": label}, {"image": image, "label": label[..., 0]}])
 
 
+def test_several_patches_of_an_image_are_cases_of_a_batch() -> None:
+    batch = CollatePadded()([[case(16, 8, 8), case(8, 8, 24)], [case(8, 8, 8)]])
+    assert batch["image"].shape == batch["label"].shape == (3, 1, 16, 8, 24)
+
+
 def test_labels_that_would_not_be_swapped_are_refused() -> None:
     with pytest.raises(InputError, match=r"label_keys \['labels'\]: are not among keys"):
         RandMirrord(["image", "label"], ["labels"], swap=[[1, 2]])
