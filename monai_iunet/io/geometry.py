@@ -36,6 +36,9 @@ def simpleitk_affine(image: Any) -> np.ndarray:
 def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
     """Convert a 3D SimpleITK image of scalars to a nibabel image, with the type of its voxels.
 
+    Raises:
+        InputError: when it has another number of axes, or several components per voxel.
+
     Example:
         >>> import SimpleITK
         >>> image = SimpleITK.Image(4, 5, 6, SimpleITK.sitkFloat32)
@@ -43,6 +46,12 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
         >>> nibabel.affines.voxel_sizes(from_simpleitk(image).affine).tolist()
         [1.0, 1.0, 2.5]
     """
+    axes, components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+    if axes != 3 or components != 1:
+        raise InputError(
+            f"a SimpleITK image of {axes} axes and {components} components per voxel: one of 3 axes and 1 component is "
+            "needed. Take a volume of it, or a component, by SimpleITK's VectorIndexSelectionCast."
+        )
     converted = nibabel.Nifti1Image(
         np.ascontiguousarray(SimpleITK.GetArrayFromImage(image).T),
         simpleitk_affine(image),

@@ -370,3 +370,10 @@ def test_spaces_of_patients_are_read(space: str, axcodes: str, volume: np.ndarra
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume.T.copy()), path)
     path.write_bytes(path.read_bytes().replace(b"space: left-posterior-superior", f"space: {space}".encode()))
     assert "".join(nibabel.aff2axcodes(read_image(path).affine)) == axcodes
+
+
+@pytest.mark.parametrize(("shape", "is_vector"), [((5, 6), False), ((4, 5, 6, 2), True)], ids=["2D", "vectors"])
+def test_simpleitk_images_that_are_no_volume_of_scalars_are_refused(shape: tuple[int, ...], is_vector: bool) -> None:
+    image = SimpleITK.GetImageFromArray(np.zeros(shape, np.float32), isVector=is_vector)
+    with pytest.raises(InputError, match="one of 3 axes and 1 component is needed"):
+        from_simpleitk(image)
