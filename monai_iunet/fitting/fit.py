@@ -7,6 +7,7 @@ the same reason several processes can share the folds: torchrun starts them, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ from monai_iunet.fitting.fingerprint import (
 from monai_iunet.fitting.page import write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, describe_file, is_as_before, write_text
+from monai_iunet.io.files import check_folder, describe_file, hold_folder, is_as_before, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.share import Share
@@ -161,11 +162,13 @@ def fit(
     run.prepare()
     if plan_only or run.is_finished:
         return Path(output)
-    run.train()
-    run.evaluate()
-    if run.share.index == 0:
-        run.wait()
-        run.finish()
+    # Of the processes that torchrun has started, the first one holds the folder for all.
+    with hold_folder(run.folder) if run.share.index == 0 else contextlib.nullcontext():
+        run.train()
+        run.evaluate()
+        if run.share.index == 0:
+            run.wait()
+            run.finish()
     return Path(output)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import secrets
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from monai_iunet.errors import InputError
@@ -21,11 +23,14 @@ __all__ = [
     "describe_file",
     "files_digest",
     "files_in",
+    "hold_folder",
     "image_name",
     "is_as_before",
     "write_atomically",
     "write_text",
 ]
+
+logger = logging.getLogger(__name__)
 
 NIFTI = (".nii.gz", ".nii")
 SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
@@ -80,6 +85,44 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another output folder.") from error
     return path
+
+
+@contextlib.contextmanager
+def hold_folder(path: Path, patience: float = 10.0) -> Iterator[None]:
+    """Hold a folder against other processes that would hold it, until the block or the process ends.
+
+    Windows, and disks that know no locks, hold nothing.
+
+    Args:
+        path: the folder.
+        patience: seconds to wait, since children of a process that was killed may outlive it for a moment.
+
+    Raises:
+        InputError: when another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor, end = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"{path}: another process works in this folder. Wait until it ends, or name another --output."
+                    ) from error
+                time.sleep(0.2)
+                continue
+            except OSError:
+                logger.debug("%s: cannot be locked", path, exc_info=True)
+            break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def files_in(path: Path) -> list[Path]:
