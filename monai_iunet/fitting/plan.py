@@ -47,7 +47,8 @@ __all__ = [
 
 CHANNELS = (32, 64, 128, 256, 320)
 WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
-LONG_STEPS = 10_000  # without a limit of time
+LONG_STEPS = 10_000  # without a limit of time; within one, as many of a part of the image reached more than few of all
+LEAST_PATCH = 150_000  # voxels; smaller patches are not made for more than WANTED_STEPS
 STEPS_TO_VALIDATION = 100  # at least, so that small data sets are not validated more than trained
 TRAINING_SHARE = 0.85  # of the time; the rest is evaluation
 FEWEST_VOXELS = 1000  # of the smallest structure, if voxels are made larger
@@ -465,15 +466,21 @@ class _Planner:
         whole = [math.ceil(round(length, 3) / factor) * factor for length, factor in zip(size, factors)]
         chosen, reason = whole, "the whole image at the median size fits"
         options = {"batch_size": batch, **self._step_options}
-        in_time = math.inf if seconds is None else self._voxels_in(seconds) / WANTED_STEPS / batch
-        if math.prod(whole) > 2 * in_time:  # half of the steps, of whole images, are better than parts of images
-            # Of the same length in mm along each axis.
-            cube = (in_time * math.prod(spacing)) ** (1 / 3)
-            chosen = [
-                min(max(round(cube / part / factor), math.ceil(SHORTEST / factor)) * factor, most)
-                for part, factor, most in zip(spacing, factors, whole)
-            ]
-            reason = f"the image at the median size is {times(whole)}, the time is enough for this part of it"
+        if seconds is not None:
+            voxels = self._voxels_in(seconds) / batch
+            in_time = max(voxels / LONG_STEPS, min(voxels / WANTED_STEPS, LEAST_PATCH))
+            if math.prod(whole) > in_time:
+                # Of the same length in mm along each axis, rounded up.
+                cube = (in_time * math.prod(spacing)) ** (1 / 3)
+                chosen = [
+                    min(max(math.ceil(cube / part / factor), math.ceil(SHORTEST / factor)) * factor, most)
+                    for part, factor, most in zip(spacing, factors, whole)
+                ]
+            if chosen != whole:
+                reason = (
+                    f"the image at the median size is {times(whole)}, of this part of it about "
+                    f"{voxels / math.prod(chosen):.0f} steps can be trained in the time"
+                )
         network = self._network(strides)
         least = plan_training(network, chosen, **options)
         if least.training_peak > self.limits.memory:

@@ -97,6 +97,26 @@ def test_a_short_time_makes_voxels_coarser_and_patches_smaller() -> None:
     assert math.prod(limited.roi_size) < 190 * 140 * 88 / 2
 
 
+def test_a_part_of_the_image_is_trained_for_more_steps_than_the_whole() -> None:
+    data = fingerprint(shape=(128, 128, 128))
+
+    def patch(speed: float) -> tuple[FitPlan, float]:
+        found = plan(
+            data, dataclasses.replace(LARGE, seconds=3600, speed=speed), wishes=Wishes(spacing=(1, 1, 1)), fold=0
+        )
+        return found, 0.85 * 3600 * speed / 2 / math.prod(found.task.roi_size)
+
+    whole, steps = patch(1.5e7)
+    assert whole.task.roi_size == (128, 128, 128)
+    assert steps > 10_000
+    part, steps = patch(4e6)  # enough for 2,900 steps of the whole image
+    assert part.task.roi_size == (96, 96, 96)
+    assert f"about {steps:.0f} steps can be trained" in reason(part, "patch")
+    least, steps = patch(4e5)  # 10,000 steps would leave 48 x 48 x 48 or less
+    assert least.task.roi_size == (64, 64, 64)
+    assert 2000 < steps < 4000
+
+
 @pytest.mark.parametrize(("gain", "faster"), [(2.5, True), (1.1, False), (0.2, False)])
 def test_a_cpu_trains_in_bfloat16_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, gain: float, faster: bool
