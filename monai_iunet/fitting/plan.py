@@ -47,8 +47,8 @@ __all__ = [
 
 CHANNELS = (32, 64, 128, 256, 320)
 WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
-LONG_STEPS = 10_000  # without a limit of time; within one, as many of a part of the image reached more than few of all
-LEAST_PATCH = 150_000  # voxels; smaller patches are not made for more than WANTED_STEPS
+LONG_STEPS = 10_000  # without a limit of time; within one, the patch is made small enough for as many
+LEAST_PATCH = 150_000  # voxels; a patch is smaller only where WANTED_STEPS of so many take too long
 STEPS_TO_VALIDATION = 100  # at least, so that small data sets are not validated more than trained
 TRAINING_SHARE = 0.85  # of the time; the rest is evaluation
 FEWEST_VOXELS = 1000  # of the smallest structure, if voxels are made larger
@@ -467,6 +467,7 @@ class _Planner:
         chosen, reason = whole, "the whole image at the median size fits"
         options = {"batch_size": batch, **self._step_options}
         if seconds is not None:
+            # Many steps of a part of the image reached more than few of the whole: see guides/whole_images.md.
             voxels = self._voxels_in(seconds) / batch
             in_time = max(voxels / LONG_STEPS, min(voxels / WANTED_STEPS, LEAST_PATCH))
             if math.prod(whole) > in_time:

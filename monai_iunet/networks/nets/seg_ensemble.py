@@ -38,12 +38,12 @@ class SegEnsemble(nn.Module):
         super().__init__()
         if members < 1:
             raise ValueError(f"members must be positive, got {members}.")
-        self.members = nn.ModuleList(SegIUNet(**options) for _ in range(members))
-        if options["out_channels"] < 2:
+        if options.get("out_channels", 2) < 2:
             raise ValueError(
                 "out_channels must be 2 or more, background included, since members are averaged behind a softmax, "
                 f"got {options['out_channels']}."
             )
+        self.members = nn.ModuleList(SegIUNet(**options) for _ in range(members))
 
     @staticmethod
     def state_of(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
