@@ -96,11 +96,13 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
     assert [picture.read_bytes() for picture in pictures] == drawn
     # Called again there is nothing left to do; with other options it is another fit.
     before = (folder / "models" / "fold_0" / "model.pt").stat().st_mtime
-    fit(data, folder, folds=2, device="cpu")
+    fit(data, folder, folds=2, gpu_memory="1 GiB", device="cpu")
     assert (folder / "models" / "fold_0" / "model.pt").stat().st_mtime == before
     assert not (folder / "models" / "fold_0" / "last.pt").exists()
     with pytest.raises(InputError, match="a fit with another folds is there"):
-        fit(data, folder, folds=3, device="cpu")
+        fit(data, folder, folds=3, gpu_memory="1 GiB", device="cpu")
+    with pytest.raises(InputError, match="a fit with another memory is there"):
+        fit(data, folder, folds=2, device="cpu")
 
 
 @pytest.mark.slow
