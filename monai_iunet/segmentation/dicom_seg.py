@@ -104,6 +104,9 @@ def _source_image(file: str, thickness: float) -> Any:
     for name in MAY_BE_EMPTY:
         if name not in dataset:
             setattr(dataset, name, None)
+    # What is written takes over the character set, in which structures may have no name.
+    dataset.decode()
+    dataset.SpecificCharacterSet = "ISO_IR 192"
     return dataset
 
 

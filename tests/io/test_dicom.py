@@ -14,7 +14,7 @@ import SimpleITK
 from pydicom.encaps import encapsulate, generate_frames
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.dicom_series import list_series
+from monai_iunet.io.dicom_series import list_series, series_files
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation.dicom_seg import write_dicom_seg
 from monai_iunet.segmentation.result import Segmentation
@@ -386,6 +386,26 @@ def test_labels_of_frames_lie_over_their_frames(order: list[int], tmp_path: Path
     ours = nibabel.affines.apply_affine(np.diag([-1, -1, 1, 1]) @ image.affine, np.argwhere(labels))
     assert written.GetSize()[:2] == (8, 9)
     np.testing.assert_allclose(sorted(map(tuple, lps.round(3))), sorted(map(tuple, ours.round(3))))
+
+
+@pytest.mark.parametrize(
+    ("character_set", "patient"),
+    [
+        ("ISO_IR 100", "Müller^Jörg"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+    ],
+)
+def test_structures_and_patients_keep_names_of_any_script(character_set: Any, patient: str, tmp_path: Path) -> None:
+    folder = write_slices(
+        tmp_path / "a", stored(), SpecificCharacterSet=character_set, PatientName=patient, PatientID="made-up"
+    )
+    image = read_image(folder)
+    found = Segmentation(image, np.ones(image.shape, np.uint8), {1: "肝臓", 2: "Tumör"})
+    write_dicom_seg(series_files(folder), found, tmp_path / "seg.dcm")
+    written = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert [segment.SegmentLabel for segment in written.SegmentSequence] == ["肝臓", "Tumör"]
+    assert written.SpecificCharacterSet == "ISO_IR 192"
+    assert str(written.PatientName) == patient
 
 
 def test_labels_of_a_tilted_gantry_are_no_dicom_seg(tmp_path: Path) -> None:
