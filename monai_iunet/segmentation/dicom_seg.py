@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.dicom_frames import Frame, frames_of, read_header
 from monai_iunet.io.dicom_stack import stack_frames
 from monai_iunet.segmentation.result import Segmentation
@@ -38,13 +40,13 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     """Write labels as a DICOM Segmentation object, one segment per structure, empty ones too.
 
     Args:
-        files: of the series, in the order of the slices of the image, which is that of its last axis; or one file of
-            several frames.
-        segmentation: labels on the grid of the series.
+        files: of the series, or one file of several frames.
+        segmentation: labels on the grid of the series, as `read_image` reads it.
         path: file to write.
 
     Raises:
-        InputError: when highdicom is not installed, or the series lacks what the standard asks for.
+        InputError: when highdicom is not installed, the labels are on another grid, the standard allows no such name of
+            a structure, or the series lacks what it asks for.
 
     Example:
         >>> write_dicom_seg(series_files("folder"), segmentation, Path("labels.dcm"))  # doctest: +SKIP
@@ -55,7 +57,8 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
         raise InputError(
             "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
         ) from error
-    frames = _frames(files)
+    frames = _frames(files, segmentation.image)
+    files = list(dict.fromkeys(frame.file for frame in frames))
     labels = np.ascontiguousarray(segmentation.labels.T)
     if len(files) == 1:  # frames in the order of the file, not of their positions
         labels = labels[np.argsort([frame.number for frame in frames])]
@@ -85,14 +88,21 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
     seg_object.save_as(path)
 
 
-def _frames(files: Sequence[str]) -> Sequence[Frame]:
-    """Return the frames of files in the order of the slices of their volume."""
+def _frames(files: Sequence[str], image: nibabel.Nifti1Image) -> Sequence[Frame]:
+    """Return the frames of files in the order of the slices of their volume, on whose grid an image is."""
+    folder = Path(files[0]).parent
     frames = [frame for file in files for frame in frames_of(read_header(file), file)]
-    stack = stack_frames(frames, str(Path(files[0]).parent))
+    stack = stack_frames(frames, str(folder))
     if stack.tilt:
         raise InputError(
-            f"{Path(files[0]).parent}: the gantry was tilted, so the slices of the labels are not those of the series. "
+            f"{folder}: the gantry was tilted, so the slices of the labels are not those of the series. "
             "Leave --format out for NIfTI."
+        )
+    shape = (*frames[0].size[::-1], len(frames))
+    if image.shape != shape or grids_apart(image.affine, stack.affine, shape) > 0:
+        raise InputError(
+            f"{folder}: the labels are not on the grid of the series, as other programs turn or flip it. Segment what "
+            "read_image reads, or resample them."
         )
     return stack.frames
 

@@ -408,6 +408,32 @@ def test_structures_and_patients_keep_names_of_any_script(character_set: Any, pa
     assert str(written.PatientName) == patient
 
 
+def test_labels_lie_over_their_slices_in_whatever_order_files_are_named(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored(high=1000), PatientID="made-up")
+    image = read_image(folder)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[:, :, 1] = 1
+    found = Segmentation(image, labels, {1: "liver"})
+    for name, files in {"in order": series_files(folder), "by name": sorted(map(str, folder.iterdir()))}.items():
+        write_dicom_seg(files, found, tmp_path / f"{name}.dcm")
+        (frame,) = pydicom.dcmread(tmp_path / f"{name}.dcm").PerFrameFunctionalGroupsSequence
+        assert frame.PlanePositionSequence[0].ImagePositionPatient[2] == 2, name
+
+
+@pytest.mark.parametrize("turned", ["flipped", "moved", "cut"])
+def test_labels_on_another_grid_are_no_dicom_seg(turned: str, tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "a", stored(), PatientID="made-up")
+    image = read_image(folder)
+    others = {
+        "flipped": nibabel.as_closest_canonical(image),
+        "moved": nibabel.Nifti1Image(image.dataobj, nibabel.affines.from_matvec(np.eye(3), [3, 0, 0]) @ image.affine),
+        "cut": image.slicer[:, :, :5],
+    }
+    found = Segmentation(others[turned], np.zeros(others[turned].shape, np.uint8), {1: "liver"})
+    with pytest.raises(InputError, match="not on the grid of the series"):
+        write_dicom_seg(series_files(folder), found, tmp_path / "seg.dcm")
+
+
 def test_labels_of_a_tilted_gantry_are_no_dicom_seg(tmp_path: Path) -> None:
     path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, shift=0.4)
     image = read_image(path)
