@@ -22,6 +22,7 @@ from monai_iunet.segmentation.result import Segmentation
 
 __all__ = ["write_dicom_seg"]
 
+LONGEST_NAME = 64  # characters of a text of one line, the standard's LO
 # Of patient and study: type 2 attributes, which must be there but may be empty.
 MAY_BE_EMPTY = (
     "AccessionNumber",
@@ -57,6 +58,7 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
         raise InputError(
             "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
         ) from error
+    _check_names(segmentation.names)
     frames = _frames(files, segmentation.image)
     files = list(dict.fromkeys(frame.file for frame in frames))
     labels = np.ascontiguousarray(segmentation.labels.T)
@@ -86,6 +88,18 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
             f"{Path(files[0]).parent}: lacks what a DICOM SEG has to refer to ({error!r}). Leave --format out."
         ) from error
     seg_object.save_as(path)
+
+
+def _check_names(names: Mapping[int, str]) -> None:
+    """Check that the standard allows the numbers and names of structures: a backslash would begin a second name."""
+    if list(names) != list(range(1, len(names) + 1)):
+        raise InputError(f"the labels of a DICOM SEG must be 1, 2, ..., in this order, got {names}. Map them first.")
+    for name in names.values():
+        if not name.strip() or len(name) > LONGEST_NAME or not name.isprintable() or "\\" in name:
+            raise InputError(
+                f"{name!r}: in a DICOM SEG the name of a structure has 1 to {LONGEST_NAME} characters, without backslash "
+                "or end of a line. Rename it in the bundle's metadata.json, or leave --format out for NIfTI."
+            )
 
 
 def _frames(files: Sequence[str], image: nibabel.Nifti1Image) -> Sequence[Frame]:

@@ -434,6 +434,23 @@ def test_labels_on_another_grid_are_no_dicom_seg(turned: str, tmp_path: Path) ->
         write_dicom_seg(series_files(folder), found, tmp_path / "seg.dcm")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({1: "liver\\tumor"}, "without backslash"),
+        ({1: "liver\ntumor"}, "end of a line"),
+        ({1: "a" * 65}, "1 to 64 characters"),
+        ({1: " "}, "1 to 64 characters"),
+        ({1: "liver", 3: "tumor"}, "must be 1, 2"),
+    ],
+)
+def test_names_that_dicom_does_not_allow_are_refused(names: dict[int, str], message: str, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.zeros((8, 9, 6), np.float32), AFFINE)
+    found = Segmentation(image, np.zeros(image.shape, np.uint8), names)
+    with pytest.raises(InputError, match=message):
+        write_dicom_seg(["a.dcm"], found, tmp_path / "seg.dcm")
+
+
 def test_labels_of_a_tilted_gantry_are_no_dicom_seg(tmp_path: Path) -> None:
     path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, shift=0.4)
     image = read_image(path)
