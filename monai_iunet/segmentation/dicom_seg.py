@@ -97,8 +97,8 @@ def _check_names(names: Mapping[int, str]) -> None:
     for name in names.values():
         if not name.strip() or len(name) > LONGEST_NAME or not name.isprintable() or "\\" in name:
             raise InputError(
-                f"{name!r}: in a DICOM SEG the name of a structure has 1 to {LONGEST_NAME} characters, without backslash "
-                "or end of a line. Rename it in the bundle's metadata.json, or leave --format out for NIfTI."
+                f"{name!r}: in a DICOM SEG the name of a structure has 1 to {LONGEST_NAME} characters, without "
+                "backslash or end of a line. Rename it in the bundle's metadata.json, or leave --format out for NIfTI."
             )
 
 
