@@ -120,7 +120,7 @@ class ChunkedDiceCELoss(DiceCELoss):
         prediction = softmax if self.dice.softmax else logits.sigmoid() if self.dice.sigmoid else logits
         count = logits.shape[1]
         if self.dice.to_onehot_y:
-            truth = (labels == torch.arange(count, device=labels.device)[:, None]).float()
+            truth = (labels.long() == torch.arange(count, device=labels.device)[:, None]).float()
         else:
             truth = labels.float()
         ce, wanted = self.cross_entropy, truth

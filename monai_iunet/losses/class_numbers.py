@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from monai_iunet.errors import InputError
@@ -23,10 +24,15 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
         ValueError: when a label is none of these numbers.
 
     Example:
-        >>> import torch
         >>> check_labels(torch.tensor([0.0, 2.0]), 3, "target")
     """
-    wrong = (labels < 0) | (labels >= classes)
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which PyTorch does not compare
+        labels = labels.long()
+    largest = classes - 1
+    if not (labels.is_floating_point() or labels.dtype == torch.bool):
+        # A number that the type does not hold would be compared as another one.
+        largest = min(largest, torch.iinfo(labels.dtype).max)
+    wrong = (labels < 0) | (labels > largest)
     if labels.is_floating_point():
         wrong |= labels != labels.floor()  # NaN too
     if wrong.any():

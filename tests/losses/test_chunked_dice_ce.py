@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
+from monai_iunet.losses.partial_labels import NoteContouredd, OneHotContouredd
 from monai_iunet.planning.live_bytes import LiveBytes
 
 OPTIONS: list[dict[str, Any]] = [
@@ -177,6 +178,30 @@ def test_labels_of_all_types_are_taken(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(2, 3, 5, 5, 5), torch.randint(0, 2, (2, 1, 5, 5, 5))
     loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True)
     torch.testing.assert_close(loss(logits, labels.to(dtype)), loss(logits, labels.float()))
+
+
+@pytest.mark.parametrize("logits_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "largest", "classes"),
+    [
+        (torch.uint8, 255, 256),
+        (torch.uint8, 255, 300),
+        (torch.int8, 127, 128),
+        (torch.int8, 127, 200),
+        (torch.uint16, 299, 300),
+        (torch.uint16, 1, 2),
+    ],
+)
+def test_labels_of_a_type_that_does_not_hold_the_number_of_classes_are_taken(
+    dtype: torch.dtype, largest: int, classes: int, logits_type: torch.dtype
+) -> None:
+    logits = torch.randn(1, classes, 4, 4, 4).to(logits_type)
+    labels = torch.randint(0, largest + 1, (1, 1, 4, 4, 4))
+    labels[..., 0] = largest
+    loss = ChunkedDiceCELoss(softmax=True, to_onehot_y=True)
+    torch.testing.assert_close(loss(logits, labels.to(dtype)), loss(logits, labels))
+    item = OneHotContouredd("label")(NoteContouredd("label", classes)({"label": labels[0].to(dtype)}))
+    assert torch.equal(item["label"].argmax(0), labels[0, 0])
 
 
 def test_more_voxels_are_counted_than_a_float32_can_count_one_by_one() -> None:
