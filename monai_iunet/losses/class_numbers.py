@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from monai_iunet.errors import InputError
 __all__ = ["check_labels", "check_one_channel"]
 
 
-def check_labels(labels: Tensor, classes: int, name: str) -> None:
-    """Check that labels are whole numbers from 0 to `classes - 1`.
+def check_labels(labels: Tensor, classes: int | None, name: str) -> None:
+    """Check that labels are whole numbers from 0, to `classes - 1` where the number of classes is known.
 
     Args:
         labels: of any shape and type.
-        classes: number of classes.
+        classes: number of classes; None for any.
         name: of the labels in the error.
 
     Raises:
@@ -28,7 +29,7 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
     """
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which PyTorch does not compare
         labels = labels.long()
-    largest = classes - 1
+    largest = math.inf if classes is None else classes - 1
     if not (labels.is_floating_point() or labels.dtype == torch.bool):
         # A number that the type does not hold would be compared as another one.
         largest = min(largest, torch.iinfo(labels.dtype).max)
@@ -37,6 +38,8 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
         wrong |= labels != labels.floor()  # NaN too
     if wrong.any():
         values = ", ".join(f"{value:g}" for value in labels[wrong].unique()[:5].tolist())
+        if classes is None:
+            raise ValueError(f"{name} must hold whole numbers from 0, got {values}. Map or resample the labels first.")
         raise ValueError(
             f"{name} must hold the numbers of {classes} classes, 0 to {classes - 1}, got {values}. Map the labels, for "
             "example by MONAI's MapLabelValued, resample them to the nearest one, or give the network more classes."

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from monai_iunet.errors import InputError
-from monai_iunet.losses.class_numbers import check_labels
+from monai_iunet.losses.class_numbers import check_labels, check_one_channel
 from monai_iunet.transforms.mirror import read_swap
 
 __all__ = ["RandSyntheticImaged"]
@@ -47,9 +47,9 @@ class RandSyntheticImaged(Randomizable, MapTransform):
     """Make an image of random pose, contrast and quality from a map of tissues, and deform the labels alike.
 
     Args:
-        keys: maps of tissues `(1, *spatial)`, whole numbers from 0, turned to RAS as by `Orientationd`; images take
-            their place, `(1, *spatial_size)`, float32, from 0 to 1.
-        label_key: labels on the same grid.
+        keys: the map of tissues, a single key: `(1, *spatial)`, whole numbers from 0, turned to RAS as by
+            `Orientationd`; the image takes its place, `(1, *spatial_size)`, float32, from 0 to 1.
+        label_key: labels on the same grid, whole numbers from 0.
         pixdim: voxels of the result, in mm.
         spatial_size: largest field of view, in voxels, around the center of what is labeled.
         swap: pairs of labels that change places when left and right do.
@@ -105,6 +105,11 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         if others := [tissue for tissue in (*outside, *fluid) if not 0 <= tissue < len(typical)]:
             raise InputError(f"outside, fluid: {others} are no tissues, which are 0 to {len(typical) - 1}.")
         MapTransform.__init__(self, keys)
+        if len(self.keys) != 1 or label_key in self.keys:  # the labels would be deformed once more for each
+            raise InputError(
+                f"keys {list(self.keys)}: must be the map of tissues alone, beside the labels {label_key!r}. Make a "
+                "transform for each map, with labels of its own."
+            )
         self.label_key = label_key
         self.pixdim = pixdim
         self.spatial_size = tuple(spatial_size)
@@ -126,13 +131,16 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         """Return an image and its labels.
 
         Raises:
-            ValueError: when both are not on one grid, or not turned to RAS, or a tissue has no number of `typical`.
+            ValueError: when both are not on one grid, or not turned to RAS, or have several channels, a tissue has no
+                number of `typical`, or a label is no whole number from 0.
         """
+        tissues, labels = torch.as_tensor(tissues), torch.as_tensor(labels)
         if tissues.shape != labels.shape:
             raise ValueError(
                 f"The map of tissues is {tuple(tissues.shape)}, that of the labels {tuple(labels.shape)}: both "
                 "must be on one grid."
             )
+        check_one_channel(tissues, "The map of tissues")  # and labels have the same shape
         for volume in (tissues, labels):
             axes = nibabel.aff2axcodes(np.asarray(volume.affine)) if isinstance(volume, MetaTensor) else tuple("RAS")
             if axes != tuple("RAS"):
@@ -148,6 +156,7 @@ class RandSyntheticImaged(Randomizable, MapTransform):
         mirrored = self.R.rand() < 0.5
         positions = self._positions(source[1], zooms, mirrored, random)
         deformed = _nearest(source[1], positions)
+        check_labels(deformed, None, "The map of labels")
         if mirrored:
             deformed = self._swapped(deformed)
         # Two samples a voxel, to either side of its center: a little of what a voxel on a border sees.

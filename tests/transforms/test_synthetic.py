@@ -131,6 +131,37 @@ def test_tissues_that_are_unknown_are_refused(value: float) -> None:
         maker()(item)
 
 
+@pytest.mark.parametrize(("factor", "number"), [(-1, "-1"), (0.5, "0.5"), (float("nan"), "nan")])
+def test_labels_that_are_no_whole_numbers_are_refused(factor: float, number: str) -> None:
+    item = head()
+    item["label"] = MetaTensor(item["label"].float() * factor, affine=item["label"].affine)
+    with pytest.raises(ValueError, match=f"The map of labels must hold whole numbers from 0, got .*{number}"):
+        maker()(item)
+
+
+def test_a_one_hot_map_is_refused() -> None:
+    one_hot = {
+        key: MetaTensor(torch.cat([volume == 0, volume == 1, volume == 2]), affine=volume.affine)
+        for key, volume in head().items()
+    }
+    with pytest.raises(InputError, match=r"The map of tissues: a label map of one channel is needed, got \(3, "):
+        maker()(one_hot)
+
+
+@pytest.mark.parametrize("keys", [["image", "other"], ["label"], ["image", "label"]])
+def test_several_maps_for_the_same_labels_are_refused(keys: list[str]) -> None:
+    with pytest.raises(InputError, match="must be the map of tissues alone"):
+        RandSyntheticImaged(keys, pixdim=2.0, spatial_size=(24, 24, 24), typical=(0.0, 0.8))
+
+
+def test_arrays_are_taken_as_tensors_are() -> None:
+    found, expected = (
+        maker().set_random_state(0)({key: kind(volume) for key, volume in head().items()})
+        for kind in (np.asarray, torch.as_tensor)
+    )
+    assert torch.equal(found["image"], expected["image"])
+
+
 def test_labels_on_another_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="on one grid"):
         maker()({"image": head()["image"], "label": head(2.0)["label"]})
