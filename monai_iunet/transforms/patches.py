@@ -173,7 +173,7 @@ class CollatePadded:
         """Return the batch; cases may be lists of several, as transforms make that cut several patches of an image.
 
         Raises:
-            ValueError: when the cases differ in the number of channels or of axes.
+            ValueError: when the cases differ in the number of channels or of axes, or labels in size from their image.
         """
         cases = [case for part in cases for case in (part if isinstance(part, list) else [part])]
         for key in (self.image_key, self.label_key):
@@ -181,6 +181,12 @@ class CollatePadded:
             if len(kinds) > 1:
                 found = ", ".join(f"{channels} in {axes}D" for channels, axes in sorted(kinds))
                 raise ValueError(f"{key}: the cases of a batch have different channels ({found}).")
+        for image, labels in ((case[self.image_key], case[self.label_key]) for case in cases):
+            if labels.shape[1:] != image.shape[1:]:  # padded to one size, they would lie elsewhere than their image
+                raise ValueError(
+                    f"{self.label_key}: the size {tuple(labels.shape[1:])} is not that of the image, "
+                    f"{tuple(image.shape[1:])}. Resample both to one grid."
+                )
         common = torch.tensor([case[self.image_key].shape[1:] for case in cases]).amax(0).tolist()
         values = {self.image_key: self.cval, self.label_key: 0.0}
         padded = [

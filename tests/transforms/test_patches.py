@@ -150,3 +150,10 @@ def test_several_patches_of_an_image_are_cases_of_a_batch() -> None:
 def test_labels_that_would_not_be_swapped_are_refused() -> None:
     with pytest.raises(InputError, match=r"label_keys \['labels'\]: are not among keys"):
         RandMirrord(["image", "label"], ["labels"], swap=[[1, 2]])
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (1, 12, 10), (1, 10)])
+def test_labels_of_another_size_than_their_image_make_no_batch(size: tuple[int, ...]) -> None:
+    case = {"image": torch.rand(1, 10, 10), "label": torch.ones(size)}
+    with pytest.raises(ValueError, match=r"is not that of the image, \(10, 10\)\. Resample both"):
+        CollatePadded()([case])
