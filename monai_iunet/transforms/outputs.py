@@ -13,7 +13,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveImaged
 
+from monai_iunet.errors import InputError
 from monai_iunet.io.channels import result_name
+from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.files import NIFTI, check_folder
 from monai_iunet.io.labels import write_labels
 from monai_iunet.losses.class_numbers import check_one_channel
@@ -135,6 +137,19 @@ class SaveImageLabelsd(SaveImaged):
             name = result_name(source, len(item[self.orig_key]), NIFTI)
             image: Any = nibabel.load(source)
             labels = np.asarray(torch.as_tensor(item[key])[0].cpu())
+            _check_place(item[key], image, str(key), source)
             check_folder(self.output_dir)
             write_labels(labels, image, self.output_dir / f"{name}{self.suffix}.nii.gz")
         return item
+
+
+def _check_place(labels: Any, image: Any, key: str, source: str) -> None:
+    """Check that labels lie where the image of a file does, unless they do not say: the affine is then the identity."""
+    if not isinstance(labels, MetaTensor) or labels.shape[1:] != image.shape[:3]:  # which `write_labels` refuses
+        return
+    affine = np.asarray(labels.affine, dtype=float)
+    if not np.array_equal(affine, np.eye(4)) and grids_apart(affine, image.affine, image.shape[:3]) > 0:
+        raise InputError(
+            f"{key}: the labels are on another grid than {source}, as one that was turned or resampled. Bring them "
+            "back first, by LabelsOnImageGridd or MONAI's Invertd."
+        )

@@ -99,3 +99,18 @@ def test_one_hot_maps_are_not_written(tmp_path: Path) -> None:
     case["pred"] = torch.ones(3, *data.shape, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"pred: a label map of one channel is needed, got \(3, 30, 26, 22\)"):
         SaveImageLabelsd("pred", tmp_path / "out")(case)
+
+
+def test_labels_that_were_not_brought_back_are_not_written(tmp_path: Path) -> None:
+    data, affine = ball()
+    turned = nibabel.Nifti1Image(data[:22, :22, :22], affine @ np.diag([-1, -1, 1, 1]))
+    nibabel.save(turned, tmp_path / "image.nii.gz")
+    load = Compose([LoadImaged("image", ensure_channel_first=True), Orientationd("image", "RAS", labels=None)])
+    case = load({"image": str(tmp_path / "image.nii.gz")})
+    case["pred"] = (case["image"] > 0).to(torch.uint8)
+    with pytest.raises(InputError, match="pred: the labels are on another grid than"):
+        SaveImageLabelsd("pred", tmp_path / "out")(case)
+    case["pred"] = load.inverse({"image": case["pred"]})["image"]
+    SaveImageLabelsd("pred", tmp_path / "out")(case)
+    written = nibabel.load(tmp_path / "out" / "image_seg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(turned.dataobj) > 0)
