@@ -83,7 +83,8 @@ def image_view(
     affine = image.affine @ np.diag([*steps, 1])
     data = np.asarray(image.dataobj[thinned], dtype=np.float32)
     low, high = intensity_range(data, window)
-    gray = (255 * np.clip((data - low) / max(high - low, 1e-12), 0, 1)).round().astype(np.uint8)
+    share = np.nan_to_num(np.clip((data - low) / max(high - low, 1e-12), 0, 1), nan=0.0)
+    gray = (255 * share).round().astype(np.uint8)
     shown = np.ascontiguousarray(labels[thinned])
     voxels = np.argwhere(shown == np.bincount(shown.ravel(), minlength=2)[1:].argmax() + 1)  # of the largest structure
     center = voxels.mean(0) if len(voxels) else (np.array(shown.shape) - 1) / 2

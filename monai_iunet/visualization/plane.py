@@ -11,6 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from monai_iunet.errors import InputError
 from monai_iunet.io.labels import label_image
 from monai_iunet.visualization.palette import label_colors
 
@@ -23,15 +24,27 @@ def canonical(image: nibabel.Nifti1Image, *volumes: np.ndarray) -> tuple[nibabel
     """Turn an image, and label volumes on its grid, so that the axes run to the right, to the front and up.
 
     Raises:
-        InputError: when a label volume is not on the grid of the image, or its labels are no bytes.
+        InputError: when the image is not 3D, a label volume is not on its grid, or its labels are no bytes.
     """
+    if image.ndim != 3:
+        raise InputError(
+            f"an image of the shape {image.shape} cannot be drawn: a 3D image is needed. Take one of its volumes, as "
+            "by image.slicer[..., 0]."
+        )
     turned = [np.asarray(nibabel.as_closest_canonical(label_image(volume, image)).dataobj) for volume in volumes]
     return nibabel.as_closest_canonical(image), turned
 
 
 def intensity_range(data: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float]:
-    """Return the intensities to show as black and white: the window, or the 0.5 and 99.5 percentiles."""
-    low, high = window or np.percentile(data, (0.5, 99.5))
+    """Return the intensities to show as black and white: the window, or the 0.5 and 99.5 percentiles.
+
+    Infinite values and NaN, which some programs write outside of a mask, do not count.
+    """
+    if window is None:
+        is_finite = np.isfinite(data)
+        data = data if is_finite.all() else data[is_finite]
+        window = tuple(np.percentile(data, (0.5, 99.5))) if data.size else (0.0, 1.0)
+    low, high = window
     return float(low), float(high)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from monai_iunet import InputError, VolumeViewer, draw_overlay, draw_slice, draw_surfaces, save_overlay
+from monai_iunet.visualization.page import image_view
 from monai_iunet.visualization.palette import label_colors
 
 NAMES = {1: "liver", 2: "tumor"}
@@ -169,3 +172,29 @@ def test_labels_of_another_grid_are_not_drawn(draw: Any) -> None:
         draw(Figure(), image, np.ones((4, 9, 10), np.uint8), {1: "liver"})
     with pytest.raises(InputError, match="whole numbers from 0 to 255"):
         draw(Figure(), image, np.full((8, 9, 10), -1), {1: "liver"})
+
+
+@pytest.mark.parametrize("outside", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_outside_of_a_mask_leaves_the_inside_as_it_is(outside: float) -> None:
+    image, labels = case()
+    masked = np.asarray(image.dataobj).copy()
+    masked[:, :3] = outside
+    masked = nibabel.Nifti1Image(masked, image.affine)
+    inside = nibabel.Nifti1Image(np.asarray(image.dataobj)[:, 3:], image.affine)
+    limits = []
+    for volume, found in ((masked, labels), (inside, labels[:, 3:])):
+        figure = Figure()
+        draw_slice(figure, volume, found, NAMES)
+        limits.append(figure.axes[0].images[0].get_clim())
+    assert limits[0] == pytest.approx(limits[1])
+    view = image_view("scan", masked, labels, NAMES)
+    gray = np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(view["image"]))).dataobj)
+    assert gray[:, 3:].std() > 50
+    assert (gray[:, :3] == (255 if outside == np.inf else 0)).all()
+
+
+@pytest.mark.parametrize("draw", [draw_overlay, draw_slice])
+def test_an_image_of_several_volumes_is_not_drawn(draw: Any) -> None:
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6, 2)), np.eye(4))
+    with pytest.raises(InputError, match=r"of the shape \(4, 5, 6, 2\) cannot be drawn: a 3D image is needed"):
+        draw(Figure(), image, np.zeros((4, 5, 6), np.uint8), NAMES)
