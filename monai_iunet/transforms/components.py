@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
@@ -21,7 +22,7 @@ class LargestComponentsd(MapTransform):
     """Keep the largest connected component of each structure, as MONAI's `KeepLargestConnectedComponentd` does.
 
     Components are counted in the box around a structure, not in the whole volume, of which each count would take some
-    eight copies. The label map is changed in place.
+    eight copies. The label map is changed in place, but for an array that must not be written to.
 
     Args:
         keys: label maps `(1, *spatial)`.
@@ -47,6 +48,8 @@ class LargestComponentsd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             check_one_channel(item[key], str(key))
+            if isinstance(item[key], np.ndarray):  # PyTorch would write to memory that is only to be read
+                item[key] = np.require(item[key], requirements="W")
             tensor = torch.as_tensor(item[key])
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,3 +26,11 @@ def test_maps_of_several_channels_are_refused() -> None:
 def test_maps_of_16_bits_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(InputError, match=f"pred: a label map of whole numbers is needed, .* got {dtype}"):
         LargestComponentsd("pred", [1])({"pred": torch.ones(1, 2, 2, dtype=dtype)})
+
+
+def test_an_array_that_must_not_be_written_to_stays() -> None:
+    given = np.array([[[1, 0, 1, 1, 2]]])
+    given.flags.writeable = False
+    found = LargestComponentsd("pred", [1, 2])({"pred": given})["pred"]
+    assert found.tolist() == [[[0, 0, 1, 1, 2]]]
+    assert given.tolist() == [[[1, 0, 1, 1, 2]]]
