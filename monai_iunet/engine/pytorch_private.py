@@ -30,7 +30,6 @@ __all__ = [
     "frees_gradients_before_converting",
     "graph_is_retained",
     "has_hooks",
-    "has_saved_tensor_hooks",
     "has_values",
     "hooks_of",
     "hooks_of_all_modules",
@@ -39,6 +38,7 @@ __all__ = [
     "is_view",
     "keep_versions",
     "memory_of",
+    "saved_tensor_hooks",
     "tree_leaves",
     "tree_map",
     "version",
@@ -103,11 +103,6 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or torch.nn.modules.module._has_any_global_hook()
 
 
-def has_saved_tensor_hooks() -> bool:
-    """Return whether hooks see what autograd saves, which they may hold."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def has_values(tensor: Tensor) -> bool:
     """Return whether a tensor has values that can be looked at: no fake, sharded or functional one, none on "meta"."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and can_pack_saved_tensors()
@@ -161,6 +156,11 @@ def memory_of(tensor: Tensor) -> StorageWeakRef:
     another one of the same memory takes its place.
     """
     return StorageWeakRef(tensor.untyped_storage())
+
+
+def saved_tensor_hooks() -> Any:
+    """Return the innermost hooks that see what autograd saves, and may hold it; None without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def version(tensor: Tensor) -> int:

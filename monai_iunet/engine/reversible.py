@@ -48,7 +48,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -61,9 +61,9 @@ from monai_iunet.engine.pytorch_private import (
     can_pack_saved_tensors,
     current_backward_pass,
     graph_is_retained,
-    has_saved_tensor_hooks,
     is_exporting,
     is_in_forward_mode,
+    saved_tensor_hooks,
     version,
 )
 from monai_iunet.engine.repetition import Conditions
@@ -129,6 +129,10 @@ class InvertibleLayer(nn.Module):
     def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
         """Return what `rebuild` needs beside the outputs of a call; kept until its backward pass. None by default."""
         return ()
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Return a context for the first evaluation, whose `outputs()` are kept for `rebuild`; none by default."""
+        return nullcontext()
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
         """Compute the inputs of a call from its outputs; by default by `restore`, or by `transform` for an inverse."""
@@ -216,6 +220,7 @@ class Call:
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
+        self._kept: tuple[Any, list[bool]] = (None, [])  # what holds results of the first evaluation, and which
         # Who has rebuilt these tensors, what is left of them, and their versions.
         self._saved: tuple[_Maker, list[Saved | None], list[int]] = ((0, -1), [], [])
 
@@ -225,11 +230,16 @@ class Call:
         with (
             self._conditions.recorded() if self._conditions else nullcontext(),
             saved_tensors_hooks(self._pack, self._unpack),
+            self._layer.watch() as watch,
         ):
             outputs = evaluate(inputs, weights)
         if any(output.requires_grad for output in outputs):
             with torch.no_grad():
                 self.remembered = self._layer.remember(inputs, outputs, weights, self.inverse)
+            if watch is not None:
+                kept = watch.outputs()
+                held = [tensor for tensor in kept if tensor is not None]
+                self._kept = _saved(*held), [tensor is not None for tensor in kept]
             # Last, so that nothing has changed if an error was raised before.
             sources = [_State.of(tensor) for tensor in inputs]
             self._sources = [None if source is None else weakref.ref(source) for source in sources]
@@ -268,6 +278,13 @@ class Call:
     def inputs_wanted(self) -> bool:
         """Whether a call upstream waits for the inputs; if not, `rebuild` may return none."""
         return any(source is not None and source() is not None for source in self._sources)
+
+    @property
+    def kept(self) -> list[Tensor | None]:
+        """The `outputs()` of what `watch` returned, in the first evaluation."""
+        saver, held = self._kept
+        tensors = iter(saver.grad_fn.saved_tensors if saver is not None else ())
+        return [next(tensors) if is_held else None for is_held in held]
 
     def invert(self) -> None:
         """Rebuild the inputs alone."""
@@ -321,7 +338,10 @@ class Call:
                 )
             if is_recorded:
                 others += [tensor.untyped_storage() for tensor in inputs]
-            self._hand_on(inputs, others, let_go=not _is_retained())
+            let_go = not _is_retained()
+            self._hand_on(inputs, others, let_go)
+            if let_go:
+                self._kept = None, []
         rebuilt: list[Saved | None] = list(saved)
         versions = saved.versions if isinstance(saved, Caught) else [_version(tensor) for tensor in saved]
         self._saved = _here(), rebuilt, versions
@@ -414,7 +434,7 @@ class _State:
         self._guard: Call | None = None  # keeps the taker alive where no graph does
         self._held = None if keep else tensor.detach()
         self._saver = _saved(tensor.detach()) if keep else None
-        self._private = private and not has_saved_tensor_hooks()
+        self._private = private and saved_tensor_hooks() is None
         self._version = version(tensor)
         self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,8 +27,11 @@ from monai_iunet.planning.plan import (
     step_without_optimizer,
 )
 
-__all__ = ["best_activations", "for_a_step", "largest_patch", "largest_window", "most_couplings", "parse_bytes"]
+__all__ = ["WAYS", "best_activations", "for_a_step", "largest_patch", "largest_window", "most_couplings", "parse_bytes"]
 
+# What a level may keep of its activations, from little to all, and about which part of an evaluation that saves.
+WAYS = ("invert", "convolutions", "store")
+SAVED = (0.0, 2 / 3, 1.0)
 # Bytes per voxel of a forward pass, by channels of the image and type of autocast.
 _PASSES: WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype], float]] = WeakKeyDictionary()
 UNITS = {"": 1, "B": 1} | {
@@ -241,10 +245,11 @@ def best_activations(
     image_shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
-    """Choose which levels of an `IUNet` or `SegIUNet` store their activations, so that a step is fast and fits.
+    """Choose what each level of an `IUNet` or `SegIUNet` keeps of its activations, so that a step is fast and fits.
 
-    A level that stores saves one evaluation of its couplings. What that saves in operations and costs in bytes is
-    counted for each level, and of all sets of levels that fit the one is taken that saves the most operations.
+    A level that stores saves one evaluation of its couplings, one that keeps the outputs of convolutions most of that.
+    What it saves in operations and costs in bytes is counted for each level, and of all choices that fit the one is
+    taken that saves the most.
 
     Args:
         network: the network.
@@ -253,7 +258,7 @@ def best_activations(
         dtype: of autocast; float32 for none.
 
     Returns:
-        "invert" or "store" per level; all "invert" if nothing fits.
+        "invert", "convolutions" or "store" per level; all "invert" if nothing fits.
 
     Example:
         >>> from monai_iunet import SegIUNet
@@ -264,28 +269,38 @@ def best_activations(
     budget = parse_bytes(memory_budget)
     levels = network.levels
     module = cast(nn.Module, network)
-    with rehearse(module, image_shape, dtype, _choice(levels, ())) as fake:
+    with rehearse(module, image_shape, dtype, _of_ways([0] * levels)) as fake:
 
-        def peak(stored: Iterable[int]) -> int:
-            fake.activations = _choice(levels, stored)
+        def peak(ways: Sequence[int]) -> int:
+            fake.activations = _of_ways(ways)
             return step_without_optimizer(fake, image_shape, dtype)
 
-        least = peak(())
+        least = peak([0] * levels)
         if least > budget:
-            return _choice(levels, ())
-        costs = [peak([level]) - least for level in range(levels)]
+            return _of_ways([0] * levels)
+        costs = [
+            [0, *(peak([way if other == level else 0 for other in range(levels)]) - least for way in (1, 2))]
+            for level in range(levels)
+        ]
         saved = _operations_of_levels(fake, image_shape, levels)
-        subsets = [subset for count in range(levels + 1) for subset in itertools.combinations(range(levels), count)]
-        subsets.sort(key=lambda subset: -sum(saved[level] for level in subset))
-        for subset in subsets:
-            # Costs add up but for what is held at different moments; what looks as if it may fit is counted.
-            if least + 0.8 * sum(costs[level] for level in subset) <= budget and peak(subset) <= budget:
-                return _choice(levels, subset)
-    return _choice(levels, ())
+        choices = [*itertools.product(range(len(WAYS)), repeat=levels)]
+        choices.sort(key=lambda ways: -sum(saved[level] * SAVED[way] for level, way in enumerate(ways)))
+        too_large: list[tuple[int, ...]] = []
+        for ways in choices:
+            # Costs add up but for what is held at different moments; what looks as if it may fit is counted, unless it
+            # keeps as much at each level as something that does not fit.
+            if least + 0.8 * sum(costs[level][way] for level, way in enumerate(ways)) > budget:
+                continue
+            if any(all(map(operator.ge, ways, others)) for others in too_large):
+                continue
+            if peak(ways) <= budget:
+                return _of_ways(ways)
+            too_large.append(ways)
+    return _of_ways([0] * levels)
 
 
-def _choice(levels: int, stored: Iterable[int]) -> tuple[str, ...]:
-    return tuple("store" if level in stored else "invert" for level in range(levels))
+def _of_ways(ways: Sequence[int]) -> tuple[str, ...]:
+    return tuple(WAYS[way] for way in ways)
 
 
 def _operations_of_levels(network: Any, image_shape: Sequence[int], levels: int) -> list[float]:

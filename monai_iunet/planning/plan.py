@@ -49,7 +49,7 @@ class ChoosesActivations(Protocol):
     """A network whose levels rebuild or store their activations, such as `IUNet`.
 
     Attributes:
-        activations: "invert" or "store" per level, or one of the two, or "auto".
+        activations: "invert", "convolutions" or "store" per level, or one of them, or "auto".
 
     Example:
         >>> from monai_iunet import IUNet

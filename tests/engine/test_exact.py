@@ -54,10 +54,11 @@ def results(net: IUNet, x: Tensor, target: Tensor, amp: bool, activations: str) 
 
 
 def assert_equal_to_the_last_bit(net: IUNet, x: Tensor, target: Tensor, amp: bool) -> None:
-    rebuilt, stored = (results(net, x, target, amp, activations) for activations in ("invert", "store"))
-    assert len(rebuilt) > 5
-    for one, other in zip(rebuilt, stored):
-        assert torch.equal(one, other)
+    stored, *others = (results(net, x, target, amp, way) for way in ("store", "invert", "convolutions"))
+    assert len(stored) > 5
+    for rebuilt in others:
+        for one, other in zip(rebuilt, stored):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -197,11 +197,15 @@ def test_compiled_part() -> None:
     assert private.compiled_part(module) is module
 
 
-def test_has_saved_tensor_hooks() -> None:
-    assert not private.has_saved_tensor_hooks()
+def test_saved_tensor_hooks() -> None:
+    assert private.saved_tensor_hooks() is None
     with torch.autograd.graph.save_on_cpu():
-        assert private.has_saved_tensor_hooks()
-    assert not private.has_saved_tensor_hooks()
+        outer = private.saved_tensor_hooks()
+        assert outer is not None
+        with torch.autograd.graph.save_on_cpu():
+            assert private.saved_tensor_hooks() != outer
+        assert private.saved_tensor_hooks() == outer
+    assert private.saved_tensor_hooks() is None
 
 
 def test_hooks_of() -> None:

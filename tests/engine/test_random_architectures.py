@@ -58,17 +58,18 @@ def check(case: tuple[dict[str, Any], tuple[int, ...]]) -> None:
     x = torch.randn(shape, dtype=torch.double)
     gradients = []
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    for activations in ("invert", "store"):
+    for activations in ("store", "invert", "convolutions"):
         net.load_state_dict(state)
         net.activations = activations
         image = x.clone().requires_grad_()
         (net(image) * torch.linspace(-1, 1, x.numel(), dtype=torch.double).view(shape)).sum().backward()
         gradients.append([image.grad, *(parameter.grad for parameter in net.parameters())])
         net.zero_grad()
-    for rebuilt, stored in zip(*gradients, strict=True):
-        assert (rebuilt is None) == (stored is None)
-        if stored is not None and rebuilt is not None:
-            torch.testing.assert_close(rebuilt, stored, rtol=1e-6, atol=1e-8 * (1 + float(stored.abs().max())))
+    for stored, *others in zip(*gradients, strict=True):
+        for rebuilt in others:
+            assert (rebuilt is None) == (stored is None)
+            if stored is not None and rebuilt is not None:
+                torch.testing.assert_close(rebuilt, stored, rtol=1e-6, atol=1e-8 * (1 + float(stored.abs().max())))
     net.eval()
     with torch.no_grad():
         y = net(x, crop=False)

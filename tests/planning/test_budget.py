@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from monai_iunet import IUNet, SegIUNet
-from monai_iunet.planning.budget import best_activations, largest_patch, largest_window, most_couplings, parse_bytes
+from monai_iunet.planning.budget import (
+    WAYS,
+    best_activations,
+    largest_patch,
+    largest_window,
+    most_couplings,
+    parse_bytes,
+)
 from monai_iunet.planning.plan import plan_inference_pass, plan_training
 
 
@@ -28,16 +36,22 @@ def test_the_largest_patch_fits_and_a_larger_one_does_not() -> None:
         largest_patch(seg(), "1 MiB")
 
 
-def test_the_budget_decides_which_levels_store() -> None:
-    network, shape = seg(), (1, 1, 32, 32, 32)
-    peaks = []
-    for levels in (("invert",) * 3, ("invert", "store", "store"), ("store",) * 3):
+def test_the_budget_decides_what_each_level_keeps() -> None:
+    network, shape = SegIUNet(3, 1, 3, (8, 16), couplings=1), (1, 1, 32, 32, 32)
+
+    def peak(levels: Sequence[str]) -> int:
         network.activations = levels
-        peak = plan_training(network, shape[2:], optimizer=None).training_peak
-        assert best_activations(network, peak, shape) == levels
-        peaks.append(peak)
-    assert peaks == sorted(peaks)
-    assert best_activations(network, peaks[0] // 2, shape) == ("invert",) * 3
+        return plan_training(network, shape[2:], optimizer=None).training_peak
+
+    least, most = (peak((way,) * 2) for way in ("invert", "store"))
+    assert best_activations(network, least, shape) == best_activations(network, least // 2, shape) == ("invert",) * 2
+    assert best_activations(network, most, shape) == ("store",) * 2
+    budget = int(least + 0.2 * (most - least))
+    chosen = best_activations(network, budget, shape)
+    assert least < peak(chosen) <= budget
+    for level, way in enumerate(chosen):  # none could keep more
+        for more in WAYS[WAYS.index(way) + 1 :]:
+            assert peak([*chosen[:level], more, *chosen[level + 1 :]]) > budget
 
 
 def test_auto_chooses_for_each_size() -> None:

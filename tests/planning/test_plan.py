@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "invert, loss": (seg, {"loss": LOSS}),
     "store": (lambda: seg(activations="store"), {}),
     "two levels stored": (lambda: seg(activations=("invert", "store", "store")), {"loss": LOSS}),
+    "convolutions kept": (lambda: seg(activations="convolutions"), {"dtype": torch.bfloat16, "loss": LOSS}),
     "residual branches": (lambda: seg(branch="residual"), {}),
     "MedNeXt branches": (lambda: seg(branch="mednext", kernel_size=5), {"loss": LOSS}),
     "exact": (lambda: seg(exact=True), {}),

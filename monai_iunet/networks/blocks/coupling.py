@@ -14,6 +14,7 @@ Source: Dinh, Krueger, Bengio, NICE, 2014 (arXiv 1410.8516).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from monai_iunet.engine.reversible import (
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 from monai_iunet.networks.layers.autocast import autocast_type
+from monai_iunet.networks.layers.kept_convolution import KeptConvolutions
 from monai_iunet.networks.layers.small_convolution import right_gradients
 
 __all__ = ["AdditiveCoupling", "WholeCoupling"]
@@ -45,12 +47,17 @@ class AdditiveCoupling(InvertibleLayer):
     Args:
         branch: the network F, from tensors like the second of the pair to tensors like the first.
 
+    Attributes:
+        keeps_convolutions: whether outputs of convolutions are kept, so that the second evaluation is quick.
+
     Example:
         >>> coupling = AdditiveCoupling(nn.Conv2d(2, 1, 3, padding=1))
         >>> first, second = coupling(torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4, 4))
         >>> first.shape, second.shape
         (torch.Size([1, 2, 4, 4]), torch.Size([1, 1, 4, 4]))
     """
+
+    keeps_convolutions: bool = False
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
@@ -69,6 +76,9 @@ class AdditiveCoupling(InvertibleLayer):
         kept, changed = outputs
         kept, taken = self._take(kept)
         return self._sum(changed, self._shift(taken, changed), -1), kept
+
+    def watch(self) -> AbstractContextManager[Any]:
+        return KeptConvolutions() if self.keeps_convolutions and not _is_compiled(self.branch) else nullcontext()
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
         # Gradients are enabled as in the forward pass, since kernels may depend on it; nothing of them is stored.
@@ -170,7 +180,9 @@ class AdditiveCoupling(InvertibleLayer):
                 # It follows from the half itself, if autograd asks for it.
                 convert = partial(values if self.exact and is_integer(leaf) else Tensor.to, dtype=taken[0].dtype)
                 saved.stands = Converted(taken[0], leaf.detach(), convert)
-            shift = self._shift(taken, changed).detach()
+            given = call.kept
+            with KeptConvolutions(given) if given else nullcontext():
+                shift = self._shift(taken, changed).detach()
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.

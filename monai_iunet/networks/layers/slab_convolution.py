@@ -22,6 +22,7 @@ from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.autocast import autocast_type, without_autocast
+from monai_iunet.networks.layers.kept_convolution import apply_convolution
 
 __all__ = ["convolve"]
 
@@ -43,8 +44,7 @@ def convolve(x: Tensor, layer: nn.Module) -> Tensor:
         return y
     dtype = (None if x.dtype == torch.float64 else autocast_type(x.device)) or x.dtype  # which autocast leaves alone
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (layer.weight, layer.bias))
-    y = _SlabConvolution.apply(x.to(dtype), weight, bias, layer.dilation, layer.groups)  # type: ignore[no-untyped-call]
-    return y
+    return apply_convolution(_SlabConvolution, x.to(dtype), weight, bias, layer.dilation, layer.groups)
 
 
 def _is_large(x: Tensor, layer: Any) -> bool:
@@ -62,10 +62,18 @@ def _is_large(x: Tensor, layer: Any) -> bool:
 class _SlabConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int], groups: int
+        ctx: Any,
+        given: tuple[Tensor] | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: Sequence[int],
+        groups: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.dilation, ctx.groups = dilation, groups
+        if given is not None:
+            return given[0].detach()
         y = x.new_empty((len(x), len(weight), *x.shape[2:]))
         for slab, wide, inner in _slabs(x, y, weight, dilation):
             y[:, :, slab] = _convolve(x[:, :, wide], weight, bias, dilation, groups)[:, :, inner]
@@ -77,10 +85,10 @@ class _SlabConvolution(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is asked for
             with without_autocast(x.device.type):
                 y = _convolve(x, weight, bias, ctx.dilation, ctx.groups)
-            wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
+            wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad[1:]) if needed]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+            return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:4]), None, None
+        of_x, of_weight, of_bias = ctx.needs_input_grad[1:4]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         precision = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=precision) if of_weight else None
@@ -100,7 +108,7 @@ class _SlabConvolution(torch.autograd.Function):
                 grad_weight += found[1]
                 del found
         grad_bias = gradient.sum([0, *range(2, gradient.ndim)]) if of_bias else None
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None
+        return None, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int], groups: int) -> Tensor:

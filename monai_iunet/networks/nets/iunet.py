@@ -70,8 +70,9 @@ class IUNet(ChosenActivations):
         resampling_init: where the resampling starts: "haar", "pixel_shuffle", "random" or an orthogonal matrix.
         learnable_resampling: whether the resampling is trained.
         padding_mode: how images are padded whose size does not divide, as in `torch.nn.functional.pad`; None to refuse.
-        activations: "invert" to rebuild activations in the backward pass, "store" for plain autograd, or one of the two
-            per level, finest first; "auto" chooses for each size of images, so that a step is as fast as
+        activations: "invert" to rebuild activations in the backward pass, "convolutions" to rebuild them from kept
+            outputs of the branches' convolutions, "store" for plain autograd, or one of them per level, finest first;
+            see `networks/nets/activations.py`. "auto" chooses for each size of images, so that a step is as fast as
             `memory_budget` allows. The parameters and outputs are the same; may be set on a built network too.
         memory_budget: for "auto", what a step may hold beside optimizer and loss: bytes, or such as "20 GiB".
         exact: round activations to a grid, so that they are rebuilt, and gradients taken, exactly to the last bit; see
@@ -217,10 +218,12 @@ class IUNet(ChosenActivations):
         return len(self.channels)
 
     def set_levels(self, choice: Sequence[str]) -> None:
-        """Let each level "invert" or "store"."""
+        """Let each level "invert", keep "convolutions", or "store"."""
         for level, activations in enumerate(choice):
             for layer in self._layers_of(level):
-                layer.rebuilds = activations == "invert"
+                layer.rebuilds = activations != "store"
+                if isinstance(layer, AdditiveCoupling):
+                    layer.keeps_convolutions = activations == "convolutions"
 
     def couplings_of(self, level: int) -> list[nn.Module]:
         """Return the couplings of a level, and the channel mixing between them."""

@@ -40,7 +40,7 @@ class SegIUNet(ChosenActivations):
         resampling_init: where the resampling starts.
         learnable_resampling: whether the resampling is trained.
         padding_mode: how images are padded whose size does not divide.
-        activations: "invert" or "store", one of the two per level, or "auto".
+        activations: "invert", "convolutions" or "store", one of them per level, or "auto".
         memory_budget: for "auto".
         exact: whether activations are rebuilt to the last bit.
         branch: kind of the coupling branches, "conv", "residual" or "mednext".

@@ -42,7 +42,7 @@ def small(**options: object) -> SegIUNet:
     return SegIUNet(3, 1, 2, channels=(16, 32), norm=None, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("activations", ["invert", "store"])
+@pytest.mark.parametrize("activations", ["invert", "convolutions", "store"])
 @pytest.mark.parametrize(
     ("size", "options"),
     [
