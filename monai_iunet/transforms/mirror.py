@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel
+import numpy as np
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 
 from monai_iunet.errors import InputError
@@ -42,10 +45,11 @@ class RandMirrord(RandomizableTransform, MapTransform):
         label_keys: those of them that are label maps `(1, *spatial)`.
         swap: pairs of labels that change places, such as `[[3, 4]]` for a right and a left parotid.
         prob: probability of a flip.
-        spatial_axis: axis that runs from left to right.
+        spatial_axis: axis that runs from left to right, or from right to left.
 
     Raises:
-        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels.
+        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels; when sides
+            change places although the axis runs in another direction, as far as a `MetaTensor` says.
 
     Example:
         >>> import torch
@@ -70,6 +74,7 @@ class RandMirrord(RandomizableTransform, MapTransform):
             raise InputError(
                 f"label_keys {others}: are not among keys {list(self.keys)}, so labels would not be swapped."
             )
+        self.spatial_axis = spatial_axis
         self.flip = Flip(spatial_axis)
         self.swap = read_swap(swap)
 
@@ -78,12 +83,26 @@ class RandMirrord(RandomizableTransform, MapTransform):
         self.randomize(None)
         if self._do_transform:
             for key in self.key_iterator(item):
+                if self.swap:
+                    self._check_axis(item[key], str(key))
                 item[key] = self.flip(item[key])
                 if key in self.label_keys:
                     check_one_channel(item[key], str(key))
                     item[key] = self._swapped(item[key])
                     self._swap_contoured(item, f"{key}_contoured")
         return item
+
+    def _check_axis(self, volume: Any, name: str) -> None:
+        """Check that the axis runs between left and right; what is no `MetaTensor` does not say."""
+        if not isinstance(volume, MetaTensor):
+            return
+        codes = nibabel.aff2axcodes(np.asarray(volume.affine, dtype=float))[: volume.ndim - 1]
+        if codes[self.spatial_axis] not in ("L", "R"):
+            raise InputError(
+                f"{name}: is turned {''.join(map(str, codes))}, so spatial_axis {self.spatial_axis} does not run from "
+                "left to right, and sides would change places that do not. Turn images and labels by MONAI's "
+                "Orientationd, or name another axis."
+            )
 
     def _swapped(self, labels: Any) -> Any:
         """Return a label map, of the type that it has, whose paired labels have changed places."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss
-from monai.transforms import Compose
+from monai.transforms import Compose, Orientation
 from torch import nn
 
 from monai_iunet import ChunkedDiceCELoss, InputError, MirrorInferer
@@ -152,6 +153,20 @@ def test_mirrored_labels_keep_their_type(dtype: torch.dtype) -> None:
     found = mirror({"label": torch.tensor([[0, 1, 1, 2]], dtype=dtype)})["label"]
     assert found.dtype == dtype
     assert found.tolist() == [[1, 2, 2, 0]]
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPI", "PIR", "ASR", "SRA"])
+def test_sides_change_places_only_along_the_axis_between_them(axcodes: str) -> None:
+    turn = Orientation(axcodes, labels=None)
+    labels = turn(MetaTensor(torch.arange(64.0).reshape(1, 4, 4, 4) % 3, affine=torch.eye(4)))
+    for axis in range(3):
+        mirror = RandMirrord("label", "label", swap=[[1, 2]], prob=1.0, spatial_axis=axis)
+        if axcodes[axis] in "LR":
+            assert mirror({"label": labels})["label"].shape == labels.shape
+        else:
+            with pytest.raises(InputError, match=f"label: is turned {axcodes}, so spatial_axis {axis} does not run"):
+                mirror({"label": labels})
+        assert RandMirrord("label", (), swap=[], prob=1.0, spatial_axis=axis)({"label": labels})["label"].ndim == 4
 
 
 @pytest.mark.parametrize("swap", [[[1, 2], [2, 3]], [[1, 1]], [1, 2], [[1, 2, 3]], [[-1, 1]], [[1.0, 2.0]], ["12"]])
