@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from monai.data import MetaTensor
+from torch import Tensor
 
 from monai_iunet.errors import InputError
 from monai_iunet.inference.streaming import StreamingInferer, View
-from monai_iunet.transforms.mirror import read_swap
+from monai_iunet.transforms.mirror import check_sides, read_swap
 
 __all__ = ["MirrorInferer"]
 
@@ -39,6 +42,20 @@ class MirrorInferer(StreamingInferer):
             raise InputError(f"spatial_axis {spatial_axis}: must be the number of an axis, counted from 0.")
         self.mirrored = View((spatial_axis,), read_swap(swap))
         self.enabled = enabled
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the stitched mean, see `StreamingInferer`.
+
+        Raises:
+            InputError: when classes change places although the axis does not run between left and right, as far as a
+                `MetaTensor` says.
+        """
+        if self.enabled and self.mirrored.swap and isinstance(inputs, MetaTensor):
+            image: Any
+            for image in inputs:
+                if self.mirrored.flipped[0] < image.ndim - 1:  # which is refused in other words
+                    check_sides(image, self.mirrored.flipped[0], "image")
+        return super().__call__(inputs, network, *args, **kwargs)
 
     @property
     def views(self) -> tuple[View, ...]:

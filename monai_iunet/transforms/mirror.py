@@ -14,7 +14,7 @@ from monai.transforms import Flip, MapTransform, RandomizableTransform
 from monai_iunet.errors import InputError
 from monai_iunet.losses.class_numbers import check_one_channel
 
-__all__ = ["RandMirrord", "read_swap"]
+__all__ = ["RandMirrord", "check_sides", "read_swap"]
 
 
 def read_swap(swap: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -33,6 +33,31 @@ def read_swap(swap: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     if not numbers or any(len(pair) != 2 for pair in pairs) or len(set(labels)) < len(labels):
         raise InputError(f"swap {list(swap)}: must be pairs of labels, each label in one pair, such as [[3, 4]].")
     return tuple((int(first), int(second)) for first, second in pairs)
+
+
+def check_sides(volume: Any, spatial_axis: int, name: str) -> None:
+    """Check that an axis runs between left and right; what is no `MetaTensor` does not say.
+
+    Args:
+        volume: `(channels, *spatial)`.
+        spatial_axis: along which sides change places.
+        name: of the volume in the error.
+
+    Raises:
+        InputError: when it runs in another direction.
+
+    Example:
+        >>> check_sides(MetaTensor([[[1.0]]]), spatial_axis=0, name="image")
+    """
+    if not isinstance(volume, MetaTensor):
+        return
+    codes = nibabel.aff2axcodes(np.asarray(volume.affine, dtype=float))[: volume.ndim - 1]
+    if codes[spatial_axis] not in ("L", "R"):
+        raise InputError(
+            f"{name}: is turned {''.join(map(str, codes))}, so spatial_axis {spatial_axis} does not run from left to "
+            "right, and sides would change places that do not. Turn images and labels by MONAI's Orientationd, or name "
+            "another axis."
+        )
 
 
 class RandMirrord(RandomizableTransform, MapTransform):
@@ -84,25 +109,13 @@ class RandMirrord(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if self.swap:
-                    self._check_axis(item[key], str(key))
+                    check_sides(item[key], self.spatial_axis, str(key))
                 item[key] = self.flip(item[key])
                 if key in self.label_keys:
                     check_one_channel(item[key], str(key))
                     item[key] = self._swapped(item[key])
                     self._swap_contoured(item, f"{key}_contoured")
         return item
-
-    def _check_axis(self, volume: Any, name: str) -> None:
-        """Check that the axis runs between left and right; what is no `MetaTensor` does not say."""
-        if not isinstance(volume, MetaTensor):
-            return
-        codes = nibabel.aff2axcodes(np.asarray(volume.affine, dtype=float))[: volume.ndim - 1]
-        if codes[self.spatial_axis] not in ("L", "R"):
-            raise InputError(
-                f"{name}: is turned {''.join(map(str, codes))}, so spatial_axis {self.spatial_axis} does not run from "
-                "left to right, and sides would change places that do not. Turn images and labels by MONAI's "
-                "Orientationd, or name another axis."
-            )
 
     def _swapped(self, labels: Any) -> Any:
         """Return a label map, of the type that it has, whose paired labels have changed places."""

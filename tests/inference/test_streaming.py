@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
+from monai.transforms import Orientation
 from torch import Tensor, nn
 
-from monai_iunet import LiveBytes, MirrorInferer, SegIUNet, StreamingInferer
+from monai_iunet import InputError, LiveBytes, MirrorInferer, SegIUNet, StreamingInferer
 from monai_iunet.inference.images import WholeImage
 from monai_iunet.inference.windows import Windows
 from monai_iunet.planning.plan import plan_inference_pass
@@ -276,3 +277,16 @@ def test_an_image_is_seen_whole_where_memory_takes_it_and_else_in_windows(
     assert windows.roi_size == (32, 30)
     torch.testing.assert_close(parts, expected)
     assert not torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize(("axcodes", "axis"), [("PIR", 2), ("RAS", 0), ("LPS", 0), ("SRA", 1)])
+def test_classes_change_places_only_along_the_axis_between_left_and_right(axcodes: str, axis: int) -> None:
+    image = Orientation(axcodes, labels=None)(MetaTensor(torch.rand(1, 4, 4, 4), affine=torch.eye(4)))
+    images = list_data_collate([{"image": image}, {"image": image}])["image"]
+    for spatial_axis in range(3):
+        inferer = MirrorInferer([[1, 2]], spatial_axis, roi_size=(4, 4, 4))
+        if spatial_axis == axis:
+            assert inferer(images, lambda windows: windows.expand(-1, 3, -1, -1, -1)).shape == (2, 3, 4, 4, 4)
+        else:
+            with pytest.raises(InputError, match=f"image: is turned {axcodes}, so spatial_axis {spatial_axis} does"):
+                inferer(images, lambda windows: windows)
