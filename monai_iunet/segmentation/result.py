@@ -28,7 +28,7 @@ class Segmentation:
         weights: name of the bundle's weights that found each structure; None if it is unknown.
 
     Raises:
-        InputError: when labels or probabilities are not on the grid of the image.
+        InputError: when labels or probabilities are not on the grid of the image, or two labels share a name.
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
@@ -51,6 +51,8 @@ class Segmentation:
             raise InputError(
                 f"a segmentation of the shape {found} for an image of {self.image.shape}: one grid is needed."
             )
+        if len(set(self.names.values())) < len(self.names):  # volumes are told apart by names
+            raise InputError(f"two labels of a segmentation share a name: {self.names}. Give each its own.")
 
     def volumes(self) -> dict[str, float]:
         """Return the volume of each structure in mm³.

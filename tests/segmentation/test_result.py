@@ -38,3 +38,9 @@ def test_another_grid_and_labels_without_a_name_are_refused() -> None:
             )
     with pytest.raises(InputError, match="labels 3, 7 have no name"):
         Segmentation(image, np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 5 // 3 * 4 + 3, {1: "a"}).volumes()
+
+
+def test_labels_that_share_a_name_are_refused() -> None:
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
+    with pytest.raises(InputError, match="two labels of a segmentation share a name"):
+        Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "liver"})
