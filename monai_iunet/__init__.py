@@ -63,8 +63,9 @@ rebuilt when they ask for it. See `monai_iunet.engine.reversible`.
 it is the same at every level, because nothing is lost. A plain network of $L$ couplings stores what each $F$ needs, at
 least $L s / 2$ on the finest level, and the coarser ones add to it. Here, beside parameters, gradients and optimizer, a
 step holds one state, its gradient and the working memory of one $F$: a small multiple of $s$, whatever $L$ is. Between
-these ends a level may store or rebuild. Each level down has about a quarter of the activations of the one above (in 3D,
-where a quarter of its channels go down) but half of the operations, so coarse levels are the cheap ones to store.
+these ends a level may store or rebuild, or keep the outputs of convolutions alone, half a state each, from which the
+rest of $F$ is quickly computed again. Each level down has about a quarter of the activations of the one above (in 3D,
+where a quarter of its channels go down) but half of the operations, so coarse levels are the cheap ones to keep.
 `monai_iunet.planning.budget` chooses, `monai_iunet.planning.plan` counts.
 
 **Exactness.** In floating point $(a + r) - r$ is not $a$. The error is that of the last digit, but under 16-bit

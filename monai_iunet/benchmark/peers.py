@@ -144,6 +144,7 @@ def _iunets(channels: Sequence[int], couplings: int) -> nn.Module:
 CONTESTANTS: dict[str, MakeNetwork] = {
     "ours, invert": _ours(),
     "ours, exact": _ours(exact=True),
+    "ours, convolutions": _ours(activations="convolutions"),
     "ours, auto": _ours(activations="auto", memory_budget=1),
     "ours, store": _ours(activations="store"),
     "torch checkpoint": _checkpointing,

@@ -18,7 +18,7 @@ from rich.table import Table
 from monai_iunet.errors import InputError
 from monai_iunet.io.text import times
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
-from monai_iunet.planning.budget import for_a_step, largest_patch, most_couplings
+from monai_iunet.planning.budget import WAYS, for_a_step, largest_patch, most_couplings
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.system import available_memory
@@ -94,11 +94,11 @@ class BundleTraining:
         return network
 
     def parts(self) -> Table:
-        """Return a table of what a step holds, part by part, with rebuilt and with stored activations."""
+        """Return a table of what a step holds, part by part, by what is kept of activations."""
         with _as_input_error():
             plans = {
                 activations: plan_training(self.network(activations=activations), self.spatial_size, **self._options)
-                for activations in ("invert", "store")
+                for activations in WAYS
             }
         table = Table(
             "MiB", *plans, title=f"One step, {self.batch_size} x {times(self.spatial_size)} voxels, {self._kind}"
@@ -115,7 +115,7 @@ class BundleTraining:
             raise InputError(f"--gpu-memory {memory}: {error}") from error
         title = f"What fits in {budget / 2**30:.1f} GiB, nine tenths of the GPU, batch {self.batch_size}, {self._kind}"
         table = Table("activations", "largest patch", "its peak, MiB", "most couplings per level", title=title)
-        for activations in track(("invert", "store"), "Planning", transient=True):
+        for activations in track(WAYS, "Planning", transient=True):
             with _as_input_error():
                 table.add_row(activations, *self._most(activations, budget))
         return table

@@ -74,7 +74,7 @@ class Task:
         in_channels: channels of an image.
         label_values: value of each structure in the label files, where they are not 1, 2, ...
         strides: of the network, per downsampling the factor of each axis.
-        activations: of the network, "invert" or "store" per level or for all.
+        activations: of the network, "invert", "convolutions" or "store", per level or for all.
         autocast: whether the training runs in bfloat16 on a CPU, too.
         sampling: whether patches are cut "at structures", each class as often as the background, or "anywhere"; by
             default at structures in CT, where they are small in a large field of view.

@@ -558,7 +558,7 @@ class _Planner:
     def _memory(
         self, least: TrainingPlan, patch: Sequence[int], strides: Sequence[Sequence[int]], batch: int
     ) -> tuple[TrainingPlan, str | tuple[str, ...]]:
-        """Choose which levels store their activations: as many as fit, which is faster."""
+        """Choose what each level keeps of its activations: as much as fits, which is faster."""
         memory = self.limits.memory
 
         def plan(activations: str | tuple[str, ...]) -> TrainingPlan:
@@ -579,7 +579,7 @@ class _Planner:
             "activations",
             text,
             f"a step holds {step.training_peak / 2**20:.0f} MiB of {memory / 2**20:.0f}, and "
-            f"{least.training_peak / 2**20:.0f} where all are rebuilt; what is stored need not be computed again",
+            f"{least.training_peak / 2**20:.0f} where all are rebuilt; what is kept need not be computed again",
             "store",
         )
         return step, activations

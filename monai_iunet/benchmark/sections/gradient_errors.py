@@ -19,6 +19,7 @@ COUPLINGS = (12, 48, 96)
 WAYS: dict[str, dict[str, Any]] = {
     "stored": {"activations": "store", "exact": False},
     "rebuilt": {"activations": "invert", "exact": False},
+    "convolutions kept": {"activations": "convolutions", "exact": False},
     "rebuilt, exact": {"activations": "invert", "exact": True},
 }
 
