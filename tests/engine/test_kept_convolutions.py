@@ -263,6 +263,14 @@ def test_finite_differences(frozen: str) -> None:
     assert torch.autograd.gradgradcheck(keep, (x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("activations", ["store", "invert", "convolutions"])
+def test_layers_used_twice_count_twice_where_a_graph_of_gradients_is_created(activations: str) -> None:
+    net, x = network(activations, 1), image(1)
+    wanted = [x, *net.parameters()]
+    found = torch.autograd.grad(net(net(x)).sin().sum(), wanted, create_graph=True)
+    assert max(relative_errors(found, torch.autograd.grad(net(net(x)).sin().sum(), wanted))) < 1e-10
+
+
 def test_errors_of_convolutions_are_those_of_pytorch() -> None:
     layer = nn.Conv1d(2, 2, 3).bfloat16()
     with KeptConvolutions():

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from monai_iunet.engine.pytorch_private import FakeTensor, saved_tensor_hooks, version
-from monai_iunet.networks.layers.autocast import autocast_type, without_autocast
+from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["KeptConvolutions", "apply_convolution"]
 
@@ -130,7 +130,7 @@ class _Convolution(torch.autograd.Function):
         dilation: list[int],
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         ctx.options = stride, padding, dilation, False, [0] * len(stride), groups
         if given is not None:
             return given[0].detach()
@@ -138,16 +138,10 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, weight, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            with without_autocast(x.device.type):
-                y = torch.convolution(x, weight, bias, *ctx.options)
-            sources = [tensor for tensor, needed in zip((x, weight, bias), wanted) if needed]
-            found = iter(torch.autograd.grad(y, sources, gradient, create_graph=True))
-            return None, *(next(found) if needed else None for needed in wanted), None, None, None, None
-        sizes = None if bias is None else list(bias.shape)
-        gradients = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *ctx.options, list(wanted))
+        x, weight = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[1:4]]
+        # Autograd records this operation, too, if a second derivative is asked for.
+        gradients = torch.ops.aten.convolution_backward(gradient, x, weight, [len(weight)], *ctx.options, wanted)
         return None, *gradients, None, None, None, None
 
 

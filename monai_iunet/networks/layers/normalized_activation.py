@@ -89,6 +89,8 @@ class _NormalizedActivation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias, means, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for
+            # Views, which do not depend on each other, as x does on a weight that is used twice.
+            x, weight, bias = (tensor.view_as(tensor) for tensor in (x, weight, bias))
             with without_autocast(x.device.type):
                 y = functional.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
                 y = functional.leaky_relu(y, ctx.slope)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from monai_iunet.engine.pytorch_private import has_hooks
 from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
-from monai_iunet.networks.layers.autocast import autocast_type, without_autocast
+from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.layers.kept_convolution import apply_convolution
 
 __all__ = ["convolve"]
@@ -70,7 +70,7 @@ class _SlabConvolution(torch.autograd.Function):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         ctx.dilation, ctx.groups = dilation, groups
         if given is not None:
             return given[0].detach()
@@ -81,19 +81,16 @@ class _SlabConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            with without_autocast(x.device.type):
-                y = _convolve(x, weight, bias, ctx.dilation, ctx.groups)
-            wanted = [tensor for tensor, needed in zip((x, weight, bias), ctx.needs_input_grad[1:]) if needed]
-            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:4]), None, None
-        of_x, of_weight, of_bias = ctx.needs_input_grad[1:4]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = wanted = ctx.needs_input_grad[1:4]
+        sizes = [1] * len(ctx.dilation), _padding(weight, ctx.dilation), ctx.dilation
+        rest = *sizes, False, [0] * len(ctx.dilation), ctx.groups
+        if torch.is_grad_enabled():  # a second derivative is asked for, of the whole
+            whole = torch.ops.aten.convolution_backward(gradient, x, weight, [len(weight)], *rest, list(wanted))
+            return None, *whole, None, None
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         precision = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=precision) if of_weight else None
-        sizes = [1] * len(ctx.dilation), _padding(weight, ctx.dilation), ctx.dilation
-        rest = *sizes, False, [0] * len(ctx.dilation), ctx.groups
         for slab, wide, inner in _slabs(x, gradient, weight, ctx.dilation):
             before = x[:, :, wide].contiguous()
             after = gradient[:, :, wide].clone(memory_format=torch.contiguous_format)

@@ -78,6 +78,14 @@ def test_finite_differences(frozen: str, monkeypatch: pytest.MonkeyPatch, in_sla
     assert counts
 
 
+def test_a_layer_used_twice_counts_twice_where_a_graph_of_gradients_is_created(in_slabs: None) -> None:
+    layer = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+    y = convolve(convolve(torch.randn(1, 2, 12, 12, dtype=torch.float64), layer), layer).sin().sum()
+    expected = torch.autograd.grad(y, [*layer.parameters()], retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(y, [*layer.parameters()], create_graph=True), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
