@@ -288,8 +288,10 @@ def best_activations(
         too_large: list[tuple[int, ...]] = []
         for ways in choices:
             # Costs add up but for what is held at different moments; what looks as if it may fit is counted, unless it
-            # keeps as much at each level as something that does not fit.
-            if least + 0.8 * sum(costs[level][way] for level, way in enumerate(ways)) > budget:
+            # keeps as much at each level as something that does not fit. Each count takes a second, so every one that
+            # is in vain makes the next guess more careful.
+            share = 0.8 + 0.1 * len(too_large)
+            if least + share * sum(costs[level][way] for level, way in enumerate(ways)) > budget:
                 continue
             if any(all(map(operator.ge, ways, others)) for others in too_large):
                 continue
