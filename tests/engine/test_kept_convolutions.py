@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet, plan_training
@@ -269,6 +271,59 @@ def test_layers_used_twice_count_twice_where_a_graph_of_gradients_is_created(act
     wanted = [x, *net.parameters()]
     found = torch.autograd.grad(net(net(x)).sin().sum(), wanted, create_graph=True)
     assert max(relative_errors(found, torch.autograd.grad(net(net(x)).sin().sum(), wanted))) < 1e-10
+
+
+def jacobian_product(layer: nn.Module, x: Tensor) -> Tensor:
+    product: Tensor = torch.func.jvp(lambda x: layer(x).tanh(), (x,), (x,))[1]
+    return product
+
+
+@pytest.mark.parametrize("compute", [lambda layer, x: torch.vmap(layer)(x).tanh(), jacobian_product])
+def test_branches_that_use_torch_func(compute: Callable[..., Tensor]) -> None:
+    class Own(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return compute(super().forward, x)
+
+    compare(run_once, make_branch=lambda dims, inputs, outputs, *_: Own(inputs, outputs, 3, padding=1))
+
+
+def run_once(net: nn.Module, x: Tensor) -> None:
+    net(x).sin().sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_stays_none() -> None:
+    """Weights without one are left alone by an optimizer that would let those with zeros decay."""
+    layer = nn.Conv1d(1, 1, 3)
+    with KeptConvolutions():
+        NoGradient.apply(layer(torch.rand(1, 1, 8))).sum().backward()
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"padding": "same", "stride": 2}, "strided"), ({"padding": "other"}, "Invalid padding"), ({}, "type")],
+)
+def test_what_pytorch_refuses(options: dict[str, Any], message: str) -> None:
+    weight = torch.rand(1, 1, 3, dtype=torch.float32 if options else torch.float64)
+    with KeptConvolutions(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=message):
+        functional.conv1d(torch.rand(1, 1, 8), weight, **options)
+
+
+def test_integers_of_numpy() -> None:
+    x, weight = torch.rand(1, 1, 8), torch.rand(1, 1, 3)
+    with KeptConvolutions():
+        kept = functional.conv1d(x, weight, padding=np.int64(1))
+    assert torch.equal(kept, functional.conv1d(x, weight, padding=1))
 
 
 def test_errors_of_convolutions_are_those_of_pytorch() -> None:

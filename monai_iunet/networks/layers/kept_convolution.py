@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from monai_iunet.engine.pytorch_private import FakeTensor, saved_tensor_hooks, version
+from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
 from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["KeptConvolutions", "apply_convolution"]
@@ -60,7 +61,10 @@ class KeptConvolutions(TorchFunctionMode):
         _INNERMOST.context, self._outer = self._outer, None
 
     def outputs(self) -> list[Tensor | None]:
-        """Return the outputs in their order, None for those that were changed in place since."""
+        """Return the outputs in their order, None for those that were changed in place since, as autograd counts.
+
+        It does not count what is written to `output.data`: a branch that does so cannot keep convolutions.
+        """
         return [output if version(output) == before else None for output, before in self._kept]
 
     def apply(self, convolution: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -94,14 +98,18 @@ class KeptConvolutions(TorchFunctionMode):
     ) -> Tensor:
         axes = weight.ndim - 2
         strides, dilations = _per_axis(stride, axes), _per_axis(dilation, axes)
-        paddings = _paddings(padding, weight, dilations)
+        paddings = _paddings(padding, weight, strides, dilations)
         tensors = [tensor for tensor in (input, weight, bias) if tensor is not None]
-        if paddings is None or input.ndim != weight.ndim or not all(map(_is_ordinary, tensors)):
+        if (
+            paddings is None
+            or input.ndim != weight.ndim
+            or not all(map(_is_ordinary, tensors))
+            or is_recorded_by_autograd_alone(*tensors)
+        ):
             return function(input, weight, bias, stride, padding, dilation, groups)
         dtype = autocast_type(input.device)
-        if dtype is not None and input.dtype != torch.float64:  # which autocast leaves alone
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        input, weight = _cast(input, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
         return self.apply(_Convolution, input, weight, bias, strides, paddings, dilations, groups)
 
 
@@ -130,6 +138,7 @@ class _Convolution(torch.autograd.Function):
         dilation: list[int],
         groups: int,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.options = stride, padding, dilation, False, [0] * len(stride), groups
         if given is not None:
@@ -137,7 +146,9 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *ctx.options)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
+        if gradient is None:
+            return (None,) * 8
         x, weight = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad[1:4]]
         # Autograd records this operation, too, if a second derivative is asked for.
@@ -146,15 +157,24 @@ class _Convolution(torch.autograd.Function):
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
-    return [value] * axes if isinstance(value, int) else [*value] * (axes // len(value))
+    return [*value] * (axes // len(value)) if isinstance(value, Sequence) else [int(value)] * axes
 
 
-def _paddings(padding: str | int | Sequence[int], weight: Tensor, dilation: Sequence[int]) -> list[int] | None:
-    """Return the padding of each axis; None where it is not the same on both sides."""
+def _paddings(
+    padding: str | int | Sequence[int], weight: Tensor, stride: Sequence[int], dilation: Sequence[int]
+) -> list[int] | None:
+    """Return the padding of each axis; None where it differs between the sides, or PyTorch has an error to raise."""
     if not isinstance(padding, str):
         return _per_axis(padding, len(dilation))
-    reaches = [(extent - 1) * step if padding == "same" else 0 for extent, step in zip(weight.shape[2:], dilation)]
-    return None if any(reach % 2 for reach in reaches) else [reach // 2 for reach in reaches]
+    if padding != "same":
+        return [0] * len(dilation) if padding == "valid" else None
+    reaches = [(extent - 1) * step for extent, step in zip(weight.shape[2:], dilation)]
+    return None if {*stride} != {1} or any(reach % 2 for reach in reaches) else [reach // 2 for reach in reaches]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in a type of autocast, if there is one, which leaves float64 alone."""
+    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
