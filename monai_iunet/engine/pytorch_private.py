@@ -16,6 +16,8 @@ from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,6 +30,7 @@ __all__ = [
     "compiled_part",
     "current_backward_pass",
     "frees_gradients_before_converting",
+    "function_modes",
     "graph_is_retained",
     "has_hooks",
     "has_values",
@@ -85,6 +88,19 @@ def frees_gradients_before_converting() -> bool:
     It converts what has not the type of the node's input; before PyTorch 2.13 it holds both meanwhile.
     """
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def function_modes() -> list[Any]:
+    """Return what sees every call of a function of PyTorch, outermost first: modes of users, which may change results.
+
+    Not the default device, and no modes of this package.
+    """
+    modes = _get_current_function_mode_stack()
+    return [mode for mode in modes if not (isinstance(mode, DeviceContext) or _is_ours(mode))]
+
+
+def _is_ours(mode: Any) -> bool:
+    return type(mode).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def graph_is_retained(ctx: Any) -> bool:

@@ -1,6 +1,7 @@
 """Evaluating a module a second time with the result of the first.
 
-A result depends on more than the inputs: on the autocast setting, the random numbers (see `random_numbers.py`), the
+A result depends on more than the inputs: on the autocast setting, modes that change functions of PyTorch, the random
+numbers (see `random_numbers.py`), the
 parameters, the buffers, which an evaluation may change, the hooks, and the settings of each part: attributes that are
 numbers, texts or switches, such as the mode (training or evaluation) and the rate of a dropout, or arrays, lists,
 dictionaries and sets of them. Other attributes, such as functions, tensors and lists of tensors, count as settings too,
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import (
+    function_modes,
     has_values,
     hooks_of,
     hooks_of_all_modules,
@@ -64,6 +66,7 @@ class Conditions:
             for kind in dict.fromkeys((device.type, "cpu"))
             if torch.amp.is_autocast_available(kind)
         ]
+        self._modes = function_modes()
         self._parts = [_Part(part) for part in module.modules()]
         self.foreign = [part.module for part in self._parts if runs_foreign_code(part.module)]
         self._hooks_of_all = hooks_of_all_modules()
@@ -112,6 +115,9 @@ class Conditions:
                 stack.callback(generator.go_to, generator.state())
                 generator.go_to(before)
             stack.enter_context(self._autocast_again())
+            for mode in self._modes:
+                if all(mode is not other for other in function_modes()):
+                    stack.enter_context(mode)
             written = [tensor.detach().clone() for tensor in self._written]
             yield
             self._check_random_numbers()

@@ -220,7 +220,8 @@ class Call:
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
         self._sources: list[weakref.ref[_State] | None] = []
         self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
-        self._kept: tuple[Any, list[bool]] = (None, [])  # what holds results of the first evaluation, and which
+        # What holds results of the first evaluation for the second, and which are held.
+        self._kept: tuple[Any, list[bool]] | None = None
         # Who has rebuilt these tensors, what is left of them, and their versions.
         self._saved: tuple[_Maker, list[Saved | None], list[int]] = ((0, -1), [], [])
 
@@ -236,7 +237,7 @@ class Call:
         if any(output.requires_grad for output in outputs):
             with torch.no_grad():
                 self.remembered = self._layer.remember(inputs, outputs, weights, self.inverse)
-            if watch is not None:
+            if watch is not None and self._kinds:
                 kept = watch.outputs()
                 held = [tensor for tensor in kept if tensor is not None]
                 self._kept = _saved(*held), [tensor is not None for tensor in kept]
@@ -280,10 +281,12 @@ class Call:
         return any(source is not None and source() is not None for source in self._sources)
 
     @property
-    def kept(self) -> list[Tensor | None]:
-        """The `outputs()` of what `watch` returned, in the first evaluation."""
+    def kept(self) -> list[Tensor | None] | None:
+        """The `outputs()` of what `watch` returned, in the first evaluation; None if it returned nothing."""
+        if self._kept is None:
+            return None
         saver, held = self._kept
-        tensors = iter(saver.grad_fn.saved_tensors if saver is not None else ())
+        tensors = iter(saver.grad_fn.saved_tensors)
         return [next(tensors) if is_held else None for is_held in held]
 
     def invert(self) -> None:
@@ -321,6 +324,11 @@ class Call:
         return tensor
 
     def _rebuild(self) -> tuple[list[Saved | None], list[int]]:
+        if not self.outputs:
+            raise RuntimeError(
+                f"{type(self._layer).__name__} computes gradients while it is evaluated, so it cannot be evaluated "
+                'again for its own. Store activations (activations="store").'
+            )
         # What is rebuilt then becomes a part of the graph of a second derivative.
         is_recorded = torch.is_grad_enabled()
         with torch.no_grad():
@@ -341,7 +349,7 @@ class Call:
             let_go = not _is_retained()
             self._hand_on(inputs, others, let_go)
             if let_go:
-                self._kept = None, []
+                self._kept = None
         rebuilt: list[Saved | None] = list(saved)
         versions = saved.versions if isinstance(saved, Caught) else [_version(tensor) for tensor in saved]
         self._saved = _here(), rebuilt, versions

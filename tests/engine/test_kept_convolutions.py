@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet, plan_training
 from monai_iunet.engine.pytorch_private import TorchDispatchMode
+from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.layers import slab_convolution
 from monai_iunet.networks.layers.kept_convolution import KeptConvolutions
@@ -226,9 +227,12 @@ def test_a_compiled_branch_keeps_nothing() -> None:
 
     compare(run, channel_mixing=None)
     coupling = AdditiveCoupling(torch.compile(nn.Conv1d(1, 1, 1), backend="eager"))
-    coupling.keeps_convolutions = True
-    with coupling.watch() as watch:
-        assert watch is None
+    branch = Branch(nn.Conv1d(1, 1, 1))
+    branch.compile(backend="eager")
+    for compiled in (coupling, AdditiveCoupling(branch)):
+        compiled.keeps_convolutions = True
+        with compiled.watch() as watch:
+            assert watch is None
 
 
 def test_large_convolutions_in_slabs_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet
@@ -309,6 +310,45 @@ def test_tensor_hooks_and_module_hooks_see_the_same_gradients() -> None:
 
 
 # -- modes, weights and buffers between the passes
+
+
+class Doubling(TorchFunctionMode):
+    """Doubles what convolutions give."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is nn.functional.conv2d else result
+
+
+@pytest.mark.parametrize("around", ["the forward pass", "both passes"])
+def test_a_mode_that_changes_functions(around: str) -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with Doubling():
+            value = loss(net(x))
+            if around == "both passes":
+                value.backward()
+        if around == "the forward pass":
+            value.backward()
+
+    compare(run)
+
+
+class Inquisitive(nn.Conv2d):
+    """Adds the gradient of its output to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).tanh()
+        return y + torch.autograd.grad(y.square().sum(), self.weight, create_graph=True)[0].sum()
+
+
+@pytest.mark.parametrize("activations", MODES[1:])
+def test_gradients_within_a_branch_are_refused(activations: str) -> None:
+    net = network(
+        activations=activations,
+        make_branch=lambda dims, inputs, outputs, *_: Inquisitive(inputs, outputs, 3, padding=1),
+    )
+    with pytest.raises(RuntimeError, match="computes gradients while it is evaluated"):
+        net(image())
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"norm": "BATCH"}], ids=str)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from monai_iunet.engine import pytorch_private as private
+from monai_iunet.networks.layers.kept_convolution import KeptConvolutions
 
 
 def test_can_pack_saved_tensors() -> None:
@@ -195,6 +197,17 @@ def test_compiled_part() -> None:
     assert private.compiled_part(torch.compile(module, backend="eager")) is module
     module.compile(backend="eager")
     assert private.compiled_part(module) is module
+
+
+def test_function_modes() -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("cpu"), KeptConvolutions():
+        assert private.function_modes() == []
+        with Mode() as outer, Mode() as inner:
+            assert private.function_modes() == [outer, inner]
 
 
 def test_saved_tensor_hooks() -> None:

@@ -143,6 +143,11 @@ class Branch(nn.Sequential):
             return self._one_after_another(inputs)
         return self._compiled(self, [inputs.pop().clone(memory_format=torch.contiguous_format)])
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._compiled is not None
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the layers, with the arguments of `torch.compile`; names in the state stay."""
         # Of the class, so that a replica of the branch runs its own layers.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_in_forward_mode, version
+from monai_iunet.engine.pytorch_private import compiled_part, function_modes, has_hooks, is_in_forward_mode, version
 from monai_iunet.engine.reversible import (
     Call,
     Converted,
@@ -78,7 +78,10 @@ class AdditiveCoupling(InvertibleLayer):
         return self._sum(changed, self._shift(taken, changed), -1), kept
 
     def watch(self) -> AbstractContextManager[Any]:
-        return KeptConvolutions() if self.keeps_convolutions and not _is_compiled(self.branch) else nullcontext()
+        # What is compiled, and what a mode of a user's sees, is not known to repeat itself without its convolutions.
+        is_compiled = _is_compiled(self.branch) or (isinstance(self.branch, Branch) and self.branch.is_compiled)
+        keeps = self.keeps_convolutions and not is_compiled and not function_modes()
+        return KeptConvolutions() if keeps else nullcontext()
 
     def recover(self, outputs: Tensors, weights: Tensors, remembered: Tensors, inverse: bool) -> Tensors:
         # Gradients are enabled as in the forward pass, since kernels may depend on it; nothing of them is stored.
@@ -181,7 +184,7 @@ class AdditiveCoupling(InvertibleLayer):
                 convert = partial(values if self.exact and is_integer(leaf) else Tensor.to, dtype=taken[0].dtype)
                 saved.stands = Converted(taken[0], leaf.detach(), convert)
             given = call.kept
-            with KeptConvolutions(given) if given else nullcontext():
+            with nullcontext() if given is None else KeptConvolutions(given):
                 shift = self._shift(taken, changed).detach()
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
