@@ -1,11 +1,10 @@
 """Evaluating a module a second time with the result of the first.
 
-A result depends on more than the inputs: on the autocast setting, modes that change functions of PyTorch, the random
-numbers (see `random_numbers.py`), the
-parameters, the buffers, which an evaluation may change, the hooks, and the settings of each part: attributes that are
-numbers, texts or switches, such as the mode (training or evaluation) and the rate of a dropout, or arrays, lists,
-dictionaries and sets of them. Other attributes, such as functions, tensors and lists of tensors, count as settings too,
-unless the evaluation itself puts something else in their place.
+A result depends on more than the inputs: on the autocast setting, modes of the user that change functions of PyTorch,
+the random numbers (see `random_numbers.py`), the parameters, the buffers, which an evaluation may change, the hooks,
+and the settings of each part: attributes that are numbers, texts or switches, such as the mode (training or evaluation)
+and the rate of a dropout, or arrays, lists, dictionaries and sets of them. Other attributes, such as functions, tensors
+and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
