@@ -1,4 +1,4 @@
-"""Several images at once: the cores are divided among them, and one more is read or written meanwhile.
+"""Several images at once: the cores are divided among them; meanwhile one more is read, and one is written.
 
 Reading, measuring and drawing take one core, and a network does not keep many cores busy: with a core for each image,
 all cores have work. On a GPU one image is segmented at a time, while the next is read and the one before is written.

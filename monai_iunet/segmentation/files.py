@@ -234,7 +234,7 @@ def _segment_all(
         overlaps = settings.overlap and small and not settings.fail_fast  # what follows a failure is not begun
         at_once = images_at_once(segmenter, len(group)) if overlaps else 1
         work = partial(_segment_case, SegmenterPool(segmenter, at_once), segmenter.channels, settings, writing)
-        workers = min(at_once + 1, len(group)) if overlaps else 1
+        workers = min(at_once + 2, len(group)) if overlaps else 1  # one reads meanwhile, and one writes
         yield from run_in_order(work, group, workers, torch.get_num_threads() // at_once)
 
 
