@@ -109,11 +109,13 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
 
     `CONFIGURATION_iunet` has nnU-Net's patch and batch; `CONFIGURATION_iunet_large` the largest patch of the same
     proportions, no larger than the median image, whose training step fits the memory that nnU-Net's own network takes.
+    Where the patch cannot grow, as nnU-Net's is the median image already, it has twice the couplings instead, if those
+    fit.
 
     Args:
         plans_file: such as `nnUNetPlans.json`; what is in it stays.
         configuration: whose patch, batch and strides are taken.
-        couplings: per level.
+        couplings: per level; with a patch that cannot grow, the larger configuration has twice as many.
 
     Returns:
         The names of the two.
@@ -161,15 +163,20 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
     factors = network.iunet.factors
     limit = [max(small, factor * math.ceil(size / factor)) for small, size, factor in zip(patch, median, factors)]
     try:
-        large = largest_patch(network.train(), budget, patch, factors, patch, limit, **options).spatial_size
+        large = list(largest_patch(network.train(), budget, patch, factors, patch, limit, **options).spatial_size)
     except ValueError as error:
         raise InputError(f"{path}: the invertible network does not fit where nnU-Net's does. {error}") from error
     names = [f"{configuration}_iunet", f"{configuration}_iunet_large"]
     plain: dict[str, Any] = {"inherits_from": configuration, "architecture": architecture}
     if settings.get("next_stage"):
         plain["next_stage"] = None  # not the first stage of a cascade either
-    plans["configurations"][names[0]] = plain
-    plans["configurations"][names[1]] = {**copy.deepcopy(plain), "patch_size": list(large)}
+    larger = {**copy.deepcopy(plain), "patch_size": large}
+    if large == list(patch):
+        deeper = _architecture(strides, features, 2 * couplings)
+        deep = PlannedIUNet(channels, 2, **deeper["arch_kwargs"]).train()
+        if plan_training(deep, patch, **options).training_peak <= budget:
+            larger["architecture"] = deeper
+    plans["configurations"].update({names[0]: plain, names[1]: larger})
     write_text(path, json.dumps(plans, indent=4) + "\n")
     return names
 

@@ -69,6 +69,27 @@ def test_the_plans_gain_two_configurations(tmp_path: Path) -> None:
     assert peak <= budget.training_peak
 
 
+@pytest.mark.parametrize(
+    ("couplings", "expected"),
+    [(1, 2), pytest.param(40, 40, marks=pytest.mark.slow)],  # 80 would not fit
+)
+def test_where_the_patch_is_the_image_the_larger_one_is_deeper(couplings: int, expected: int, tmp_path: Path) -> None:
+    path, made = tmp_path / "nnUNetPlans.json", plans()
+    settings = made["configurations"]["3d_fullres"]
+    settings["median_image_size_in_voxels"] = settings["patch_size"]
+    path.write_text(json.dumps(made))
+    small, large = (
+        json.loads(path.read_text())["configurations"][name] for name in add_configurations(path, couplings=couplings)
+    )
+    assert large["patch_size"] == settings["patch_size"]
+    arguments = large["architecture"]["arch_kwargs"]
+    assert arguments == {**small["architecture"]["arch_kwargs"], "couplings": expected}
+    own = DynUNet(3, 1, 2, KERNELS, STRIDES, STRIDES[1:], filters=FEATURES)
+    options = {"batch_size": 2, "dtype": torch.bfloat16, "optimizer": torch.optim.SGD}
+    budget = plan_training(own, (16, 32, 32), **options).training_peak
+    assert plan_training(planned(arguments).train(), (16, 32, 32), **options).training_peak <= budget
+
+
 def test_deep_supervision_is_as_the_trainer_expects() -> None:
     net = planned({"strides": STRIDES, "channels": [8, 16, 32], "couplings": 1})
     image = torch.rand(1, 1, 8, 16, 16)
