@@ -83,6 +83,7 @@ def householder(skew: Tensor) -> Tensor:
     return -torch.linalg.householder_product(tails, 2 / (1 + tails.square().sum(-2)))
 
 
+# The position of a map is the version of a state dictionary: append, do not sort.
 ORTHOGONAL_MAPS = {"cayley": cayley, "matrix_exp": torch.matrix_exp, "householder": householder}
 
 
@@ -91,6 +92,9 @@ class OrthogonalMatrix(nn.Module):
 
     In evaluation, without gradients, the matrices are computed once and used again for as long as the weights have the
     values that they were computed from. Exporters get them as constants, because they do not know the maps.
+
+    The same weights are another matrix by another map, so a state dictionary that was saved with one map is not loaded
+    into another; what holds nothing but tensors, as a safetensors file, cannot tell.
 
     Args:
         size: the matrices are `size` x `size`.
@@ -126,6 +130,7 @@ class OrthogonalMatrix(nn.Module):
         self._start = None if base is None else _checked(base, size, shape)
         self.shape = shape
         self.orthogonal_map = orthogonal_map
+        self._version = 1 + list(ORTHOGONAL_MAPS).index(orthogonal_map)  # which PyTorch saves with a state dictionary
         self.register_buffer("base", None if base is None else torch.empty(base.shape))
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=learnable)
         # Weight and base, their values, and the matrices that were computed from these.
@@ -200,8 +205,16 @@ class OrthogonalMatrix(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self.train(self.training)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        saved = local_metadata.get("version", self._version)
+        if saved != self._version:
+            name = dict(enumerate(ORTHOGONAL_MAPS, 1)).get(saved)
+            (*_, errors) = args
+            told = f"was saved with orthogonal_map={name!r}, this network has {self.orthogonal_map!r}"
+            if not any(told in error for error in errors):  # once for all matrices of a network
+                errors.append(f"{prefix}weight {told}, which makes another matrix of it. Build the network as it was.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.train(self.training)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from monai_iunet.networks.layers.orthogonal import ORTHOGONAL_MAPS, OrthogonalMatrix
+from monai_iunet.networks.nets.iunet import IUNet
 
 MAPS = sorted(ORTHOGONAL_MAPS)
 
@@ -141,6 +142,38 @@ def test_in_evaluation_the_matrix_is_computed_once_and_never_stale(monkeypatch: 
     assert sorted(matrix.state_dict()) == ["base", "weight"]
     for mode in (True, False):
         assert [name for name, _ in matrix.train(mode).named_buffers()] == ["base"]
+
+
+@pytest.mark.parametrize("saved", MAPS)
+@pytest.mark.parametrize("built", MAPS)
+def test_weights_of_another_map_are_refused_in_one_line(saved: str, built: str, tmp_path: Path) -> None:
+    source, target = (IUNet(2, channels=[4, 8], couplings=1, orthogonal_map=name) for name in (saved, built))
+    with torch.no_grad():
+        for weight in source.parameters():
+            weight.add_(torch.randn_like(weight))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    state = torch.load(tmp_path / "weights.pt", weights_only=True)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items() if "matrix" in name}
+    if saved == built:
+        target.load_state_dict(state)
+        image = torch.rand(1, 4, 8, 8)
+        torch.testing.assert_close(target(image), source(image))
+        return
+    with pytest.raises(
+        RuntimeError, match=f"was saved with orthogonal_map='{saved}', this network has '{built}'"
+    ) as told:
+        target.load_state_dict(state, strict=False)
+    assert str(told.value).count("orthogonal_map") == 1
+    for name, tensor in before.items():
+        torch.testing.assert_close(target.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_tensors_without_a_version_are_loaded_as_before() -> None:
+    source, target = OrthogonalMatrix(4), OrthogonalMatrix(4, orthogonal_map="matrix_exp")
+    weight = torch.randn(4, 4)
+    target.load_state_dict({"weight": weight})
+    source.load_state_dict({"weight": weight})
+    assert (target() - source()).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", MAPS)
