@@ -67,8 +67,8 @@ class ChunkedDiceCELoss(DiceCELoss):
             target: class numbers `(batch, 1, *spatial)` with `to_onehot_y`, else one channel per class.
 
         Raises:
-            ValueError: for shapes that do not fit each other, for weights of another number of classes, and for labels
-                that are not the number of a class.
+            ValueError: for shapes that do not fit each other, for weights that are negative or of another number of
+                classes, and for labels that are not the number of a class.
         """
         reason = self._reason_for_one_piece(input, target)
         if reason is not None:
@@ -87,10 +87,13 @@ class ChunkedDiceCELoss(DiceCELoss):
             raise ValueError(
                 f"weight must have a value for each of the {input.shape[1]} classes, got {tuple(weight.shape)}."
             )
+        is_read = has_values(target) and not torch.compiler.is_compiling()
+        if weight is not None and is_read and not (weight >= 0).all():
+            raise ValueError(f"weight must not be negative, got {weight.tolist()}.")
         # Not `as_subclass`, which tensors without values may not have.
         plain = (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor for tensor in (input, target))
         logits, labels = map(_with_flat_view, plain)
-        if self.dice.to_onehot_y and has_values(labels) and not torch.compiler.is_compiling():
+        if self.dice.to_onehot_y and is_read:
             check_labels(labels, logits.shape[1], "target")
         sums = _LabelSums if self._is_usual(logits) else _ChunkedSums
         *sizes, entropy = sums.apply(self, logits, labels)  # type: ignore[no-untyped-call]

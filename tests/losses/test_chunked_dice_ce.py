@@ -227,3 +227,13 @@ def test_weights_of_another_number_of_classes_are_refused(count: int, one_hot: b
     loss = ChunkedDiceCELoss(to_onehot_y=not one_hot, softmax=True, weight=torch.ones(count))
     with pytest.raises(ValueError, match=rf"weight must have a value for each of the 3 classes, got \({count},\)"):
         loss(*data(one_hot))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_weights_that_are_negative_are_refused_as_monai_does(value: float) -> None:
+    logits, labels = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    for include_background in (True, False):
+        weight = torch.tensor([1.0, 1.0, value])
+        loss = ChunkedDiceCELoss(include_background, to_onehot_y=True, softmax=True, weight=weight)
+        with pytest.raises(ValueError, match="weight must not be negative"):
+            loss(logits, labels)
