@@ -8,8 +8,9 @@ from typing import Any
 import nibabel
 import numpy as np
 from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import Flip, MapTransform, RandomizableTransform
+from monai.data import MetaTensor, get_track_meta
+from monai.transforms import Flip, InvertibleTransform, MapTransform, RandomizableTransform
+from monai.utils import TraceKeys, convert_to_tensor
 
 from monai_iunet.errors import InputError
 from monai_iunet.losses.class_numbers import check_one_channel
@@ -60,7 +61,7 @@ def check_sides(volume: Any, spatial_axis: int, name: str) -> None:
         )
 
 
-class RandMirrord(RandomizableTransform, MapTransform):
+class RandMirrord(RandomizableTransform, MapTransform, InvertibleTransform):
     """Flip images and label maps along an axis at random, and swap the labels of paired structures.
 
     Where `NoteContouredd` has noted which structures of a label map were contoured, the notes are swapped too.
@@ -106,16 +107,31 @@ class RandMirrord(RandomizableTransform, MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         self.randomize(None)
-        if self._do_transform:
-            for key in self.key_iterator(item):
+        for key in self.key_iterator(item):
+            if self._do_transform:
                 if self.swap:
                     check_sides(item[key], self.spatial_axis, str(key))
-                item[key] = self.flip(item[key])
-                if key in self.label_keys:
-                    check_one_channel(item[key], str(key))
-                    item[key] = self._swapped(item[key])
-                    self._swap_contoured(item, f"{key}_contoured")
+                self._mirror(item, key)
+            else:
+                item[key] = convert_to_tensor(item[key], track_meta=get_track_meta())
+            self.push_transform(item[key], replace=True)  # type: ignore[no-untyped-call]
         return item
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Mirror once more what was mirrored."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            if self.pop_transform(item[key])[TraceKeys.DO_TRANSFORM]:
+                with self.flip.trace_transform(False):
+                    self._mirror(item, key)
+        return item
+
+    def _mirror(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        item[key] = self.flip(item[key])
+        if key in self.label_keys:
+            check_one_channel(item[key], str(key))
+            item[key] = self._swapped(item[key])
+            self._swap_contoured(item, f"{key}_contoured")
 
     def _swapped(self, labels: Any) -> Any:
         """Return a label map, of the type that it has, whose paired labels have changed places."""

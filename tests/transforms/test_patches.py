@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from monai.data import CacheDataset, DataLoader
-from monai.transforms import Compose, RandAffined
+from monai.data import CacheDataset, DataLoader, MetaTensor
+from monai.transforms import Compose, Orientationd, RandAffined, RandFlipd
 
 from monai_iunet import (
     CollatePadded,
@@ -150,6 +150,30 @@ def test_several_patches_of_an_image_are_cases_of_a_batch() -> None:
 def test_labels_that_would_not_be_swapped_are_refused() -> None:
     with pytest.raises(InputError, match=r"label_keys \['labels'\]: are not among keys"):
         RandMirrord(["image", "label"], ["labels"], swap=[[1, 2]])
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
+def test_mirroring_is_undone_among_other_transforms(prob: float) -> None:
+    affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+    image = MetaTensor(torch.rand(1, 8, 9, 10), affine=affine)
+    labels = MetaTensor(torch.randint(0, 4, (1, 8, 9, 10)).float(), affine=affine)
+    contoured = torch.tensor([True, True, False, True])
+    transforms = Compose(
+        [
+            Orientationd(KEYS, "LPS", labels=None),
+            RandMirrord(KEYS, "label", swap=[[1, 2]], prob=prob),
+            RandFlipd(KEYS, prob=0.5, spatial_axis=1),
+        ]
+    )
+    for seed in range(4):
+        transforms.set_random_state(seed)
+        item = transforms({"image": image, "label": labels, "label_contoured": contoured})
+        found = transforms.inverse(item)
+        for key, expected in (("image", image), ("label", labels)):
+            torch.testing.assert_close(found[key].as_tensor(), expected.as_tensor(), rtol=0, atol=0)
+            torch.testing.assert_close(found[key].affine, expected.affine)
+            assert not found[key].applied_operations
+        assert found["label_contoured"].tolist() == contoured.tolist()
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (1, 12, 10), (1, 10)])
