@@ -1,7 +1,8 @@
 """Fitting the model that predicts how good a bundle's segmentations are, and judging it on cases that did not fit it.
 
-1. The true labels of the training cases say how each structure looks: the references.
-2. The validation cases are segmented as they are and damaged (`damage`), and compared with their true labels.
+1. The true labels of the training cases say how each structure looks: the `references`.
+2. The validation cases are segmented as they are and damaged (`damage`), and compared with their true labels, but for
+   contours that are left out because their volume is far from that of the others.
 3. Every second patient fits the model: least squares of the predicted and the true Dice, by weights that are not
    negative and an offset of each structure, which both sides of it share, because few patients fit it. The bound of
    doubt is where the shares of bad results that pass and of good ones that are doubted come closest to what is wanted,
@@ -14,20 +15,19 @@ from __future__ import annotations
 import csv
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch
 from nibabel.affines import voxel_sizes
 from scipy.optimize import least_squares
 from tqdm import tqdm
 
 from monai_iunet.bundling.damage import DAMAGES, crop_case, damage_case
 from monai_iunet.bundling.evaluation_data import Case, label_values
+from monai_iunet.bundling.references import describe_contours, describe_training, unusual_contours
 from monai_iunet.errors import InputError
 from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.io.files import (
@@ -42,7 +42,6 @@ from monai_iunet.io.files import (
 from monai_iunet.io.text import csv_text, first_line
 from monai_iunet.segmentation.quality import (
     FEATURES,
-    Normal,
     QualityModel,
     Reference,
     feature_rows,
@@ -50,7 +49,6 @@ from monai_iunet.segmentation.quality import (
     weights_digest,
     write_quality,
 )
-from monai_iunet.segmentation.quality_features import Description, describe_structures
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.training.cases import read_case
@@ -61,9 +59,6 @@ logger = logging.getLogger(__name__)
 
 BAD, GOOD = 0.5, 0.8  # true Dice
 WANTED = (0.02, 0.05)  # of bad results that pass, of good ones that are doubted
-LEAST_DEVIATION = 0.05  # of logarithms, correlations and normalized intensities: few cases may agree by chance
-LEAST_DISTANCE = 2.0  # mm, the same for places
-LEAST_CASES = 3  # with a structure, to describe it
 PENALTY = 1e-3  # of large weights
 COLUMNS = ("case", "damage", "repetition", "structure", *FEATURES, "dice")
 
@@ -141,11 +136,17 @@ def evaluate_quality(
                 f"{bundle}: its label files have the values {values}, a quality model is for 1, 2, ... To have one, "
                 "write the labels so and train again."
             )
-        references = describe_training(segmenter, cases["training"])
+        references, volumes = describe_training(segmenter, cases["training"])
+        left_out = [
+            unusual_contours(case, describe_contours(segmenter, case), volumes)
+            for case in tqdm(cases["validation"], "describing validation cases", leave=False, disable=None)
+        ]
         digest = weights_digest(bundle, weights)
         table = check_folder(bundle / "eval") / f"quality_{digest[:8]}_{cases_digest(cases)[:8]}.csv"
-        results = damaged_results(segmenter, references, cases["validation"], damages, table)
+        results = damaged_results(segmenter, references, cases["validation"], damages, table, left_out)
         model = fit_quality(results, references, digest)
+        counted = {"contours_left_out": sum(map(len, left_out[1::2]))}  # of the cases that judge
+        model = replace(model, held_out={**model.held_out, **counted})
     except InputError as error:
         if required:
             raise
@@ -163,48 +164,13 @@ def cases_digest(cases: Mapping[str, Sequence[Case]]) -> str:
     return files_digest([file for path in paths for file in files_in(path) if file.exists()])
 
 
-def describe_training(segmenter: BundleSegmenter, cases: Sequence[Case]) -> dict[str, Reference]:
-    """Return how each structure looks in training cases, by their true labels on the grid of the network."""
-    described = []
-    for case in tqdm(cases, "describing training cases", leave=False, disable=None):
-        image, labels = read_case(case, [0, *segmenter.labels])
-        prepared, meta = segmenter.prepare(image)
-        truth = MetaTensor(torch.from_numpy(labels.get_fdata(dtype=np.float32))[None], affine=labels.affine)
-        resampled = ResampleToMatch(mode="nearest", padding_mode="zeros")(truth, meta)
-        sizes = voxel_sizes(np.asarray(meta.affine))
-        found = describe_structures(prepared, resampled[0].numpy().astype(np.uint8), sizes)
-        described.append({segmenter.labels[value]: description for value, description in found.items()})
-    return _references(described, list(segmenter.labels.values()))
-
-
-def _references(described: Sequence[Mapping[str, Description]], structures: Sequence[str]) -> dict[str, Reference]:
-    references = {}
-    for name in structures:
-        having = [case for case in described if name in case]
-        if len(having) < LEAST_CASES:
-            raise InputError(
-                f"{name}: in {len(having)} training cases, at least {LEAST_CASES} are needed to fit a quality model."
-            )
-        places = {}
-        for other in structures:
-            apart = np.array([case[name].center - case[other].center for case in having if other in case])
-            if other != name and len(apart) >= LEAST_CASES:
-                places[other] = Normal.of(apart, LEAST_DISTANCE)
-        shapes, intensities = (
-            np.array([getattr(case[name], part) for case in having]) for part in ("shape", "intensity")
-        )
-        references[name] = Reference(
-            Normal.of(shapes, LEAST_DEVIATION), Normal.of(intensities, LEAST_DEVIATION), places
-        )
-    return references
-
-
 def damaged_results(
     segmenter: BundleSegmenter,
     references: Mapping[str, Reference],
     cases: Sequence[Case],
     damages: int,
     table: Path,
+    left_out: Sequence[Collection[str]] | None = None,
 ) -> list[Result]:
     """Return what is found in each case, as it is and damaged.
 
@@ -214,22 +180,25 @@ def damaged_results(
         cases: paths "image" and "label"; every second one fits the model.
         damages: damaged copies of each case.
         table: file that grows case by case; what it holds is not done again.
+        left_out: structures of each case whose true contour is no measure of a result; None for none.
     """
     kinds = [kind for kind in DAMAGES if kind != "none"]
     if isinstance(segmenter.windows, MirrorInferer):
         kinds.remove("side")  # to a network that mirrors, a mirror image is as good
-    halves = {True: cases[0::2], False: cases[1::2]}
+    numbered = list(enumerate(cases))
+    halves = {True: numbered[0::2], False: numbered[1::2]}
     jobs = [(case, fits, "none", 0) for fits, half in halves.items() for case in half]
     for repeat in range(damages):
         for fits, half in halves.items():
-            for number, case in enumerate(half):
-                jobs.append((case, fits, kinds[(3 * number + 5 * repeat) % len(kinds)], repeat))
+            for place, case in enumerate(half):
+                jobs.append((case, fits, kinds[(3 * place + 5 * repeat) % len(kinds)], repeat))
     done = _read_table(table)
     results: list[Result] = []
-    for case, fits, kind, repeat in tqdm(jobs, "segmenting damaged cases", leave=False, disable=None):
+    for (number, case), fits, kind, repeat in tqdm(jobs, "segmenting damaged cases", leave=False, disable=None):
         job = (image_name(case["image"], SUFFIXES), kind, repeat)
         known = [replace(result, fits=fits) for result in done.get(job, [])]
-        results += known or _segment_damaged(segmenter, references, case, job, fits)
+        found = known or _segment_damaged(segmenter, references, case, job, fits)
+        results += [result for result in found if left_out is None or result.structure not in left_out[number]]
         if not known:
             _write_table(table, results)
     return results
@@ -258,9 +227,8 @@ def _segment_damaged(
         if value in contoured and name in rows:
             first, second = found == value, labels == value
             dice = 2 * float((first & second).sum()) / float(first.sum() + second.sum())
-            features = tuple(
-                np.round(rows[name], 6).tolist()
-            )  # as in the table, so that an interruption changes nothing
+            # Rounded as in the table, so that an interruption changes nothing.
+            features = tuple(np.round(rows[name], 6).tolist())
             results.append(Result(job, fits, name, features, round(dice, 6)))
     return results
 
@@ -383,8 +351,10 @@ def judge_quality(model: QualityModel, results: Sequence[Result]) -> dict[str, f
 def as_markdown(model: QualityModel) -> str:
     """Return what was measured on cases that did not fit the model, as the table of a README."""
     held_out = model.held_out
+    left_out = held_out.get("contours_left_out", 0)
+    without = f", without those of {left_out:.0f} true contours of unusual volume" if left_out else ""
     rows = {
-        "structures found": f"{held_out['results']:.0f}",
+        f"structures found{without}": f"{held_out['results']:.0f}",
         "correlation of predicted and true Dice": f"{held_out['correlation']:.3f}",
         "mean absolute error": f"{held_out['mean_absolute_error']:.3f}",
         f"doubted below a predicted Dice of {model.warn_below:.2f}: of {held_out['good']:.0f} whose true Dice is above "

@@ -20,14 +20,15 @@ from monai_iunet import BundleSegmenter, InputError, bundle_folder
 from monai_iunet.bundling.fit_quality import (
     Job,
     Result,
+    as_markdown,
     cases_digest,
     damaged_results,
-    describe_training,
     evaluate_quality,
     fit_quality,
     judge_quality,
 )
 from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.bundling.references import describe_training
 from monai_iunet.segmentation.quality import FEATURES, Normal, Reference, quality_file, read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
@@ -176,6 +177,38 @@ def test_the_command_fits_and_the_model_is_used(bundle: Path, data: Path) -> Non
     code, _, error = call(*arguments, "--refit")
     assert code == 2
     assert "not a table of results" in error
+
+
+def test_contours_of_unusual_volume_neither_fit_nor_judge(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_hippocampus_data(tmp_path / "many", training=13, validation=0)
+    listed = json.loads((folder / "dataset.json").read_text())["training"]
+    for number in (0, 10):  # of each a training and a validation case has a scratch in the place of a structure
+        path = folder / "labelsTr" / f"made_{number}.nii.gz"
+        label = nibabel.load(path)
+        values = np.asarray(label.dataobj).copy()
+        values[values == 1] = 0
+        values[2:4, 2:4, 2] = 1
+        nibabel.save(nibabel.Nifti1Image(values, label.affine), path)
+    sections = {"training": listed[:9], "validation": listed[9:]}
+    cases = {
+        section: [{key: str(folder / case[key]) for key in ("image", "label")} for case in entries]
+        for section, entries in sections.items()
+    }
+    with caplog.at_level("WARNING"):
+        model = evaluate_quality(bundle, cases, "cpu", damages=4)
+    told = [text.split(" has a volume")[0] for text in caplog.messages]
+    assert told == ["made_0: front", "made_10: front"]
+    (table,) = (bundle / "eval").glob("quality_*.csv")
+    rows = {(row["case"], row["structure"]) for row in csv.DictReader(table.open())}
+    assert ("made_10", "front") not in rows
+    assert {("made_10", "back"), ("made_9", "front")} <= rows
+    assert model is not None
+    assert model.held_out["contours_left_out"] == 1
+    assert "| structures found, without those of 1 true contours of unusual volume |" in as_markdown(model)
+    volume = model.references["front"].shape.mean[0]
+    assert abs(volume - model.references["back"].shape.mean[0]) < 0.1
 
 
 def test_results_of_other_labels_are_not_taken(data: Path) -> None:
