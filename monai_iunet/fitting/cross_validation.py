@@ -82,10 +82,10 @@ def summarize(scores: Sequence[Score], structures: Sequence[str]) -> list[dict[s
         means = {name: float(np.mean([value[name] for value in values])) if values else np.nan for name in MEASURES}
         rows.append({"structure": structure, "cases": len(values), **means, "dice_low": low, "dice_high": high})
     if len(structures) > 1:
-        of_case = _case_means(scores)
-        low, high = _interval(list(of_case.values()))
+        low, high = _interval_of_mean(scores, structures)
         means = {name: float(np.nanmean([row[name] for row in rows])) for name in MEASURES}
-        rows.append({"structure": "mean", "cases": len(of_case), **means, "dice_low": low, "dice_high": high})
+        cases = len({score.case for score in scores})
+        rows.append({"structure": "mean", "cases": cases, **means, "dice_low": low, "dice_high": high})
     return rows
 
 
@@ -163,6 +163,22 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
         return np.nan, np.nan
     numbers = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(np.asarray(values)[numbers].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _interval_of_mean(scores: Sequence[Score], structures: Sequence[str]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over the structures of the mean Dice over the cases that show each."""
+    cases = sorted({score.case for score in scores})
+    if not cases:
+        return np.nan, np.nan
+    dice = np.full((len(cases), len(structures)), np.nan)
+    for score in scores:
+        dice[cases.index(score.case), structures.index(score.structure)] = score.measures["dice"]
+    numbers = np.random.default_rng(0).integers(0, len(cases), (RESAMPLES, len(cases)))
+    times = np.array([np.bincount(chosen, minlength=len(cases)) for chosen in numbers])  # that each case is drawn
+    with np.errstate(invalid="ignore"):  # a structure that no drawn case shows has no mean
+        means = times @ np.nan_to_num(dice) / (times @ np.isfinite(dice))
+    low, high = np.percentile(np.nanmean(means, 1), [2.5, 97.5])
     return float(low), float(high)
 
 

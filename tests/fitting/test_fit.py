@@ -472,6 +472,20 @@ def test_the_interval_holds_the_mean_and_shrinks_with_cases() -> None:
     assert best_fold({0: [], 1: [score("1", 0.5)], 2: [score("2", 0.4)]}, ["a"]) == 1
 
 
+def test_the_interval_of_the_mean_is_that_of_the_mean_of_the_structures() -> None:
+    rng = np.random.default_rng(0)
+    dice = {("a", case): 0.9 for case in range(20)} | {("b", case): rng.uniform(0, 0.2) for case in range(4)}
+    row = summarize([score(str(case), value, structure=name) for (name, case), value in dice.items()], ["a", "b"])[-1]
+    means = []
+    for _ in range(2000):
+        drawn = rng.integers(0, 20, 20)
+        found = [[dice[name, case] for case in drawn if (name, case) in dice] for name in "ab"]
+        means.append(np.mean([np.mean(values) for values in found if values]))
+    assert row["cases"] == 20
+    assert row["dice_low"] < row["dice"] < row["dice_high"]
+    np.testing.assert_allclose([row["dice_low"], row["dice_high"]], np.percentile(means, [2.5, 97.5]), atol=0.01)
+
+
 @pytest.mark.slow
 def test_a_fit_that_is_killed_goes_on_as_if_it_had_not_been(
     tmp_path: Path, record_property: Callable[[str, object], None]
