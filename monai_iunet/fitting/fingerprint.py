@@ -173,6 +173,13 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         logger.warning("%s in %s, these cases are left out:\n%s", _count(problems), data.folder, listed)
     if not good:
         raise InputError(f"{data.folder}: no case is left to learn from. Check the data set.")
+    left = {case.name for case in good}
+    for section, listed_cases in (("training", data.training), ("validation", data.validation)):
+        if listed_cases is not None and left.isdisjoint(map(image_of, listed_cases)):
+            raise InputError(
+                f'{data.folder}: of "{section}" in dataset.json no case is left. Mend or list some; without '
+                '"validation" the cases of "training" are split.'
+            )
     absent = [name for number, (name, _) in enumerate(values) if not any(case.volumes[number] for case in good)]
     if absent:
         raise InputError(

@@ -121,6 +121,19 @@ def test_all_bad_cases_are_listed_together(tmp_path: Path) -> None:
         assert sum(f"case_{number:02}" in line for line in lines) == (number != 4)
 
 
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_a_section_of_which_nothing_is_left_is_refused(section: str, tmp_path: Path) -> None:
+    folder = make_set(tmp_path, count=3)
+    description = json.loads((folder / "dataset.json").read_text())
+    first, *others = description.pop("training")
+    other = {"training": "validation", "validation": "training"}[section]
+    (folder / "dataset.json").write_text(json.dumps({**description, section: [first], other: others}))
+    assert len(take(folder).cases) == 3
+    change(folder / first["label"], lambda data: data * 0)
+    with pytest.raises(InputError, match=f'of "{section}" in dataset.json no case is left'):
+        take(folder, skip_bad=True)
+
+
 def test_a_structure_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     folder = make_set(tmp_path, count=2)
     description = json.loads((folder / "dataset.json").read_text())
