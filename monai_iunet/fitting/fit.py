@@ -308,9 +308,17 @@ class _Fit:
             cases = [*data.training, *(data.validation or [])]
             files = {name: describe_file(path) for name, path in self._files(cases).items() if path.is_file()}
             write_text(folder / self._state_file.name, json.dumps({"asked": asked, "files": files}, indent=1) + "\n")
-            if self.folder.exists():
-                self.folder.rmdir()  # which is empty
-            folder.rename(self.folder)
+            try:
+                if self.folder.exists():
+                    self.folder.rmdir()  # which is empty
+                folder.rename(self.folder)
+            except OSError as error:
+                if not self._state_file.is_file():
+                    raise
+                raise InputError(
+                    f"{self.folder}: another process has begun a fit in it meanwhile. Call it again to go on with that "
+                    "one, or name another --output."
+                ) from error
 
     def _make_plan(self, data: LabeledData) -> FitPlan:
         memory = self.options.memory or _memory(self.device)

@@ -286,6 +286,30 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_of_two_fits_that_begin_at_once_the_later_one_says_so(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = make_set(tmp_path / "data", shape=(12, 12, 12), count=5), tmp_path / "bundle"
+    if is_there:
+        folder.mkdir()
+    options: dict[str, Any] = {"gpu_memory": "1 GiB", "device": "cpu", "plan_only": True}
+    make, begun = fitting.make_plan, []
+
+    def begin_another(*arguments: Any, **others: Any) -> Any:
+        if not begun:
+            begun.append(True)
+            fit(data, folder, **options)
+        return make(*arguments, **others)
+
+    monkeypatch.setattr(fitting, "make_plan", begin_another)
+    with pytest.raises(InputError, match="another process has begun a fit in it meanwhile"):
+        fit(data, folder, **options)
+    assert fit(data, folder, **options) == folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "data"]
+
+
 def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
     asked = {"dataset": str(tmp_path.resolve()), "memory": 9000}
     (tmp_path / "fit.json").write_text(json.dumps({"asked": asked}))
