@@ -401,7 +401,7 @@ class _Fit:
 
         validator.add_event_handler(Events.COMPLETED, report)
         trainer.run()
-        if not (self._models(fold) / "model.pt").is_file():
+        if validator.state.best_metric_epoch < 0:
             raise InputError(f"{_name(fold)}: no network was better than none. Check the labels, or give it more time.")
 
     def _lower_learning_rate(self, optimizer: Any, schedule: Any, factor: float) -> None:

@@ -38,7 +38,7 @@ TAKEN = ("epoch", "best", "scaler", "model", "record")  # names in the file of t
 
 class Checkpoints:
     """Saves `last.pt` after each epoch of a trainer, `model.pt` whenever its validator finds a better network, and
-    `model_final.pt` at the end.
+    `model_final.pt` at the end; where no validation has found a network, `model.pt` is that of the end, too.
 
     A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
 
@@ -120,7 +120,7 @@ class Checkpoints:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_nan)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
-        trainer.add_event_handler(Events.COMPLETED, self._save_final)
+        trainer.add_event_handler(Events.COMPLETED, self._save_final, validator)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
     def _save_last_of_all(self, trainer: Engine, validator: Engine) -> None:
@@ -164,9 +164,18 @@ class Checkpoints:
             self._save_weights(self.folder / "model.pt")
             logger.info("Best network so far: %s", self.folder / "model.pt")
 
-    def _save_final(self, _: Any) -> None:
-        if self.writes:
-            self._save_weights(self.folder / "model_final.pt")
+    def _save_final(self, _: Any, validator: Any) -> None:
+        if not self.writes:
+            return
+        self._save_weights(self.folder / "model_final.pt")
+        if validator.state.best_metric_epoch < 0:
+            # What is there may be of another training, which was given something else than the record says.
+            self._save_weights(self.folder / "model.pt")
+            logger.warning(
+                "No validation has found a network, so %s is that of the end. If none took place, validate at least "
+                "once: lower val_interval, or raise max_epochs.",
+                self.folder / "model.pt",
+            )
 
     def _save_weights(self, path: Path) -> None:
         if self.record:
@@ -191,12 +200,12 @@ class Checkpoints:
                 f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
                 "start without resuming."
             )
+        validator.state.best_metric, validator.state.best_metric_epoch = best
         if end := self._end_of(epoch, trainer.state.max_epochs):
-            self._save_final(trainer)  # it may have been killed before that
+            self._save_final(trainer, validator)  # it may have been killed before that
             raise InputError(f"{self.last}: this training {end} to go on, or start without resuming.")
         trainer.state.epoch = epoch
         trainer.state.iteration = epoch * trainer.state.epoch_length
-        validator.state.best_metric, validator.state.best_metric_epoch = best
         if scaler:
             # The trainer makes its scaler when it runs.
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))

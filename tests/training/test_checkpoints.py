@@ -38,6 +38,7 @@ def training(
     network: nn.Module | None = None,
     wrap: Callable[[Any], Any] = lambda data: data,
     epoch_length: int | None = None,
+    interval: int = 1,
     **of_loader: Any,
 ) -> tuple[SupervisedTrainer, nn.Module]:
     """A small training with all that is random: initialization, order, crops, noise and dropout."""
@@ -65,7 +66,7 @@ def training(
         network=network,
         optimizer=optimizer,
         loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
-        train_handlers=[ValidationHandler(1, validator), LrScheduleHandler(scheduler)],
+        train_handlers=[ValidationHandler(interval, validator), LrScheduleHandler(scheduler)],
     )
     state = {"optimizer": optimizer, "scheduler": scheduler}
     checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
@@ -169,6 +170,22 @@ def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path
     again, _ = training(tmp_path, resume=True)
     again.run()
     assert (tmp_path / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_without_a_validation_weights_of_another_training_do_not_stay(
+    killed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model.pt").write_bytes(b"of another training, which was given something else")
+    trainer, network = training(tmp_path, max_epochs=2, interval=3)
+    trainer.run()
+    if killed:  # before it had written this
+        (tmp_path / "model.pt").write_bytes(b"of another training, which was given something else")
+        with pytest.raises(InputError, match="finished its 2 epochs"):
+            training(tmp_path, resume=True, max_epochs=2, interval=3)
+    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in network.state_dict().items())
+    assert "No validation has found a network" in caplog.text
 
 
 def test_resuming_without_a_state_begins_at_the_beginning(tmp_path: Path) -> None:
