@@ -33,7 +33,7 @@ __all__ = ["Checkpoints", "StartFrom", "start_from"]
 
 logger = logging.getLogger(__name__)
 
-TAKEN = ("epoch", "best", "scaler", "model", "record")  # names in the file of the last state
+TAKEN = ("epoch", "best", "scaler", "model", "record", "cases")  # names in the file of the last state
 
 
 class Checkpoints:
@@ -48,7 +48,7 @@ class Checkpoints:
         folder: where the files go; created if need be.
         model: the network whose weights `model.pt` holds.
         state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say. It may
-            not be named "model", "epoch", "best", "scaler" or "record".
+            not be named "model", "epoch", "best", "scaler", "record" or "cases".
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
@@ -57,7 +57,7 @@ class Checkpoints:
         record: what the training is given, written beside the weights; see `training_record`.
 
     Raises:
-        InputError: when `last.pt` is of another training, or of one that was given something else.
+        InputError: when `last.pt` is of another training, or of one that was given something else or other cases.
         ValueError: when a part of `state` has a name that is taken.
 
     Example:
@@ -155,6 +155,7 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler is not None else {},
             "model": self.model.state_dict(),
             "record": self.record,
+            "cases": _image_names(trainer.data_loader),
             **{name: part.state_dict() for name, part in self.state.items()},
         }
         _write(saved, self.last)
@@ -189,7 +190,7 @@ class Checkpoints:
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
             epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
-            record = saved.get("record", {})
+            record, cases = saved.get("record", {}), set(saved.get("cases", ()))
         except Exception as error:
             raise InputError(
                 f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
@@ -199,6 +200,14 @@ class Checkpoints:
             raise InputError(
                 f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
                 "start without resuming."
+            )
+        here = set(_image_names(trainer.data_loader))
+        if cases and here and cases != here:
+            other, change = min(cases - here or here - cases), "was" if cases - here else "was not"
+            raise InputError(
+                f"{self.last}: this training has other cases, {other} {change} one of them. "
+                "Give it the same data set and fold to go on, lest it be validated on what it has learned, or start "
+                "without resuming."
             )
         validator.state.best_metric, validator.state.best_metric_epoch = best
         if end := self._end_of(epoch, trainer.state.max_epochs):
@@ -222,6 +231,14 @@ class Checkpoints:
             if isinstance(part, TimedDecay) and part.share == 1:
                 return f"has used its time, {part.used:.0f} seconds, in {epoch} epochs. Raise max_seconds"
         return None
+
+
+def _image_names(loader: Any) -> list[str]:
+    """Return the names of the image files that a loader trains on; none where its data do not say them."""
+    cases = getattr(getattr(loader, "dataset", None), "data", None)
+    images = [case.get("image") if isinstance(case, Mapping) else None for case in cases or ()]
+    firsts = [image[0] if isinstance(image, list) and image else image for image in images]
+    return [Path(image).name for image in firsts if isinstance(image, (str, Path))]
 
 
 def _warn_of_another_order(trainer: Any) -> None:

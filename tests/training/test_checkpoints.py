@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,32 @@ def test_what_cannot_be_resumed_is_said(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"last\.pt: not a state of this training"):
         training(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([0, 1, 3], "case_2.nii.gz was one of them"),
+        ([0, 1, 2, 3], "case_3.nii.gz was not one of them"),
+        ([2, 1, 0], ""),
+    ],
+    ids=str,
+)
+def test_a_training_goes_on_with_the_cases_that_it_has_learned(others: list[int], message: str, tmp_path: Path) -> None:
+    def with_files(numbers: list[int], resume: bool = False) -> SupervisedTrainer:
+        trainer, network = training(tmp_path / "other", max_epochs=2)
+        validator = Engine(lambda *_: None)
+        validator.state.best_metric, validator.state.best_metric_epoch = 0.5, 1  # type: ignore[attr-defined]
+        trainer.data_loader = DataLoader(Dataset([{"image": f"/data/case_{n}.nii.gz"} for n in numbers]))
+        checkpoints = Checkpoints(tmp_path, network, {}, resume=resume)
+        if not resume:
+            checkpoints._save(trainer, validator)
+        checkpoints.attach(trainer, validator)
+        return trainer
+
+    with_files([0, 1, 2])
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        with_files(others, resume=True)
 
 
 def test_starting_from_weights_takes_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
