@@ -216,6 +216,8 @@ def _label_values(data: LabeledData) -> list[tuple[str, int]]:
 
 def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channels: int) -> CaseFacts:
     """Read a case and count what is known of it; of several channels the first one counts."""
+    if case["label"] in (case["image"] if isinstance(case["image"], list) else [case["image"]]):
+        raise InputError(f"{case['label']}: is image and label of one case. Name the image in dataset.json.")
     read, label = read_case(case, [0, *(value for _, value in values)], channels)
     name = image_of(case)
     check_not_constant(read, name)

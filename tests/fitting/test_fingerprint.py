@@ -121,6 +121,17 @@ def test_all_bad_cases_are_listed_together(tmp_path: Path) -> None:
         assert sum(f"case_{number:02}" in line for line in lines) == (number != 4)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_labels_are_no_image_of_their_case(channels: int, tmp_path: Path) -> None:
+    path = make_set(tmp_path, channels=channels) / "dataset.json"
+    description = json.loads(path.read_text())
+    case = description["training"][3]
+    case["image"] = case["label"] if channels == 1 else [case["image"][0], case["label"]]
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"1 problem in .*\n.*case_03\.nii\.gz: is image and label of one case"):
+        take(tmp_path)
+
+
 @pytest.mark.parametrize("section", ["training", "validation"])
 def test_a_section_of_which_nothing_is_left_is_refused(section: str, tmp_path: Path) -> None:
     folder = make_set(tmp_path, count=3)
