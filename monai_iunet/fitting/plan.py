@@ -315,6 +315,8 @@ class _Planner:
     def _folds(self, folds: int | None, fold: int | None, has_validation: bool) -> tuple[tuple[int | None, ...], int]:
         """Choose which folds are trained, and into how many parts the cases are split."""
         count = len(self.data.cases)
+        if folds is not None and folds < 1:
+            raise InputError(f"{folds} folds: at least one is trained. Name their number, or leave it to the plan.")
         parts = folds if folds and folds > 1 else FOLDS
         if has_validation and folds is None and fold is None:
             self._note("folds", "1", "the data set has validation cases of its own", 5)

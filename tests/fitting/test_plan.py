@@ -187,9 +187,11 @@ def test_few_cases_have_few_folds() -> None:
         plan(fingerprint(count=1, shape=(20, 20, 20)))
 
 
-@pytest.mark.parametrize(("count", "options"), [(2, {"folds": 5}), (1, {}), (8, {"fold": 5}), (8, {"fold": -1})])
+@pytest.mark.parametrize(
+    ("count", "options"), [(2, {"folds": 5}), (1, {}), (8, {"fold": 5}), (8, {"fold": -1}), (8, {"folds": 0})]
+)
 def test_folds_that_there_cannot_be_are_refused_before_the_start(count: int, options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"as many cases as folds|of 5 folds, one from 0 to 4"):
+    with pytest.raises(InputError, match=r"as many cases as folds|of 5 folds, one from 0 to 4|0 folds: at least one"):
         plan(fingerprint(count=count, shape=(20, 20, 20)), **options)
 
 
