@@ -31,6 +31,7 @@ from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import TrainingPlan, plan_training
 from monai_iunet.segmentation.sides import side_pairs
+from monai_iunet.training.dataset import patients_of
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
@@ -351,7 +352,10 @@ class _Planner:
             reason = f"of fewer than {JUDGED_FROM} cases none can be spared: the best network is used, not an ensemble"
             self._note("judges", "none", reason, "none")
             return ()
-        names = sorted(Path(case.name).name for case in self.data.cases)[JUDGES // 2 :: JUDGES]
+        found = sorted(Path(case.name).name for case in self.data.cases)
+        patients = patients_of(found, FOLDS)
+        judging = set(list(dict.fromkeys(patients))[JUDGES // 2 :: JUDGES])
+        names = [name for name, patient in zip(found, patients) if patient in judging]
         reason = "no network is trained on them: they tell whether the ensemble of the folds is better than the best"
         self._note("judges", f"{len(names)} cases", reason, "none")
         return tuple(names)

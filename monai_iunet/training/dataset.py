@@ -5,9 +5,12 @@ What a data set consists of is found here; whether its files can be learned from
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.files import SUFFIXES, image_name
 from monai_iunet.training.cases import image_of
 
-__all__ = ["LabeledData", "list_cases", "read_labeled_data", "split_cases"]
+__all__ = ["LabeledData", "list_cases", "patients_of", "read_labeled_data", "split_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +163,7 @@ def list_cases(
     training, validation = split_cases(cases, fold or 0, folds)
     if fold is None and section == "validation":
         logger.info(
-            "%s has no validation cases of its own: of its %d cases, %d are for validation, every %dth by name",
+            "%s has no validation cases of its own: of its %d cases, %d are for validation, every %dth patient by name",
             data.folder,
             len(cases),
             len(validation),
@@ -177,6 +180,8 @@ def _without(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 def split_cases(cases: Sequence[Case], fold: int, folds: int = FOLDS) -> tuple[list[Case], list[Case]]:
     """Split cases into those to train on and those to validate on: every so many, by the names of their labels.
 
+    Cases of one patient stay together, see `patients_of`.
+
     Raises:
         InputError: when there are fewer cases than parts, or no such part.
 
@@ -190,7 +195,49 @@ def split_cases(cases: Sequence[Case], fold: int, folds: int = FOLDS) -> tuple[l
     if folds < 2 or len(cases) < folds:
         raise InputError(f"{len(cases)} cases cannot be split into {folds} folds. Use more cases, or 2 folds or more.")
     ordered = sorted(cases, key=lambda case: str(case["label"]))
-    return [case for number, case in enumerate(ordered) if number % folds != fold], ordered[fold::folds]
+    patients = patients_of([_stem(str(case["label"])) for case in ordered], folds)
+    validated = set(list(dict.fromkeys(patients))[fold::folds])
+    return (
+        [case for case, patient in zip(ordered, patients) if patient not in validated],
+        [case for case, patient in zip(ordered, patients) if patient in validated],
+    )
+
+
+def patients_of(names: Sequence[str], least: int = FOLDS) -> list[str]:
+    """Return the patient of each case: what names begin with up to a number, as far as it tells cases apart.
+
+    Args:
+        names: of the cases.
+        least: patients; where names show fewer, or one with more than half of the cases, each case is a patient of its
+            own, and a warning says so.
+
+    Example:
+        >>> patients_of(["patient01_scan1", "patient01_scan2", "patient02_scan1", "patient02_scan2"], least=2)
+        ['01', '01', '02', '02']
+        >>> patients_of(["liver_1", "liver_2"], least=2)
+        ['liver_1', 'liver_2']
+    """
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names)))
+    common = "".join(first for first, _ in pairs).rstrip("0123456789")  # such as BraTS20_Training_
+    numbers = [re.match(r".*?[0-9]+(?=[_.-])", name[len(common) :]) for name in names]
+    patients = [name if number is None else number[0] for name, number in zip(names, numbers)]
+    counts = Counter(patients)
+    if len(counts) == len(names) or (len(counts) >= least and 2 * max(counts.values()) <= len(names)):
+        return patients
+    if len(counts) > 1:
+        _say_doubt(f"{common}{counts.most_common(1)[0][0]}", least)
+    return list(names)
+
+
+@functools.cache  # said once
+def _say_doubt(patient: str, least: int) -> None:
+    logger.warning(
+        "%s may be a patient with several cases, but names show fewer than %d patients, or one with most cases. So "
+        "each case stands alone in a split. To validate on other patients, list all cases of some in the section "
+        '"validation" of dataset.json.',
+        patient,
+        least,
+    )
 
 
 def _description(path: Path) -> Mapping[str, Any]:

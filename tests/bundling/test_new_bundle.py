@@ -55,7 +55,7 @@ def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
         spacing=[1.2, 1.1, 1.3],
         intensity_percentiles=[2, 98],
     )
-    assert "of its 5 cases, 1 are for validation, every 5th by name" in log
+    assert "of its 5 cases, 1 are for validation, every 5th patient by name" in log
     found = losses(bundle / "train")
     assert np.mean(found[-4:]) < np.mean(found[:4])
     assert "trained with" not in launch([], bundle, "evaluate.json", **small)

@@ -206,6 +206,15 @@ def test_some_cases_judge_the_networks_of_the_folds() -> None:
     assert judges(60, has_validation=True, folds=5) == ()  # there are others
 
 
+def test_all_scans_of_a_patient_judge_or_none() -> None:
+    data = fingerprint(count=1, shape=(20, 20, 20))
+    names = [f"patient{patient:02}_scan{scan}.nii.gz" for patient in range(30) for scan in (1, 2)]
+    found = plan(
+        dataclasses.replace(data, cases=tuple(dataclasses.replace(data.cases[0], name=name) for name in names))
+    )
+    assert found.task.judges == tuple(name for name in names if name[7:9] in ("05", "15", "25"))
+
+
 def test_a_plan_is_written_and_read(tmp_path: Path) -> None:
     found = plan(fingerprint(shape=(20, 20, 16), spacing=(1, 1, 4)))
     (tmp_path / "plan.json").write_text(json.dumps(found.as_json()))

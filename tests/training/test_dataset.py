@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from monai_iunet import InputError, list_cases
-from monai_iunet.training.dataset import read_labeled_data
+from monai_iunet.training.dataset import patients_of, read_labeled_data
 
 
 def make(folder: Path, files: Sequence[str], description: Any = None) -> Path:
@@ -112,6 +112,40 @@ def test_cases_that_are_not_told_apart_are_problems(
     data = read_labeled_data(make(tmp_path, [], description))
     assert names([*data.training, *(data.validation or [])]) == [f"c{n:02}" for n in range(5)]
     assert [problem.startswith(str(tmp_path / image)) and named in problem for problem in data.problems] == [True]
+
+
+@pytest.mark.parametrize(
+    "name", ["patient{:03}_frame{:02}", "sub-{:02}_ses-{}_T1w", "BraTS-GLI-{:05}-{:03}", "P{}-{}_seg"]
+)
+def test_all_scans_of_a_patient_are_in_one_fold(name: str, tmp_path: Path) -> None:
+    patient_of = {name.format(patient, scan): patient for patient in range(1, 13) for scan in (1, 12)}
+    cases = [{"image": f"imagesTr/{case}.nii.gz", "label": f"labelsTr/{case}.nii.gz"} for case in patient_of]
+    folder = make(tmp_path, [], {**decathlon(0), "training": cases})
+    validated = []
+    for fold in range(4):
+        training, validation = (names(list_cases(folder, part, fold, folds=4)) for part in ("training", "validation"))
+        assert {patient_of[case] for case in training}.isdisjoint(patient_of[case] for case in validation)
+        assert len(validation) == 6
+        validated += validation
+    assert sorted(validated) == sorted(patient_of)
+
+
+@pytest.mark.parametrize(
+    ("files", "doubtful"),
+    [
+        (["a1_1", "a1_2", "a2_1", "a2_2"], True),  # two patients make no three folds
+        (["b1_1", "b1_2", "b1_3", "b1_4", "b2_1", "b3_1"], True),  # as of sites
+        (["LUNG1-001", "LUNG1-002", "LUNG1-010"], False),
+        (["BraTS20_Training_001", "BraTS20_Training_101", "BraTS20_Training_102"], False),
+        (["case_1_seg", "case_2_seg", "case_10_seg"], False),
+    ],
+    ids=str,
+)
+def test_where_names_show_no_patients_each_case_stands_alone(
+    files: list[str], doubtful: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(set(patients_of(files, 3))) == len(files)
+    assert ("1 may be a patient with several cases" in caplog.text) is doubtful
 
 
 def test_an_image_in_two_formats_is_a_problem(tmp_path: Path) -> None:
