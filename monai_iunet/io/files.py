@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 NIFTI = (".nii.gz", ".nii")
 SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 SUFFIXES = NIFTI + SIMPLEITK
+DETACHED = (".nhdr", ".mhd")  # headers whose data lie in other files
+LARGEST_DETACHED_HEADER = 2**20  # bytes
 
 
 def image_name(path: str | os.PathLike[str], suffixes: Sequence[str] = NIFTI) -> str:
@@ -126,8 +130,36 @@ def hold_folder(path: Path, patience: float = 10.0) -> Iterator[None]:
 
 
 def files_in(path: Path) -> list[Path]:
-    """Return the files in a folder, in the order of their names; of a file, this alone, whether it is there or not."""
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    """Return the files that an image is read from.
+
+    Args:
+        path: a folder, of which it is all files but hidden ones, in the order of their names; a header of NRRD or
+            MetaImage beside its data, which follow; another file, which is alone, whether it is there or not.
+    """
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return [path, *_data_files(path)] if path.name.lower().endswith(DETACHED) and path.is_file() else [path]
+
+
+def _data_files(header: Path) -> list[Path]:
+    """Return the files beside a header of NRRD or MetaImage that hold its data, as far as they are there.
+
+    Sources: the specifications of NRRD ("data file") and of MetaImage ("ElementDataFile"): a name, a pattern for
+    numbered files, or a list that ends the header.
+    """
+    with header.open("rb") as file:
+        lines = os.fsdecode(file.read(LARGEST_DETACHED_HEADER).replace(b"\0", b"")).splitlines()
+    for number, line in enumerate(lines):
+        field = re.match(r"\s*(?:data ?file\s*:|ElementDataFile\s*=)\s*(.+?)\s*$", line, re.IGNORECASE)
+        if field is None:
+            continue
+        word = field[1].split()[0]
+        names = [name.strip() for name in lines[number + 1 :]] if word == "LIST" else [field[1]]
+        if word != "LIST" and "%" in word:
+            numbered = re.sub(r"%\d*d", "*", glob.escape(word))
+            return sorted(map(Path, glob.glob(os.path.join(glob.escape(str(header.parent)), numbered))))
+        return [header.parent / name for name in names if name and (header.parent / name).is_file()]
+    return []
 
 
 def files_digest(files: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Folders in which one process works at a time."""
+"""Folders in which one process works at a time, and the files of an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from monai_iunet import InputError
-from monai_iunet.io.files import hold_folder
+from monai_iunet.io.files import files_in, hold_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
 
@@ -31,3 +31,29 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode < 0
     with hold_folder(tmp_path, patience=0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("header", "beside"),
+    [
+        ("ElementDataFile = a b.raw\n", ["a b.raw"]),
+        ("NDims = 3\nelementdatafile=LIST\na b.raw\nc.raw\n", ["a b.raw", "c.raw"]),
+        ("ElementDataFile = s_%03d.raw 1 2 1\n", ["s_001.raw", "s_002.raw"]),
+        ("ElementDataFile = LOCAL\n", []),
+        ("NRRD0004\ndata file: ./a b.raw\n", ["a b.raw"]),
+        ("NRRD0004\ndatafile: LIST 2\nc.raw\na b.raw\n", ["c.raw", "a b.raw"]),
+        ("NRRD0004\ndata file: absent.raw\n", []),
+    ],
+)
+def test_an_image_is_its_header_and_the_data_beside_it(header: str, beside: list[str], tmp_path: Path) -> None:
+    for name in ("a b.raw", "c.raw", "s_001.raw", "s_002.raw", "other.raw"):
+        (tmp_path / name).touch()
+    path = tmp_path / f"image.{'nhdr' if header.startswith('NRRD') else 'mhd'}"
+    path.write_text(header)
+    assert files_in(path) == [path, *(tmp_path / name for name in beside)]
+
+
+def test_hidden_files_are_none_of_an_image(tmp_path: Path) -> None:
+    for name in ("1.dcm", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert files_in(tmp_path) == [tmp_path / "1.dcm"]

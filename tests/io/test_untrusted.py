@@ -88,3 +88,13 @@ def test_a_slice_that_is_added_is_noticed(tmp_path: Path) -> None:
     write_slices(folder, values[:1], InstanceNumber=99, ImagePositionPatient=[-10, 20, 50])
     with pytest.raises(InputError, match=r"mm between|lie where"):
         read_image(folder)
+
+
+def test_data_beside_a_header_count_for_the_memory_that_reading_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "image.mhd", np.zeros((500, 500, 500), np.uint8)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(data), str(path))
+    little = f"import monai_iunet.io.untrusted as module; module.SPARE_MEMORY = {2**27}; main("
+    monkeypatch.setattr(untrusted, "CODE", untrusted.CODE.replace("main(", little))
+    untrusted.try_in_a_process(path)

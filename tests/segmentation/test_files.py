@@ -14,10 +14,12 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder, installed_bundles
+from monai_iunet.io.geometry import to_simpleitk
 from monai_iunet.segmentation import files
 from monai_iunet.segmentation.origin import origin_of
 from monai_iunet.segmentation.result import Segmentation
@@ -296,6 +298,23 @@ def test_only_a_result_of_the_same_image_and_bundle_is_left_out(images: list[Pat
     assert go_on(moved)[:2] == (0, "Left out: 1 of 1 images, whose results are there.\n")
     assert call("segment", other, "--output", out, "--no-overlay", "--overwrite", "--volumes", "csv")[0] == 0
     assert go_on(other)[0] == 0
+
+
+@pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
+def test_data_beside_a_header_are_part_of_the_origin(suffix: str, tmp_path: Path) -> None:
+    rng, out = np.random.default_rng(0), tmp_path / "out"
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        image = nibabel.Nifti1Image(rng.random((35, 50, 36), dtype=np.float32), np.eye(4))
+        SimpleITK.WriteImage(to_simpleitk(image), tmp_path / folder / f"scan.{suffix}")
+    one, other = (tmp_path / folder / f"scan.{suffix}" for folder in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+    arguments = ("--output", out, "--no-overlay", "--skip-done")
+    assert call("segment", one, *arguments)[0] == 0
+    code, printed, error = call("segment", other, *arguments)
+    assert (code, printed) == (2, "")
+    assert "scan_seg.nii.gz: was made of another image" in error
+    assert call("segment", one, *arguments)[:2] == (0, "Left out: 1 of 1 images, whose results are there.\n")
 
 
 def test_the_weights_that_find_regions_are_part_of_the_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
