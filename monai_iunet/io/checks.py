@@ -36,6 +36,7 @@ SMALLEST_EXTENT = 1.0  # mm, of the longest axis
 LARGEST_WHOLE = 2**24  # above it float32 leaves out whole numbers
 FEWEST_STEPS = 1024  # between the smallest and the largest value, of those that float32 has there
 COMPRESSED_PART = 2**14  # bytes that are decompressed at a time, to 16 MiB at most
+LARGEST_TURN = 20.0  # degrees, between qform and sform whose axes bear other names
 SMALL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16))  # which PyTorch computes with too
 DAMAGED = (
     nibabel.filebasedimages.ImageFileError,
@@ -167,7 +168,7 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
             f"{name}: its header gives voxels of {times(header.get_zooms()[:3])} in the unit {unit}, millimeters are "
             "needed. Set the affine in millimeters with nibabel's `set_sform`, and `image.header.set_xyzt_units('mm')`."
         )
-    if len(set(axes)) > 1:
+    if len(set(axes)) > 1 and _are_apart(*forms):
         raise InputError(
             f"{name}: its axes run to {axes[0]} by its sform, to {axes[1]} by its qform, so left and right are in "
             "doubt. Keep the right one with nibabel: `image.set_sform(image.get_qform(), code=1)`, or the other way."
@@ -178,6 +179,16 @@ def _check_forms(image: nibabel.Nifti1Image, name: str) -> None:
             f"{name}: voxels of {times(zooms)} mm by its pixdim, of {times(spacing)} mm by its affine. If the affine "
             "is right, make all agree with nibabel: `image.set_qform(image.affine, code=1)`."
         )
+
+
+def _are_apart(form: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether axes of two affines run in directions that differ by more than registration and rounding.
+
+    Near 45 degrees an axis is named after the one or the other of two directions, however little the affines differ.
+    """
+    directions = (matrix[:3, :3] / voxel_sizes(matrix) for matrix in (form, other))
+    cosines = np.prod(list(directions), axis=0).sum(axis=0)
+    return bool(cosines.min() < np.cos(np.radians(LARGEST_TURN)))
 
 
 def check_not_constant(image: nibabel.Nifti1Image, name: str) -> None:

@@ -283,6 +283,25 @@ def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> N
         read_image(tmp_path / "image.nii.gz")
 
 
+@pytest.mark.parametrize("turn", [0, 5, 30])
+def test_forms_near_45_degrees_may_name_axes_differently(turn: float, volume: np.ndarray, tmp_path: Path) -> None:
+    def turned(angle: float) -> np.ndarray:
+        cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        rotation = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        return nibabel.affines.from_matvec(rotation, [-93.3, 21.7, 55.1])
+
+    for angle in (45, 135, -45):
+        image = nibabel.Nifti1Image(volume, turned(angle))
+        image.set_sform(turned(angle + turn / 2), code=2)
+        image.set_qform(turned(angle - turn / 2), code=1)
+        nibabel.save(image, tmp_path / "image.nii")
+        if turn < 20:
+            np.testing.assert_allclose(read_image(tmp_path / "image.nii").affine, image.affine, atol=1e-5)
+        else:
+            with pytest.raises(InputError, match="left and right are in doubt"):
+                read_image(tmp_path / "image.nii")
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float64])
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
 def test_values_that_float32_does_not_tell_apart_are_refused(dtype: type, suffix: str, tmp_path: Path) -> None:
