@@ -243,6 +243,12 @@ def _decode(file: str, frames: Sequence[Frame]) -> list[np.ndarray]:
                 f"{file}: DICOM without a valid Pixel Representation, which says whether its values are signed. "
                 "Export it again."
             )
+        highest, bits = dataset.get("HighBit"), dataset.get("BitsStored")
+        if "PixelData" in dataset and None not in (highest, bits) and highest != bits - 1:
+            raise InputError(
+                f"{file}: DICOM whose High Bit is {highest}, of {bits} Bits Stored; {bits - 1} is needed, since values "
+                "that begin above the lowest bit are not read. Export it again."
+            )
         several = int(dataset.get("NumberOfFrames") or 1) > 1
         stored = [pixel_array(dataset, index=frame.number if several else None, raw=True) for frame in frames]
     except InputError:

@@ -84,6 +84,12 @@ def test_bits_above_those_stored_are_no_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(folder).get_fdata(), expected(values))
 
 
+def test_values_that_begin_above_the_lowest_bit_are_not_read(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "old", stored("uint16", high=4096) << 4, BitsStored=12, HighBit=15)
+    with pytest.raises(InputError, match="High Bit is 15, of 12 Bits Stored; 11 is needed"):
+        read_image(folder)
+
+
 @pytest.mark.parametrize("multiframe", [False, True])
 def test_how_a_viewer_shows_values_does_not_change_them(multiframe: bool, tmp_path: Path) -> None:
     values = stored()
