@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -85,6 +86,13 @@ def _read_nifti(path: Path) -> nibabel.Nifti1Image:
         ) from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise InputError(f"{path}: {type(image).__name__} with the name of a NIfTI file. Convert it to NIfTI first.")
+    stored: Any = image.dataobj
+    begin, least = stored.offset, image.header.single_vox_offset
+    if begin < least:  # which nibabel takes for voxels
+        raise InputError(
+            f"{path}: its header says that voxels begin at byte {begin} (vox_offset), where the header itself is; "
+            f"{least} or more is needed. Export it again."
+        )
     check_size(path, math.prod(image.shape) * image.get_data_dtype().itemsize, path.stat().st_size)
     if path.suffix.lower() == ".gz":
         check_compressed(path, path)

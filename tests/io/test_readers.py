@@ -283,6 +283,17 @@ def test_a_qform_that_contradicts_the_sform_is_told_from_it(tmp_path: Path) -> N
         read_image(tmp_path / "image.nii.gz")
 
 
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_a_header_is_not_read_as_voxels(kind: type, volume: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "image.nii"
+    nibabel.save(kind(volume, np.eye(4)), path)
+    content, place = bytearray(path.read_bytes()), 108 if kind is nibabel.Nifti1Image else 168  # of vox_offset
+    content[place : place + 4] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"voxels begin at byte 0 \(vox_offset\)"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("turn", [0, 5, 30])
 def test_forms_near_45_degrees_may_name_axes_differently(turn: float, volume: np.ndarray, tmp_path: Path) -> None:
     def turned(angle: float) -> np.ndarray:
