@@ -247,6 +247,7 @@ def _segment_case(
         segmentation = segmenter.segment(image, str(case.image), settings.mirror)
     del image
     with writing:  # matplotlib, which draws the pictures, is not made for threads
+        _check_still_absent(case, settings)
         return _write(segmentation, case, settings.strict)
 
 
@@ -289,7 +290,9 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     case = _case((EXAMPLE_IMAGE,), segmenter, output, settings)
     check_outputs([case], settings)
     check_folder(output)
-    return _write(segmenter.segment(image, region=region), case, settings.strict)
+    segmentation = segmenter.segment(image, region=region)
+    _check_still_absent(case, settings)
+    return _write(segmentation, case, settings.strict)
 
 
 def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
@@ -375,6 +378,15 @@ def _warn_of_others(others: Sequence[Path]) -> None:
             "%d files, such as %s, are of labels that are replaced, and are not written again. Remove them, or ask "
             "for them again.",
             *(len(others), others[0]),
+        )
+
+
+def _check_still_absent(case: Case, settings: Settings) -> None:
+    """Check that no other run has written labels since `check_outputs` looked for them."""
+    if not settings.overwrite and case.is_done:
+        raise InputError(
+            f"{case.labels}: another run has written it while {case.image} was segmented, and it is kept. Name another "
+            "--output for one of them, or divide the images by --share."
         )
 
 

@@ -162,6 +162,25 @@ def test_of_large_images_one_is_in_memory_at_a_time(
     ]
 
 
+@pytest.mark.parametrize("words", [(), ("--skip-done",), ("--overwrite",)])
+def test_what_another_run_has_written_meanwhile_is_kept(
+    words: tuple[str, ...], images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, labels = files.read_image, tmp_path / "out" / "a_seg.nii.gz"
+
+    def write_too(paths: tuple[Path, ...], *arguments: Any) -> Any:
+        if paths[0].name == "a.nii.gz":
+            labels.write_text("of another run")
+        return read(paths, *arguments)
+
+    monkeypatch.setattr(files, "read_image", write_too)
+    code, _, error = call("segment", *images[:2], "--output", tmp_path / "out", "--no-overlay", *words)
+    assert (labels.read_bytes() == b"of another run") == ("--overwrite" not in words)
+    assert code == (0 if "--overwrite" in words else 2)
+    assert ("another run has written it while" in error) == ("--overwrite" not in words)
+    assert (tmp_path / "out" / "b_seg.nii.gz").exists()
+
+
 def test_nothing_is_written_of_labels_that_have_no_name(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
     segmentation = Segmentation(image, np.full((2, 2, 2), 3, np.uint8), {1: "liver"})
