@@ -26,6 +26,7 @@ SPARE_MEMORY = 2 * 2**30  # bytes, beside what a file may unpack to
 LARGEST_USUAL_COMPRESSION = 40
 SECONDS = 600
 REFUSED = 3  # exit status
+NAMES = "surrogateescape"  # how Python keeps names of files that are not UTF-8
 # Isolated (-I), so that neither the environment nor the working directory adds to the path.
 CODE = "import sys; sys.path[:] = sys.argv[3:]; from monai_iunet.io.untrusted import main; main(*sys.argv[1:3])"
 
@@ -44,7 +45,7 @@ def try_in_a_process(path: Path, series: str | None = None) -> None:
         return
     words = [sys.executable, "-I", "-c", CODE, str(path), series or "", *_import_path(path)]
     try:
-        result = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
+        result = subprocess.run(words, capture_output=True, encoding="utf-8", errors=NAMES, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{path}: damaged, reading it takes more than {SECONDS} seconds. Export or copy it again."
@@ -101,5 +102,5 @@ def main(path: str, series: str) -> None:
 
 
 def _refuse(reason: str) -> None:
-    sys.stdout.buffer.write(reason.encode())
+    sys.stdout.buffer.write(reason.encode("utf-8", NAMES))
     sys.exit(REFUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -453,10 +454,16 @@ def image_names(images: Sequence[Path], channels: int = 1) -> list[str]:
     """Return the names of images, or of their first channels' files, after which results are named.
 
     Raises:
-        InputError: when a file has none of the suffixes of images.
+        InputError: when a file has none of the suffixes of images, or a name is not UTF-8.
     """
     return [_name(path, channels) for path in images]
 
 
 def _name(path: Path, channels: int) -> str:
-    return path.resolve().name if path.is_dir() else result_name(path, channels)
+    name = path.resolve().name if path.is_dir() else result_name(path, channels)
+    if os.fsencode(name).decode("utf-8", "replace") != name:
+        raise InputError(
+            f"{path}: its name is not UTF-8, so neither pictures nor tables can bear it. Rename it, for example with "
+            "convmv."
+        )
+    return name

@@ -7,6 +7,7 @@ records that lie in the folder, not of what one process remembers.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_record(image: Path, origin: Callable[[], dict[str, Any]], segmentation
         path: file to write.
     """
     record = {
-        "image": str(image),
+        "image": os.fsencode(image).decode("utf-8", "replace"),
         "origin": origin(),
         "monai-iunet": version("monai-iunet"),
         "labels": segmentation.names,

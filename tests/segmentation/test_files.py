@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,25 @@ def test_every_file_name_will_do(name: str, tmp_path: Path, monkeypatch: pytest.
     assert names(tmp_path / "out") == sorted(
         [*(f"{name}_seg.{suffix}" for suffix in ("json", "nii.gz", "png")), "volumes.csv"]
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_told(tmp_path: Path) -> None:
+    folder, image = tmp_path / os.fsdecode(b"M\xfcller"), save(tmp_path / "scan.nii.gz")
+    folder.mkdir()
+    (folder / "text.txt").touch()
+    out = ("--output", tmp_path / "out", "--volumes", "csv")
+    code, printed, error = call("segment", image, folder, *out)
+    assert (code, printed) == (2, "")
+    assert "its name is not UTF-8" in error
+    for path in (folder / "scan.nii.gz", folder / "series" / "a.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image.read_bytes())
+    out = (*out, "--report") if "ipyniivue" in packages_distributions() else out
+    code, printed, error = call("segment", folder / "scan.nii.gz", folder / "series", *out)
+    assert code == 2  # what is wrong with the second ends nothing
+    assert "scan_seg.nii.gz" in printed
+    assert "no DICOM series in this folder" in error
 
 
 def test_a_home_folder_that_no_shell_has_put_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
