@@ -37,11 +37,16 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
     if not is_numeric or (labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels)))):
         raise InputError("labels must be whole numbers from 0 to 255, but there are others. Map them first.")
     image = nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), like.affine)
+    _copy_geometry(image, like)
+    return image
+
+
+def _copy_geometry(image: nibabel.Nifti1Image, like: nibabel.Nifti1Image) -> None:
+    """Give an image qform, sform and units of another; where the forms differ, programs read the one or the other."""
     for name in ("qform", "sform"):
         matrix, code = getattr(like, f"get_{name}")(coded=True)
         getattr(image, f"set_{name}")(matrix, int(code))
     image.header.set_xyzt_units(*like.header.get_xyzt_units())
-    return image
 
 
 def _are_bytes(values: np.ndarray) -> bool:
@@ -55,10 +60,18 @@ def write_labels(labels: np.ndarray, like: nibabel.Nifti1Image, path: Path) -> N
     write_atomically(path, lambda temporary: nibabel.save(image, temporary))
 
 
-def write_probability_image(probabilities: np.ndarray, affine: np.ndarray, path: Path) -> None:
+def write_probability_image(
+    probabilities: np.ndarray, affine: np.ndarray, path: Path, like: nibabel.Nifti1Image | None = None
+) -> None:
     """Write the probabilities of classes, `(classes, *spatial)`, as a NIfTI file with the classes last.
 
     NIfTI has no float16: such probabilities are written as uint16 with a slope, which keeps more digits than they have.
+
+    Args:
+        probabilities: to write.
+        affine: from voxels to millimeters in RAS.
+        path: file to write.
+        like: the image whose codes and units it gets, too.
 
     Example:
         >>> import tempfile
@@ -73,6 +86,8 @@ def write_probability_image(probabilities: np.ndarray, affine: np.ndarray, path:
     image = nibabel.Nifti1Image(np.broadcast_to(stored(0), values.shape), affine)
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm")
+    if like is not None:
+        _copy_geometry(image, like)
     image.header.set_data_dtype(stored)
     scale = 65535 if stored is np.uint16 else 1
     image.header.set_slope_inter(1 / scale, 0)

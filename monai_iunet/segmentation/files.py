@@ -437,7 +437,8 @@ def _write_series(source: Path, series: str | None, segmentation: Segmentation, 
 def write_probabilities(segmentation: Segmentation, path: Path) -> None:
     """Write the probabilities of a segmentation, the classes last, if it has any."""
     if segmentation.probabilities is not None:
-        write_probability_image(segmentation.probabilities, segmentation.image.affine, path)
+        image = segmentation.image
+        write_probability_image(segmentation.probabilities, image.affine, path, image)
 
 
 def _format(path: Path, settings: Settings) -> tuple[str, Write]:

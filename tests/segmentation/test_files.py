@@ -182,6 +182,23 @@ def test_what_another_run_has_written_meanwhile_is_kept(
     assert (tmp_path / "out" / "b_seg.nii.gz").exists()
 
 
+def test_labels_and_probabilities_have_both_forms_of_the_image(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4))
+    turned = nibabel.affines.from_matvec([[0.98, -0.199, 0], [0.199, 0.98, 0], [0, 0, 1]], [3, 4, 5])
+    image.set_sform(np.eye(4), code=4)
+    image.set_qform(turned, code=1)
+    labels, probabilities = np.zeros((4, 5, 6), np.uint8), np.full((2, 4, 5, 6), 0.5, np.float32)
+    segmentation = Segmentation(image, labels, {1: "liver"}, probabilities)
+    for write in (files.write_nifti, files.write_probabilities):
+        write(segmentation, tmp_path / "result.nii.gz")
+        result = nibabel.load(tmp_path / "result.nii.gz")
+        for name in ("get_sform", "get_qform"):
+            (matrix, code), (wanted, wanted_code) = (getattr(each, name)(coded=True) for each in (result, image))
+            assert code == wanted_code
+            np.testing.assert_allclose(matrix, wanted, atol=1e-6)
+        assert result.header.get_xyzt_units() == image.header.get_xyzt_units()
+
+
 def test_nothing_is_written_of_labels_that_have_no_name(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
     segmentation = Segmentation(image, np.full((2, 2, 2), 3, np.uint8), {1: "liver"})
