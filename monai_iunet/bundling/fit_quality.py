@@ -352,7 +352,7 @@ def as_markdown(model: QualityModel) -> str:
     """Return what was measured on cases that did not fit the model, as the table of a README."""
     held_out = model.held_out
     left_out = held_out.get("contours_left_out", 0)
-    without = f", without those of {left_out:.0f} true contours of unusual volume" if left_out else ""
+    without = f"; true contours left out for their volume: {left_out:.0f}" if left_out else ""
     rows = {
         f"structures found{without}": f"{held_out['results']:.0f}",
         "correlation of predicted and true Dice": f"{held_out['correlation']:.3f}",

@@ -1,11 +1,12 @@
 """How good a segmentation probably is: a predicted Dice per structure, from what needs no true labels.
 
 Eight features of a structure, each 0 where nothing is wrong (`quality_features`): how uncertain the network is; how
-much a second run on a window around the structure, with some noise, disagrees; how far shape, intensities and place
-beside the other structures are from those of the training cases; which fraction is fragments, and which lies on the
-edge of the image; and how far the other structures of the image are, because what fails an image, as wrong directions
-in its header do, seldom spares a structure. The three distances d are root mean squares in standard deviations,
-correlations allowed for (Mahalanobis), and enter as log(1 + d); of the others enters the median of their means.
+much a second run on a window around the structure, with some noise, disagrees; which fraction is fragments beside the
+largest component; of that component, how far shape, intensities and place beside the other structures are from those
+of the training cases, and which fraction lies on the edge of the image; and how far the other structures of the image
+are, because what fails an image, as wrong directions in its header do, seldom spares a structure. The three distances d
+are root mean squares in standard deviations, correlations allowed for (Mahalanobis), and enter as log(1 + d); of the
+others enters the median of their means.
 
 The predicted Dice is 1 / (1 + exp(Σ wᵢ fᵢ - b)). No weight w is negative, so what looks worse is never rated better,
 and what is far from all training cases is rated near 0. A structure that was not found is rated 0.

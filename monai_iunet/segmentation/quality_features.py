@@ -134,13 +134,13 @@ def _grown(box: Sequence[slice], shape: Sequence[int], margin: int) -> tuple[sli
 
 @dataclass(frozen=True)
 class Description:
-    """Describes a structure that was found.
+    """Describes a structure that was found. All but the first three are those of its largest component.
 
     Attributes:
         uncertainty: 1 minus the Dice of `SoftDice`.
         disagreement: 1 minus the Dice of `second_run`.
         fragments: fraction of its voxels outside of the largest component.
-        edge: fraction of its voxels that lie on the edge of the image.
+        edge: fraction of the voxels that lie on the edge of the image.
         shape: logarithm of the volume in mm³, logarithms of the standard deviations along the axes in mm, and the
             correlations of the axes, by which a structure leans.
         intensity: percentiles 10, 50, 90 inside and in a shell around, and the logarithm of the mean difference of
@@ -179,15 +179,15 @@ def describe_structures(
         if box is None:
             continue
         outer = _grown(box, labels.shape, SHELL + 1)
-        inside = labels[outer] == value
-        parts, count = ndimage.label(inside)
+        components, _ = ndimage.label(labels[outer] == value)
+        voxels = np.bincount(components.ravel())[1:]
+        inside = components == 1 + voxels.argmax()
         places = np.argwhere(inside) + [part.start for part in outer]
-        largest = np.bincount(parts.ravel())[1:].max() if count > 1 else len(places)
         on_edge = ((places == 0) | (places == np.array(labels.shape) - 1)).any(1)
         descriptions[value] = Description(
             uncertainty=0.0 if expected is None else 1 - expected[value],
             disagreement=0.0 if agreement is None else 1 - agreement[value],
-            fragments=float(1 - largest / len(places)),
+            fragments=float(1 - len(places) / voxels.sum()),
             edge=float(on_edge.mean()),
             shape=_shape(places * sizes, sizes),
             intensity=_intensity(image.cut(outer)[0].cpu().numpy(), inside, labels[outer]),

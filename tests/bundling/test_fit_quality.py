@@ -206,7 +206,7 @@ def test_contours_of_unusual_volume_neither_fit_nor_judge(
     assert {("made_10", "back"), ("made_9", "front")} <= rows
     assert model is not None
     assert model.held_out["contours_left_out"] == 1
-    assert "| structures found, without those of 1 true contours of unusual volume |" in as_markdown(model)
+    assert "| structures found; true contours left out for their volume: 1 |" in as_markdown(model)
     volume = model.references["front"].shape.mean[0]
     assert abs(volume - model.references["back"].shape.mean[0]) < 0.1
 

@@ -93,6 +93,13 @@ def test_descriptions_show_fragments_edges_sides_and_contrast() -> None:
     torn[20] = 0
     assert describe_structures(whole_image(image), torn, (1, 1, 1))[1].fragments == pytest.approx(0.5, abs=0.05)
     assert describe_structures(whole_image(image), np.roll(whole, -20, 0), (1, 1, 1))[1].edge > 0.05
+    specks = whole.copy()
+    specks[0, :3, :3] = 1  # on the edge, far from the structure: what is left of it is as it was
+    with_specks = describe_structures(whole_image(image), specks, (1, 1, 1))[1]
+    assert with_specks.fragments == pytest.approx(9 / (whole.sum() + 9))
+    assert with_specks.edge == 0
+    for name in ("shape", "intensity", "center"):
+        np.testing.assert_array_equal(getattr(with_specks, name), getattr(sound, name))
     mirrored = describe_structures(whole_image(image[::-1]), np.ascontiguousarray(whole[::-1]), (1, 1, 1))[1]
     np.testing.assert_allclose(mirrored.shape[4], -sound.shape[4], atol=0.01)
     larger = describe_structures(whole_image(image), whole, (2, 2, 2))[1]
