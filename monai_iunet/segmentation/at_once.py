@@ -71,8 +71,8 @@ def run_in_order(
 ) -> Iterator[tuple[Item, Future[Result]]]:
     """Call a function for each item, several at once, and yield what comes out in the order of the items.
 
-    After a failure nothing more is begun until the caller has seen it and goes on. One call at a time runs in the
-    thread of the caller, so that it can be interrupted at once.
+    After a failure nothing more is begun until the caller has seen it and goes on. With one worker the calls run in the
+    thread of the caller, so that they can be interrupted at once; with more, an interruption waits for what is begun.
 
     Args:
         work: the function.
