@@ -764,7 +764,7 @@ def nnunet_plans(
     configuration: Annotated[str, typer.Option(help="Configuration whose patch and batch are taken.")] = "3d_fullres",
     couplings: Annotated[int, typer.Option(min=1, help="Couplings per level.")] = 2,
 ) -> None:
-    """Add configurations with an invertible U-Net to nnU-Net's plans: at its patch, and at the largest that fits."""
+    """Add configurations with an invertible U-Net to nnU-Net's plans: at its patch, and larger in its memory."""
     with _input_errors("nnunet"):
         from monai_iunet.interop.nnunet import add_configurations
 

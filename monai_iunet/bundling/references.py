@@ -103,8 +103,8 @@ def unusual_contours(case: Case, contours: Contours, volumes: Volumes) -> set[st
         if not least <= volume <= largest:
             unusual.add(name)
             logger.warning(
-                "%s: %s has a volume of %.3g ml, where %.3g to %.3g ml are usual, so it is left out of the quality "
-                "model. Look at its contour.",
+                "%s: the largest component of %s has %.3g ml, where %.3g to %.3g ml are usual, so its contour is left "
+                "out of the quality model. Look at it.",
                 image_name(case["image"], SUFFIXES),
                 name,
                 *(value / 1000 for value in (volume, least, largest)),

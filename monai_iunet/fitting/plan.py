@@ -356,6 +356,10 @@ class _Planner:
         patients = patients_of(found, FOLDS)
         judging = set(list(dict.fromkeys(patients))[JUDGES // 2 :: JUDGES])
         names = [name for name, patient in zip(found, patients) if patient in judging]
+        if not names:
+            reason = f"of {len(set(patients))} patients none can be spared: the best network is used, not an ensemble"
+            self._note("judges", "none", reason, "none")
+            return ()
         reason = "no network is trained on them: they tell whether the ensemble of the folds is better than the best"
         self._note("judges", f"{len(names)} cases", reason, "none")
         return tuple(names)

@@ -32,6 +32,7 @@ from monai_iunet.engine.pytorch_private import graph_is_retained, has_values
 from monai_iunet.engine.reversible import is_transformed
 from monai_iunet.losses.class_numbers import check_labels
 from monai_iunet.networks.layers.autocast import without_autocast
+from monai_iunet.networks.layers.cuda_graph import is_captured
 
 __all__ = ["ChunkedDiceCELoss"]
 
@@ -87,7 +88,8 @@ class ChunkedDiceCELoss(DiceCELoss):
             raise ValueError(
                 f"weight must have a value for each of the {input.shape[1]} classes, got {tuple(weight.shape)}."
             )
-        is_read = has_values(target) and not torch.compiler.is_compiling()
+        # Nor can values be looked at while a CUDA graph is recorded; its warm-up has checked them.
+        is_read = has_values(target) and not torch.compiler.is_compiling() and not is_captured(target)
         if weight is not None and is_read and not (weight >= 0).all():
             raise ValueError(f"weight must not be negative, got {weight.tolist()}.")
         # Not `as_subclass`, which tensors without values may not have.

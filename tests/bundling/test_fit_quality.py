@@ -198,8 +198,8 @@ def test_contours_of_unusual_volume_neither_fit_nor_judge(
     }
     with caplog.at_level("WARNING"):
         model = evaluate_quality(bundle, cases, "cpu", damages=4)
-    told = [text.split(" has a volume")[0] for text in caplog.messages]
-    assert told == ["made_0: front", "made_10: front"]
+    told = [text.split(" has ")[0] for text in caplog.messages]
+    assert told == ["made_0: the largest component of front", "made_10: the largest component of front"]
     (table,) = (bundle / "eval").glob("quality_*.csv")
     rows = {(row["case"], row["structure"]) for row in csv.DictReader(table.open())}
     assert ("made_10", "front") not in rows

@@ -215,6 +215,18 @@ def test_all_scans_of_a_patient_judge_or_none() -> None:
     assert found.task.judges == tuple(name for name in names if name[7:9] in ("05", "15", "25"))
 
 
+def test_of_few_patients_none_judges() -> None:
+    data = fingerprint(count=1, shape=(20, 20, 20))
+    names = [f"patient{patient}_scan{scan:02}.nii.gz" for patient in range(5) for scan in range(12)]
+    found = plan(
+        dataclasses.replace(data, cases=tuple(dataclasses.replace(data.cases[0], name=name) for name in names))
+    )
+    assert found.task.judges == ()
+    (judges,) = (choice for choice in found.choices if choice.name == "judges")
+    assert judges.value == "none"
+    assert judges.reason.startswith("of 5 patients none can be spared")
+
+
 def test_a_plan_is_written_and_read(tmp_path: Path) -> None:
     found = plan(fingerprint(shape=(20, 20, 16), spacing=(1, 1, 4)))
     (tmp_path / "plan.json").write_text(json.dumps(found.as_json()))
