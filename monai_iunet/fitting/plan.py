@@ -64,6 +64,8 @@ ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ mo
 LONGER = 1.5  # times the longest axis of the images that a network has learned from
 LARGE_PATCH = 128**3  # voxels
 WORTH_ROUNDING = 1.2  # times as fast as float32 must bfloat16 be on a CPU
+WITHOUT_INSTRUCTIONS = 0.5  # times as fast as float32 is bfloat16 at most on a CPU that has none for it
+MEASURED, TINY = 48, 16  # voxels along an axis of patches whose training is timed
 THICK = 2.0  # slices, times the size of voxels in them
 GROWTH = (0.5, 0.75)  # of the length of the patch along each axis, before the patch itself
 FOLDS = 5
@@ -182,13 +184,13 @@ def make_plan(
     return _Planner(fingerprint, limits, wishes or Wishes()).plan(name, dataset, folds, fold, has_validation)
 
 
-def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Return how many voxels per second a device trains, from a step of a small patch.
+def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32, size: int = MEASURED) -> float:
+    """Return how many voxels per second a device trains, from a step of a patch of `size` voxels along each axis.
 
     Of a CPU the time that the process gets is counted, so that other programs do not change the plan.
     """
     network = SegIUNet(3, 1, 2, CHANNELS[:4]).to(device).train()
-    images, labels = torch.rand(1, 1, 48, 48, 48, device=device), torch.zeros(1, 1, 48, 48, 48, device=device)
+    images, labels = (make(1, 1, size, size, size, device=device) for make in (torch.rand, torch.zeros))
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     seconds = []
 
@@ -225,11 +227,19 @@ def _faster_dtype(device: torch.device) -> tuple[torch.dtype, float]:
     """Return in what a CPU trains faster, and how many times as fast as float32 bfloat16 is.
 
     One thread is measured: several that wait for each other take the processor's time, more so among other programs.
+    A CPU without instructions for bfloat16 computes it tens of times more slowly: a tiny patch tells it in seconds,
+    where a larger one would take minutes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
+    def measure_gain(size: int) -> float:
+        return measure_speed(device, torch.bfloat16, size) / measure_speed(device, torch.float32, size)
+
     try:
-        gain = measure_speed(device, torch.bfloat16) / measure_speed(device, torch.float32)
+        gain = measure_gain(TINY)
+        if gain > WITHOUT_INSTRUCTIONS:
+            gain = measure_gain(MEASURED)
     finally:
         torch.set_num_threads(threads)
     return (torch.bfloat16 if gain >= WORTH_ROUNDING else torch.float32), gain

@@ -52,7 +52,7 @@ from monai_iunet.fitting import fit, plan
 from monai_iunet.training.checkpoints import Checkpoints
 
 plan.CHANNELS, plan.LONG_STEPS, plan.STEPS_TO_VALIDATION = (8, 16), {steps}, 10
-plan.measure_speed = lambda device, dtype: 1e5 if dtype == torch.float32 else 2e5  # the same in each process
+plan.measure_speed = lambda device, dtype, size=48: 1e5 if dtype == torch.float32 else 2e5  # the same in each process
 check = Checkpoints._stop_at_nan
 
 

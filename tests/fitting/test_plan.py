@@ -122,13 +122,27 @@ def test_a_cpu_trains_in_bfloat16_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, gain: float, faster: bool
 ) -> None:
     speeds = {torch.float32: 100_000.0, torch.bfloat16: 100_000.0 * gain}
-    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda _, dtype: speeds[dtype])
+    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda _, dtype, size=48: speeds[dtype])
     limits = measure_limits(torch.device("cpu"), 2**36, 3600)
     assert limits.speed == max(100_000.0, 100_000.0 * gain * faster)
     task = plan(fingerprint(), limits).task
     assert task.autocast == faster
     inferer = bundle_configs(task)["train.json"]["train"]["inferer"]["_target_"]
     assert inferer == ("monai_iunet.AutocastInferer" if faster else "SimpleInferer")
+
+
+def test_bfloat16_that_a_cpu_must_emulate_is_timed_on_a_tiny_patch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger one took three minutes, of the time for the training."""
+    timed = []
+
+    def speed(_: torch.device, dtype: torch.dtype, size: int = 48) -> float:
+        timed.append((dtype, size))
+        return 100_000.0 if dtype == torch.float32 else 4000.0
+
+    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", speed)
+    limits = measure_limits(torch.device("cpu"), 2**36, 3600)
+    assert (limits.dtype, limits.gain, limits.speed) == (torch.float32, 0.04, 100_000.0)
+    assert max(size for dtype, size in timed if dtype == torch.bfloat16) <= 16
 
 
 def test_a_gpu_trains_with_mixed_precision_of_monai() -> None:
