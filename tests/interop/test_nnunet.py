@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
+from monai_iunet.benchmark.comparison import difference
 from monai_iunet.errors import InputError
 from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
 from monai_iunet.planning.plan import plan_training
@@ -224,3 +226,21 @@ def test_stages_of_a_cascade_are_not_mixed_up(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == made
     for name in add_configurations(path, "3d_lowres", couplings=1):
         assert json.loads(path.read_text())["configurations"][name]["next_stage"] is None
+
+
+def test_the_table_of_the_guide_is_that_of_the_stored_cases() -> None:
+    """Means, differences and intervals are computed anew, from the Dice of each case."""
+    root = Path(__file__).parents[2] / "monai_iunet"
+    stored = json.loads((root / "benchmark" / "results" / "nnunet.json").read_text())["configurations"]
+    table = (root / "guides" / "nnunet.md").read_text(encoding="utf-8")
+    own = np.array(list(stored["3d_fullres"]["dice"].values()))
+    for name, found in stored.items():
+        assert list(found["dice"]) == list(stored["3d_fullres"]["dice"])
+        dice = np.array(list(found["dice"].values()))
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"| {dice.mean():.4f} | {dice[:, 0].mean():.4f}, {dice[:, 1].mean():.4f} |" in row
+        assert f"| {found['parameters'] / 1e6:.1f} million |" in row
+        assert f"| {found['allocated_mib']} | {found['training_seconds']:.0f} |" in row
+        if name != "3d_fullres":
+            gain = difference(dice.mean(1), own.mean(1))
+            assert f"| {gain['mean']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}) |" in row
