@@ -25,7 +25,7 @@ from monai_iunet.io.geometry import RAS_TO_LPS
 __all__ = ["Stack", "stack_frames", "straightened"]
 
 STEP_TOLERANCE = 0.1  # of a step, by which steps may differ: positions are rounded when they are written
-TILT_TOLERANCE = 1.0  # degrees
+TILT_TOLERANCE = 1.0  # degrees, as long as the last slice is not shifted by more than a voxel
 DIRECTION_TOLERANCE = 1e-3  # of cosines
 SPACING_TOLERANCE = 1e-3  # relative
 CONTRAST_TOLERANCE = 0.02  # relative: some scanners write what a slice really had
@@ -82,8 +82,9 @@ def stack_frames(frames: Sequence[Frame], name: str) -> Stack:
         )
     along_normal = normal * (heights[-1] - heights[0]) / (len(frames) - 1)
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
-    tilt = tilt if tilt > TILT_TOLERANCE else 0.0
     between_rows, between_columns = first.spacing
+    shift = np.linalg.norm(step - along_normal) * (len(frames) - 1)  # of many slices it is large at a small tilt
+    tilt = tilt if tilt > TILT_TOLERANCE or shift > min(first.spacing) else 0.0
     columns = [directions[0] * between_columns, directions[1] * between_rows, step if tilt else along_normal]
     affine = RAS_TO_LPS @ nibabel.affines.from_matvec(np.stack(columns, axis=1), positions[0])
     return Stack(tuple(frames), affine, tilt)

@@ -297,6 +297,18 @@ def test_a_small_tilt_is_rounding(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path).get_fdata(), expected(stored()))
 
 
+def test_a_small_tilt_of_many_slices_is_no_rounding(tmp_path: Path) -> None:
+    """At 0.9 degrees the last of 101 slices lies 3 mm farther back than the first."""
+    values, shift = np.zeros((101, 9, 8), np.int16), 0.0157
+    values[-1, 4, 3] = 1000
+    image = read_image(write_multiframe(tmp_path / "a.dcm", values, (2.0 * np.arange(101)).tolist(), shift=shift))
+    data = image.get_fdata()
+    center = np.argwhere(data > 0).T @ data[data > 0] / data.sum()
+    lps = np.diag([-1, -1, 1, 1]) @ image.affine
+    wanted = [-10 + 1.5 * 3, 20 + shift * 200 + 1.25 * 4, 200]
+    np.testing.assert_allclose(nibabel.affines.apply_affine(lps, center), wanted, atol=0.05)
+
+
 def test_a_whole_uid_is_not_the_beginning_of_another(tmp_path: Path) -> None:
     for number in ("1", "10", "11"):
         write_slices(tmp_path / number, stored(), SeriesInstanceUID=f"{UID}.{number}")
