@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import SimpleITK
+from pydicom import uid
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_modality_lut
@@ -42,6 +43,18 @@ CONTRAST = {
     "diffusion b-values": ("MRDiffusionSequence", "DiffusionBValue", "DiffusionBValue"),
     "tube voltages in kV": ("CTXRayDetailsSequence", "KVP", "KVP"),
 }
+# Images of which SimpleITK applies a rescale that stands in functional groups; of others only one of the file.
+RESCALED_BY_GROUPS = (
+    uid.EnhancedCTImageStorage,
+    uid.EnhancedMRImageStorage,
+    uid.EnhancedPETImageStorage,
+    uid.LegacyConvertedEnhancedCTImageStorage,
+    uid.LegacyConvertedEnhancedMRImageStorage,
+    uid.LegacyConvertedEnhancedPETImageStorage,
+    uid.XRay3DAngiographicImageStorage,
+    uid.XRay3DCraniofacialImageStorage,
+    uid.BreastTomosynthesisImageStorage,
+)
 # What pydicom raises for a damaged file.
 DAMAGED = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, TypeError, ValueError)
 
@@ -275,11 +288,15 @@ def _decode_by_simpleitk(dataset: Any, frames: Sequence[Frame]) -> list[np.ndarr
 
     SimpleITK rescales by itself, in one way for all frames, and inverts what a viewer should show inverted.
     """
-    same_rescale = len({frame.rescale for frame in frames_of(dataset, frames[0].file)}) == 1
+    rescales = {frame.rescale for frame in frames_of(dataset, frames[0].file)}
+    if dataset.get("SOPClassUID") not in RESCALED_BY_GROUPS:
+        rescales.add(_rescale([], dataset, frames[0].name))
+    if None in rescales:  # which leaves values as they are
+        rescales = rescales - {None} | {(1.0, 0.0)}
     if (
         dataset.get("PhotometricInterpretation") != "MONOCHROME2"
         or "ModalityLUTSequence" in dataset
-        or not same_rescale
+        or len(rescales) > 1
         or _is_damaged(dataset)
     ):
         return None

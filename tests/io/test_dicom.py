@@ -383,6 +383,10 @@ def test_what_pydicom_cannot_decode_simpleitk_reads(tmp_path: Path, monkeypatch:
     inverted = write_slices(tmp_path / "b", stored(), PhotometricInterpretation="MONOCHROME1")
     with pytest.raises(InputError, match="cannot be decoded"):
         read_dicom(inverted)
+    secondary = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.3", "Modality": "CT"}
+    path = write_multiframe(tmp_path / "c.dcm", stored("uint16"), HEIGHTS, intercepts=[-1000] * 6, **secondary)
+    with pytest.raises(InputError, match="cannot be decoded"):  # SimpleITK would leave the rescale out
+        read_dicom(path)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 1, 2, 0, 5, 4]])
