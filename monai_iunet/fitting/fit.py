@@ -370,6 +370,7 @@ class _Fit:
                 "output_dir": str(self.folder / "train" / _name(fold)),
                 "resume": True,
                 "patience": 1_000_000,
+                "learning_rate": self.plan.task.learning_rate * factor,  # lower after it has diverged
                 "cache_rate": self._cache_rate(),
                 # Of as many processes, each trains a fold of its own.
                 "train#dataloader#drop_last": "$len(@train#dataset) >= @batch_size",
@@ -386,7 +387,6 @@ class _Fit:
             if (self._models(fold) / FINAL).is_file():  # it was killed when all epochs were done
                 return
             raise
-        self._lower_learning_rate(parsed_content(parser, "optimizer"), parsed_content(parser, "lr_scheduler"), factor)
 
         def report(engine: Any) -> None:
             state = engine.state
@@ -403,16 +403,6 @@ class _Fit:
         trainer.run()
         if validator.state.best_metric_epoch < 0:
             raise InputError(f"{_name(fold)}: no network was better than none. Check the labels, or give it more time.")
-
-    def _lower_learning_rate(self, optimizer: Any, schedule: Any, factor: float) -> None:
-        """Lower the learning rate of a training that has diverged before."""
-        rate = self.plan.task.learning_rate * factor
-        if rate >= schedule.base_lrs[0]:
-            return
-        schedule.base_lrs = [rate for _ in schedule.base_lrs]
-        for group in optimizer.param_groups:
-            group["initial_lr"] = rate
-            group["lr"] = min(group["lr"], rate)
 
     def _cache_rate(self) -> float:
         """Return the share of the cases that half of the machine's memory holds."""

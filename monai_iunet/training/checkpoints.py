@@ -21,6 +21,7 @@ from monai.handlers import from_engine
 from monai.networks import copy_model_state
 from monai.utils import set_determinism
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
@@ -34,6 +35,7 @@ __all__ = ["Checkpoints", "StartFrom", "start_from"]
 logger = logging.getLogger(__name__)
 
 TAKEN = ("epoch", "best", "scaler", "model", "record", "cases")  # names in the file of the last state
+GIVEN = ("base_lrs", "total_iters", "power")  # of a schedule, not its progress
 
 
 class Checkpoints:
@@ -43,6 +45,9 @@ class Checkpoints:
     A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
 
     What others do at the end of an epoch is in what is saved, in whatever order handlers were attached.
+
+    A `PolynomialLR` or a `TimedDecay` that goes on with another learning rate or length lowers the rate as if it had
+    been given them at the beginning; other schedules go on as they were saved, and a warning says so.
 
     Args:
         folder: where the files go; created if need be.
@@ -184,6 +189,7 @@ class Checkpoints:
         _write({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
+        schedules = {part: part.state_dict() for part in self.state.values() if isinstance(part, LRScheduler)}
         try:
             saved = torch.load(self.last, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
@@ -213,6 +219,8 @@ class Checkpoints:
         if end := self._end_of(epoch, trainer.state.max_epochs):
             self._save_final(trainer, validator)  # it may have been killed before that
             raise InputError(f"{self.last}: this training {end} to go on, or start without resuming.")
+        for schedule, given in schedules.items():
+            _go_on_as_given(schedule, given)
         trainer.state.epoch = epoch
         trainer.state.iteration = epoch * trainer.state.epoch_length
         if scaler:
@@ -231,6 +239,28 @@ class Checkpoints:
             if isinstance(part, TimedDecay) and part.share == 1:
                 return f"has used its time, {part.used:.0f} seconds, in {epoch} epochs. Raise max_seconds"
         return None
+
+
+def _go_on_as_given(schedule: Any, given: Mapping[str, Any]) -> None:
+    """Let a schedule that was loaded go on with the learning rate and the length that it was given before."""
+    changed = {name: given[name] for name in GIVEN if name in given and given[name] != getattr(schedule, name)}
+    if not changed:
+        return
+    said = "; ".join(f"{name} is {value}, was {getattr(schedule, name)}" for name, value in changed.items())
+    if not isinstance(schedule, (PolynomialLR, TimedDecay)):
+        logger.warning(
+            "%s: %s. It goes on as it was saved; to change it, start without resuming.", type(schedule).__name__, said
+        )
+        return
+    vars(schedule).update(changed)
+    if isinstance(schedule, TimedDecay):
+        rates = schedule.get_lr()
+    else:  # whose `get_lr` goes on from the rate that was saved
+        left = max(0.0, 1 - schedule.last_epoch / schedule.total_iters) ** schedule.power
+        rates = [base * left for base in schedule.base_lrs]
+    for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, rates):
+        group["initial_lr"], group["lr"] = base, rate
+    logger.info("The learning rate goes on as it is given now: %s", said)
 
 
 def _image_names(loader: Any) -> list[str]:

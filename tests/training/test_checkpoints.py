@@ -18,6 +18,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
 from monai.transforms import AsDiscreted, Compose, RandGaussianNoised, RandSpatialCropd
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, PolynomialLR
 from torch.utils.data import ConcatDataset, Subset
 
 from monai_iunet.errors import InputError
@@ -40,6 +41,8 @@ def training(
     wrap: Callable[[Any], Any] = lambda data: data,
     epoch_length: int | None = None,
     interval: int = 1,
+    rate: float = 0.05,
+    schedule: Callable[[Any], Any] = lambda optimizer: PolynomialLR(optimizer, EPOCHS, 0.9),
     **of_loader: Any,
 ) -> tuple[SupervisedTrainer, nn.Module]:
     """A small training with all that is random: initialization, order, crops, noise and dropout."""
@@ -50,8 +53,8 @@ def training(
     cases = [{"image": image, "label": (image > 0).float()} for image in images]
     crop = RandSpatialCropd(["image", "label"], [8, 8], random_size=False)
     train = wrap(Dataset(cases, Compose([crop, RandGaussianNoised("image", prob=0.5)])))
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
-    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, EPOCHS, 0.9)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    scheduler = schedule(optimizer)
     validator = SupervisedEvaluator(
         device="cpu",
         val_data_loader=DataLoader(Dataset(cases), batch_size=1),
@@ -134,6 +137,33 @@ def test_what_will_not_end_as_if_it_had_not_been_interrupted_says_so(
     assert "a random generator of its own" in caplog.text
     training(tmp_path, resume=True, epoch_length=2)
     assert "end within a pass over the data (give no epoch_length, or a multiple of 3)" in caplog.text
+
+
+LONGER: dict[str, tuple[Callable[[Any, int], Any], Callable[[int], float]]] = {
+    "polynomial": (lambda optimizer, epochs: PolynomialLR(optimizer, epochs, 0.9), lambda done: (1 - done / 6) ** 0.9),
+    "timed": (lambda optimizer, _: TimedDecay(optimizer, 1000), lambda _: 1.0),  # of which no time passes
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_training_goes_on_with_the_learning_rate_and_the_length_that_it_is_given(kind: str, tmp_path: Path) -> None:
+    make, share = LONGER[kind]
+    training(tmp_path, max_epochs=2, schedule=lambda optimizer: make(optimizer, 2))[0].run()
+    options: dict[str, Any] = {"max_epochs": 6, "rate": 0.01, "schedule": lambda optimizer: make(optimizer, 6)}
+    trainer, _ = training(tmp_path, resume=True, **options)
+    rates: list[float] = []
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.run()
+    assert rates == pytest.approx([0.01 * share(done) for done in range(2, 6)])
+
+
+def test_a_schedule_that_cannot_be_changed_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"schedule": lambda optimizer: ExponentialLR(optimizer, 0.9), "resume": True}
+    training(tmp_path, max_epochs=1, **options)[0].run()
+    training(tmp_path, **options)
+    assert "goes on as it was saved" not in caplog.text
+    training(tmp_path, rate=0.01, **options)
+    assert "ExponentialLR: base_lrs is [0.01], was [0.05]. It goes on as it was saved" in caplog.text
 
 
 def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path) -> None:
