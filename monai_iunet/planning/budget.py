@@ -5,6 +5,7 @@ Nothing is allocated to find out: see `plan.py`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -56,7 +57,8 @@ def largest_patch(
         network: see `plan_training`.
         memory_budget: bytes, or such as "24 GiB".
         aspect: proportions of the patch's axes.
-        multiple_of: every axis is a multiple of this, or each of its own number.
+        multiple_of: every axis is a multiple of this, or each of its own number. Where a network takes multiples of
+            more only, so is the patch.
         smallest: the patch is at least of this size, rounded up to the multiples.
         largest: the patch is at most of this size, rounded down to the multiples.
         options: of `plan_training`, without the size.
@@ -109,7 +111,8 @@ def largest_patch(
         with rehearse(network, whole, dtype) as fake:
             return step_without_optimizer(fake, whole, dtype, options.get("loss")) + state
 
-    known, peak, fails, refused = fits, plan.training_peak, math.inf, False
+    first, known, peak, fails = fits, fits, plan.training_peak, math.inf
+    refused, any_refused = False, False
     while fails - fits > 1 and size_of(fits) != tuple(highest):
         per_voxel = max(1, peak - fixed) / math.prod(size_of(known))
         scale = ((budget - fixed) / per_voxel / math.prod(size_of(known))) ** (1 / len(aspect))
@@ -117,9 +120,18 @@ def largest_patch(
         try:
             peak, known, refused = peak_of(tried), tried, False
         except ValueError:  # as of more values than convolutions take
-            refused = True
+            refused, any_refused = True, True
         fits, fails = (fits, tried) if refused or peak > budget else (tried, fails)
-    return plan_training(network, size_of(fits), **options)
+    found = plan_training(network, size_of(fits), **options)
+    if any_refused:
+        try:
+            peak_of(next(steps for steps in itertools.count(first + 1) if size_of(steps) != size_of(first)))
+        except ValueError:  # of so small a patch because the network divides by more
+            coarser = [multiple * (3 if first == 3 else 2) for multiple in multiples]
+            with contextlib.suppress(ValueError):  # where there is none of them
+                other = largest_patch(network, budget, aspect, coarser, smallest, largest, **options)
+                found = max(found, other, key=lambda plan: math.prod(plan.spatial_size))
+    return found
 
 
 def largest_window(

@@ -36,6 +36,22 @@ def test_the_largest_patch_fits_and_a_larger_one_does_not() -> None:
         largest_patch(seg(), "1 MiB")
 
 
+@pytest.mark.parametrize(("factor", "aspect"), [(32, (1, 1)), (32, (2, 1)), (48, (1, 1))])
+def test_a_network_that_divides_by_more_than_was_said_gets_its_largest_patch(
+    factor: int, aspect: tuple[int, ...]
+) -> None:
+    class Divides(torch.nn.Conv2d):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if any(extent % factor for extent in images.shape[2:]):
+                raise ValueError(f"must divide by {factor}")
+            return super().forward(images)
+
+    network = Divides(1, 4, 3, padding=1)
+    plan, known = (largest_patch(network, "12 MiB", aspect=aspect, multiple_of=multiple) for multiple in (16, factor))
+    assert plan == known
+    assert plan.spatial_size[0] > 5 * factor
+
+
 def test_the_budget_decides_what_each_level_keeps() -> None:
     network, shape = SegIUNet(3, 1, 3, (8, 16), couplings=1), (1, 1, 32, 32, 32)
 
