@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ def write_results(folder: Path, task: Task, channels: Sequence[str], rows: Seque
     """
     path = folder / "configs" / "metadata.json"
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    structures = [row for row in rows if row["structure"] != "mean"]
-    metadata["eval_metrics"] = {f"dice_{_key(row['structure'])}": round(float(row["dice"]), 4) for row in structures}
-    metadata["eval_metrics"]["mean_dice"] = round(float(rows[-1]["dice"]), 4)
+    dice = {f"dice_{_key(row['structure'])}": float(row["dice"]) for row in rows if row["structure"] != "mean"}
+    dice["mean_dice"] = float(rows[-1]["dice"])
+    # Of a structure that no case shows there is none, and JSON has no NaN.
+    metadata["eval_metrics"] = {name: round(value, 4) for name, value in dice.items() if math.isfinite(value)}
     image = metadata["network_data_format"]["inputs"]["image"]
     image["num_channels"] = task.in_channels
     image["channel_def"] = {str(number): name for number, name in enumerate(channels)}

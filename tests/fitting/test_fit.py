@@ -23,13 +23,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, TimedDecay, fit, segment, verify_bundle
-from monai_iunet.bundling.new_bundle import write_configs
+from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import write_report
+from monai_iunet.bundling.task import Task
 from monai_iunet.cli import app
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.cross_validation import Score, best_fold, choose_clean_up, mean_dice, read_scores, summarize
 from monai_iunet.fitting.ensemble import Comparison, Judged
 from monai_iunet.fitting.fit import parse_seconds
+from monai_iunet.fitting.page import write_results
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.io.read import read_image
 from monai_iunet.training.dataset import list_cases
@@ -457,6 +459,18 @@ def test_a_training_may_be_timed_by_what_it_gets_of_the_processor(monkeypatch: p
 
 def score(case: str, dice: float, apart: float = 1.0, structure: str = "a") -> Score:
     return Score(case, structure, {"dice": dice, "hausdorff95_mm": apart, "surface_distance_mm": apart})
+
+
+def test_what_no_case_shows_is_no_number_in_the_metadata(tmp_path: Path) -> None:
+    task = Task("made", "MR", ("a", "b"), "data", (1, 1, 1), (32, 32, 32))
+    folder = write_bundle(task, tmp_path / "made")
+    write_results(folder, task, ["MRI"], summarize([score("1", 0.5)], task.classes))
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text(), parse_constant=refuse)
+    assert metadata["eval_metrics"] == {"dice_a": 0.5, "mean_dice": 0.5}
 
 
 def test_clean_up_is_chosen_where_it_helps() -> None:
