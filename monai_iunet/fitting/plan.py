@@ -129,6 +129,11 @@ class Wishes:
     roi_size: tuple[int, ...] | str | None = None
     growing: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing
+        if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
+            raise InputError(f"spacing {self.spacing}: must be three positive numbers, in mm.")
+
 
 @dataclass(frozen=True)
 class FitPlan:
@@ -375,8 +380,12 @@ class _Planner:
         return tuple(names)
 
     def _voxels_of_step(self) -> float:
-        """Count about how many voxels a step takes: two images of the median size, or parts of larger ones."""
-        return 2 * min(float(np.prod(self.extent / self.target)), LARGE_PATCH)
+        """Count about how many voxels a step takes: two median images or parts of larger ones, or what is asked for."""
+        wished = self.wishes.roi_size
+        if isinstance(wished, tuple):
+            return 2.0 * math.prod(wished)
+        voxels = float(np.prod(self.extent / (self.wishes.spacing or self.target)))
+        return voxels if wished == WHOLE else 2 * min(voxels, LARGE_PATCH)
 
     def _voxels_in(self, seconds: float) -> float:
         return math.inf if self.limits.speed is None else seconds * self.limits.speed
@@ -385,8 +394,6 @@ class _Planner:
         """Choose the spacing: that of the images, or a coarser one where the time is short."""
         target = self.target
         if self.wishes.spacing is not None:
-            if len(self.wishes.spacing) != 3 or not all(0 < size < math.inf for size in self.wishes.spacing):
-                raise InputError(f"spacing {self.wishes.spacing}: must be three positive numbers, in mm.")
             self._note("spacing, mm", times(self.wishes.spacing), "as asked", times(self.nnunet.spacing))
             first, second, third = self.wishes.spacing
             return first, second, third

@@ -97,6 +97,19 @@ def test_a_short_time_makes_voxels_coarser_and_patches_smaller() -> None:
     assert math.prod(limited.roi_size) < 190 * 140 * 88 / 2
 
 
+def test_folds_are_as_many_as_there_is_time_for_with_the_voxels_that_are_asked_for() -> None:
+    data, hour = fingerprint(shape=(128, 128, 128)), dataclasses.replace(LARGE, seconds=3600, speed=5e6)
+    for wishes, folds in (
+        (Wishes(), 1),
+        (Wishes(spacing=(2, 2, 2)), 5),
+        (Wishes(spacing=(0.5, 0.5, 0.5)), 1),
+        (Wishes(roi_size=(64, 64, 64)), 5),
+        (Wishes(spacing=(2, 2, 2), roi_size="whole"), 5),
+        (Wishes(roi_size="whole"), 1),
+    ):
+        assert len(plan(data, hour, wishes=wishes).folds) == folds, wishes
+
+
 def test_a_part_of_the_image_is_trained_for_more_steps_than_the_whole() -> None:
     data = fingerprint(shape=(128, 128, 128))
 
