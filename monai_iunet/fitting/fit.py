@@ -322,7 +322,7 @@ class _Fit:
 
     def _make_plan(self, data: LabeledData) -> FitPlan:
         memory = self.options.memory or _memory(self.device)
-        limits = measure_limits(self.device, memory, self.options.seconds)
+        limits = replace(measure_limits(self.device, memory, self.options.seconds), at_once=self.share.count)
         name = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(self.folder)), flags=re.ASCII)
         return make_plan(
             self.fingerprint,

@@ -98,6 +98,7 @@ class Limits:
         speed: voxels per second in training; None if it was not measured.
         dtype: of autocast; float32 for none.
         gain: of a CPU, how many times the voxels per second of float32 it trains in `dtype`; None for a GPU.
+        at_once: folds that are trained side by side, each by a process of its own.
 
     Example:
         >>> Limits(memory=8 * 2**30).seconds is None
@@ -109,6 +110,7 @@ class Limits:
     speed: float | None = None
     dtype: torch.dtype = torch.float32
     gain: float | None = None
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ class _Planner:
         """Make all choices."""
         trained, parts = self._folds(folds, fold, has_validation)
         judges = self._judges(len(trained), has_validation)
-        seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / len(trained)
+        in_a_row = math.ceil(len(trained) / self.limits.at_once)
+        seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / in_a_row
         spacing = self._spacing(seconds)
         size = self.extent / spacing
         strides = self._strides(spacing, size)
@@ -349,7 +352,7 @@ class _Planner:
             self._note("folds", f"fold {fold or 0} of {parts}", "as asked", 5)
             return (fold or 0,), parts
         if folds is None and self.limits.seconds is not None:
-            needed = WANTED_STEPS * self._voxels_of_step() * parts
+            needed = WANTED_STEPS * self._voxels_of_step() * math.ceil(parts / self.limits.at_once)
             if needed > self._voxels_in(TRAINING_SHARE * self.limits.seconds):
                 self._note("folds", f"fold 0 of {parts}", f"the time is not enough for {parts} trainings", 5)
                 return (0,), parts

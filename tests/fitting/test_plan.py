@@ -110,6 +110,19 @@ def test_folds_are_as_many_as_there_is_time_for_with_the_voxels_that_are_asked_f
         assert len(plan(data, hour, wishes=wishes).folds) == folds, wishes
 
 
+def test_folds_side_by_side_have_more_time_each() -> None:
+    data, hour = fingerprint(shape=(128, 128, 128)), dataclasses.replace(LARGE, seconds=3600, speed=1.2e7)
+    for at_once, asked, folds, seconds in (
+        (1, 5, 5, 612),
+        (2, 5, 5, 1020),
+        (8, 5, 5, 3060),
+        (2, None, 1, 3060),
+        (3, None, 5, 1530),
+    ):
+        found = plan(data, dataclasses.replace(hour, at_once=at_once), folds=asked)
+        assert (len(found.folds), round(found.task.max_seconds or 0)) == (folds, seconds)
+
+
 def test_a_part_of_the_image_is_trained_for_more_steps_than_the_whole() -> None:
     data = fingerprint(shape=(128, 128, 128))
 
