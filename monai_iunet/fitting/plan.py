@@ -713,7 +713,8 @@ class _Planner:
         about = "" if not math.isfinite(steps) else f": about {steps:.0f} steps"
         few = f", fewer than the {WANTED_STEPS} that are wanted" if steps < 0.8 * WANTED_STEPS else ""
         reason = f"{TRAINING_SHARE:.0%} of the time{about}{few}"
-        self._note("length", f"{seconds / 60:.0f} min per fold", reason, "1000 epochs of 250 steps")
+        length = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+        self._note("length", f"{length} per fold", reason, "1000 epochs of 250 steps")
 
 
 def plan_table(plan: FitPlan) -> Table:

@@ -123,6 +123,12 @@ def test_folds_side_by_side_have_more_time_each() -> None:
         assert (len(found.folds), round(found.task.max_seconds or 0)) == (folds, seconds)
 
 
+def test_a_short_time_is_said_in_seconds() -> None:
+    for seconds, said in ((30, "26 s per fold"), (3600, "51 min per fold")):
+        found = plan(fingerprint(), dataclasses.replace(LARGE, seconds=seconds, speed=1e6), fold=0)
+        assert next(choice.value for choice in found.choices if choice.name == "length") == said
+
+
 def test_a_part_of_the_image_is_trained_for_more_steps_than_the_whole() -> None:
     data = fingerprint(shape=(128, 128, 128))
 
