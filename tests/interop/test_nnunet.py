@@ -231,7 +231,8 @@ def test_stages_of_a_cascade_are_not_mixed_up(tmp_path: Path) -> None:
 def test_the_table_of_the_guide_is_that_of_the_stored_cases() -> None:
     """Means, differences and intervals are computed anew, from the Dice of each case."""
     root = Path(__file__).parents[2] / "monai_iunet"
-    stored = json.loads((root / "benchmark" / "results" / "nnunet.json").read_text())["configurations"]
+    results = json.loads((root / "benchmark" / "results" / "nnunet.json").read_text())
+    stored, one_core = results["configurations"], results["one_core"]
     table = (root / "guides" / "nnunet.md").read_text(encoding="utf-8")
     own = np.array(list(stored["3d_fullres"]["dice"].values()))
     for name, found in stored.items():
@@ -244,3 +245,15 @@ def test_the_table_of_the_guide_is_that_of_the_stored_cases() -> None:
         if name != "3d_fullres":
             gain = difference(dice.mean(1), own.mean(1))
             assert f"| {gain['mean']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}) |" in row
+    for name, beginning in (
+        ("monai-iunet fit", "| `monai-iunet fit` |"),
+        ("nnU-Net 3d_fullres", "| nnU-Net `3d_fullres` |"),
+    ):
+        found = one_core[name]
+        assert sorted(found["dice"]) == sorted(stored["3d_fullres"]["dice"])
+        dice = np.array(list(found["dice"].values()))
+        row = next(line for line in table.splitlines() if line.startswith(beginning))
+        assert row.endswith(f"| {dice.mean():.4f} | {dice[:, 0].mean():.4f}, {dice[:, 1].mean():.4f} |")
+        assert f"| {int(found['seconds'] / 60 + 0.5)} |" in row
+    gain = difference(np.array(list(one_core["monai-iunet fit"]["dice"].values())).mean(1), own.mean(1))
+    assert f"{gain['mean']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}) more" in " ".join(table.split())
