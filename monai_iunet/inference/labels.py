@@ -85,13 +85,18 @@ class LabelInferer(Inferer):
             kwargs: passed on to the network.
 
         Raises:
-            ValueError: when the inputs have no meta data, or pending transforms, their files differ in size, or the
-                output of the network does not fit.
+            ValueError: when the inputs have no meta data of their own, or pending transforms, their files differ in
+                size, or the output of the network does not fit.
         """
         if not isinstance(inputs, MetaTensor):
             raise ValueError("LabelInferer: a MetaTensor is needed, whose meta data say what was done to the image.")
         if not len(inputs):
             raise ValueError("LabelInferer: a batch without images came.")
+        if len(inputs) > 1 and not inputs.is_batch:  # as `torch.stack` and `torch.cat` make it
+            raise ValueError(
+                f"LabelInferer: a batch of {len(inputs)} images has the meta data of the first one alone. Make it "
+                "by MONAI's DataLoader or list_data_collate, or pass images one by one."
+            )
         results: list[MetaTensor] = []
         image: Any
         for image in inputs:

@@ -231,6 +231,9 @@ def test_batches_that_cannot_be_segmented_are_refused() -> None:
         inferer(list_data_collate(larger), Network())
     with pytest.raises(ValueError, match="without images"):
         inferer(list_data_collate(larger[:1])[:0], Network())
+    for join in (torch.stack, lambda images: torch.cat([image[None] for image in images])):
+        with pytest.raises(ValueError, match="meta data of the first one alone"):  # in whose place all would be
+            inferer(join(larger), Network())
     pending = Spacingd("image", (2.0, 2.0, 2.0), lazy=True)({"image": scan(affine).float()})["image"]
     with pytest.raises(ValueError, match="pending"):
         inferer(pending[None], Network())
