@@ -95,8 +95,9 @@ def test_there_is_code_in_the_pages() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=map(str, range(len(BLOCKS))))
 def test_the_code_of_the_pages_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "import lightning" in block:
-        pytest.importorskip("lightning")
+    for package in ("lightning", "nnunetv2"):
+        if f"import {package}" in block or f"from {package}" in block:
+            pytest.importorskip(package)
     if '"cuda"' in block:
         pytest.skip("needs a GPU, where tests/test_gpu.py records a step in the same way")
     monkeypatch.chdir(tmp_path)
