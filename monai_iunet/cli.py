@@ -563,17 +563,21 @@ def compare(
     max_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs that each network is trained.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Instead, compare patches and whole images (--arms), each trained for so long."),
+        typer.Option(min=0, help="Instead, compare ways to train (--arms), each trained for so long."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
     networks: Annotated[str, typer.Option(help="Which networks to compare with.")] = "DynUNet,SegResNet",
     arms: Annotated[
-        str, typer.Option(help="With --minutes, what is trained; the bundle is a plan that fit has made.")
+        str,
+        typer.Option(
+            help="With --minutes, what is trained, of these and of residual and mednext, other branches; the bundle is "
+            "a plan that fit has made."
+        ),
     ] = "patch,whole,growing,DynUNet,SegResNet",
     tests: Annotated[int, typer.Option(min=1, help="With --minutes, cases that are kept to test.")] = 16,
     seed: Annotated[int, typer.Option(help="With --minutes, of the trainings; the test cases stay the same.")] = 0,
 ) -> None:
-    """Train other networks as a bundle trains its own, or whole images beside patches; print what each reaches."""
+    """Train other networks as a bundle trains its own, or ways to train side by side; print what each reaches."""
     with _input_errors("train"):
         from monai_iunet.benchmark.arms import ARMS, arms_as_markdown, compare_arms
         from monai_iunet.benchmark.arms_figure import save_arms
@@ -595,7 +599,7 @@ def compare(
             found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)
             typer.echo(as_markdown(found))
         else:
-            raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of whole images.")
+            raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of ways to train.")
 
 
 @app.command(epilog="Example: monai-iunet report --bundle iunet_liver_ct_segmentation --dataset-dir DATA")

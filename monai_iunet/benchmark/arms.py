@@ -1,4 +1,4 @@
-"""Whole images beside patches: one network, recipe and time, and others' networks at the memory of whole images."""
+"""Ways to train side by side, for one time: patches, whole images, other branches, and others' networks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ from monai_iunet.training.structures import check_structures
 
 __all__ = ["ARMS", "arms_as_markdown", "compare_arms"]
 
-ARMS = ("patch", "whole", "growing", *NETWORKS)
+BRANCHES = ("residual", "mednext")  # of the couplings, beside the convolutions of the other arms
+ARMS = ("patch", "whole", "growing", *NETWORKS, *BRANCHES)
 MEASURES = ("dice", "hausdorff95_mm")
 GROWN = 0.5  # of the way from the patch to the whole image, where the growing patch is between them
 NEVER = 1_000_000  # epochs
@@ -77,10 +78,11 @@ def compare_arms(
 ) -> Config:
     """Train and evaluate arms, each as a bundle of its own, for the same time, on the same cases.
 
-    "patch" is what was planned, "whole" sees whole images and rebuilds all activations, "growing" begins with the patch
-    and ends with whole images; others are networks of MONAI, at the largest patch whose step takes no more memory than
-    one of "whole". On a CPU all train in float32, in which their memory is counted, whatever was planned. An arm that
-    is done is not trained again, one that was interrupted goes on.
+    "patch" is what was planned, "residual" and "mednext" are the same with such branches, "whole" sees whole images and
+    rebuilds all activations, "growing" begins with the patch and ends with whole images; others are networks of MONAI,
+    at the largest patch whose step takes no more memory than one of "whole". On a CPU all train in float32, in which
+    their memory is counted, whatever was planned. An arm that is done is not trained again, one that was interrupted
+    goes on.
 
     Args:
         plan: folder of a bundle that `fit` made, if only to its plan.
@@ -170,14 +172,8 @@ def _plan_arms(task: Task, extents: Sequence[int], names: Sequence[str]) -> dict
         for small, large, factor in zip(patch, extents, task.factors)
     ]
     arms = {"whole": whole, "growing": replace(whole, task=replace(whole.task, growing=_sizes(patch, middle)))}
-    if "patch" in names:
-        network: Any = _network(task, None)
-        least = _arm(replace(task, activations="invert"), None, task.batch_size, patch)
-        beside = plan_training(network, patch, batch_size=task.batch_size, loss=_LOSS)
-        budget = max(whole.step_bytes - beside.optimizer_state - beside.loss, 1)
-        fastest = best_activations(network, budget, (task.batch_size, 1, *patch))
-        found = _arm(replace(task, activations=fastest), None, task.batch_size, patch)
-        arms["patch"] = found if found.step_bytes <= whole.step_bytes else least
+    for name in set(names) & {"patch", *BRANCHES}:
+        arms[name] = _patch_arm(task, None if name == "patch" else name, whole.step_bytes)
     for name in set(names) & set(NETWORKS):
         # Sizes are those of three downsamplings by 2, as both have; one image at a time, as whole images are.
         levels: dict[str, Any] = {"channels": (8,) * 4, "couplings": (1,) * 4, "strides": None, "activations": "store"}
@@ -192,6 +188,27 @@ def _plan_arms(task: Task, extents: Sequence[int], names: Sequence[str]) -> dict
         (roi_size,) = _sizes(fitting.spatial_size)
         arms[name] = _arm(replace(other, roi_size=roi_size), NETWORKS[name], 1, roi_size)
     return {name: arms[name] for name in names}
+
+
+def _patch_arm(task: Task, branch: str | None, step_bytes: int) -> _Arm:
+    """Return the arm of the planned patch that is the fastest of those whose step takes no more than some bytes.
+
+    What memory is left goes into activations that are stored. Where rebuilding all of them takes more already, all are.
+    """
+
+    patch = tuple(int(extent) for extent in task.roi_size)
+
+    def arm(activations: Any) -> _Arm:
+        changed = replace(task, activations=activations)
+        own = bundle_configs(changed)["inference.json"]["network_def"]
+        return _arm(changed, None if branch is None else {**own, "branch": branch}, task.batch_size, patch)
+
+    least = arm("invert")
+    network: Any = _network(least.task, least.network)
+    beside = plan_training(network, patch, batch_size=task.batch_size, loss=_LOSS)
+    budget = max(step_bytes - beside.optimizer_state - beside.loss, 1)
+    fastest = arm(best_activations(network, budget, (task.batch_size, 1, *patch)))
+    return fastest if fastest.step_bytes <= step_bytes else least
 
 
 _LOSS = ChunkedDiceCELoss(to_onehot_y=True, softmax=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from monai.networks.blocks.dynunet_block import UnetResBlock
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, bundle_folder, fit, read_image
@@ -17,26 +20,36 @@ from monai_iunet.benchmark import arms
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
 from monai_iunet.benchmark.arms_figure import draw_arms
 from monai_iunet.cli import app
+from monai_iunet.fitting.plan import read_plan
 from tests.bundles.helpers import run
 from tests.fitting.made_sets import make_set
 
 
+@pytest.fixture(scope="module")
+def plan_of_patches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set and the plan of a small network for it."""
+    folder = tmp_path_factory.mktemp("arms")
+    data = make_set(folder / "data", shape=(32, 40, 32), count=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("monai_iunet.fitting.plan.CHANNELS", (4, 8, 16))
+        options: dict[str, Any] = {"roi_size": (16, 16, 16), "spacing": (1, 1, 1), "plan_only": True, "device": "cpu"}
+        return data, fit(data, folder / "plan", **options)
+
+
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A data set and the plan of a small network for it; trainings run in this process, and are counted."""
+def planned(plan_of_patches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The same, where other networks are small too, and trainings run in this process."""
     monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (4, 8, 16))
     small = {**arms.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(arms, "NETWORKS", {"SegResNet": small})
     monkeypatch.setattr(arms, "run_config", lambda bundle, config, settings: run(bundle, config, **settings))
-    data = make_set(tmp_path / "data", shape=(32, 40, 32), count=6)
-    plan = fit(data, tmp_path / "plan", roi_size=(16, 16, 16), spacing=(1, 1, 1), plan_only=True, device="cpu")
-    return data, plan
+    return plan_of_patches
 
 
 @pytest.mark.slow
 def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Path], tmp_path: Path) -> None:
     data, plan = planned
-    names = ("patch", "whole", "growing", "SegResNet")
+    names = ("patch", "whole", "growing", "SegResNet", "residual")
     found = compare_arms(plan, data, tmp_path / "out", 0.02, names, tests=2)
     assert found == json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["clock"] == "processor"
@@ -57,7 +70,9 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
     most = trained["whole"]["step_bytes"]
     assert trained["growing"]["step_bytes"] == most
     assert all(arm["step_bytes"] <= most for arm in trained.values())
-    assert len(found["differences"]) == 6
+    weights = torch.load(tmp_path / "out" / "residual" / "models" / "model_final.pt", weights_only=True)
+    assert any(name.endswith(".conv1.conv.weight") for name in weights)  # of MONAI's residual block
+    assert len(found["differences"]) == 10
     difference = found["differences"]["patch - whole"]["dice"]
     assert difference["mean"] == pytest.approx(trained["patch"]["mean_dice"] - trained["whole"]["mean_dice"], abs=1e-4)
     assert difference["cases"] == 2
@@ -65,7 +80,7 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
         assert f"| {name} |" in arms_as_markdown(found)
     figure = Figure()
     draw_arms(found, figure)
-    assert [len(axes.lines) for axes in figure.axes] == [4, 4]
+    assert [len(axes.lines) for axes in figure.axes] == [5, 5]
     # An arm is a bundle, whose test cases no step has seen.
     cases = {line.split(",")[0] for line in (tmp_path / "out" / "whole" / "eval" / "cases.csv").open()} - {"case"}
     assert cases == set(found["test_cases"])
@@ -80,6 +95,17 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
     assert (tmp_path / "out" / "whole" / "models" / "model_final.pt").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="that of another comparison"):
         compare_arms(plan, data, tmp_path / "out", 0.03, names, tests=2)
+
+
+def test_branches_are_those_of_the_patch_but_for_their_kind(planned: tuple[Path, Path]) -> None:
+    _, plan = planned
+    task = replace(read_plan(plan / "docs" / "plan.json").task, channels=(4, 8), couplings=(1, 1))
+    for name, step_bytes, activations in (("residual", 2**30, ("store",) * 2), ("mednext", 1, "invert")):
+        arm = arms._patch_arm(task, name, step_bytes)
+        assert arm.step == (task.batch_size, (16, 16, 16))
+        assert arm.task == replace(task, activations=activations)
+        kinds = {type(layer) for layer in arms._network(arm.task, arm.network).modules()}
+        assert (UnetResBlock in kinds, torch.nn.GELU in kinds) == (name == "residual", name == "mednext")
 
 
 def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_path: Path) -> None:
@@ -97,10 +123,13 @@ def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_pa
 
 
 def test_a_plan_of_whole_images_has_no_patch_to_compare(planned: tuple[Path, Path], tmp_path: Path) -> None:
-    data, _ = planned
-    whole = fit(data, tmp_path / "whole", roi_size="whole", plan_only=True, device="cpu")
+    data, plan = planned
+    content = json.loads((plan / "docs" / "plan.json").read_text())
+    content["task"]["roi_size"] = "whole"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "plan.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="must be the plan of a patch"):
-        compare_arms(whole, data, tmp_path / "out", 1.0)
+        compare_arms(tmp_path, data, tmp_path / "out", 1.0)
 
 
 def test_distances_to_what_was_not_found_are_left_out() -> None:
