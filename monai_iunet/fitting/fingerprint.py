@@ -145,9 +145,11 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
         skip_bad: leave bad cases out, saying so, instead of stopping.
 
     Raises:
-        InputError: naming each case that cannot be learned from in a line, unless `skip_bad`; or if too few are left,
-            or a structure is in no label.
+        InputError: for another modality; naming each case that cannot be learned from in a line, unless `skip_bad`; or
+            if too few are left, or a structure is in no label.
     """
+    if modality not in (None, "MR", "CT"):
+        raise InputError(f"modality {modality!r}: must be MR or CT.")
     values = _label_values(data)
     problems = list(data.problems)
     cases = []
@@ -187,8 +189,6 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
             '"labels" in dataset.json.'
         )
     kind = chosen or ("CT" if _is_ct(good[0]) else "MR")
-    if kind not in ("MR", "CT"):
-        raise InputError(f"modality {kind!r}: must be MR or CT.")
     structures = tuple(name for name, _ in values)
     names = tuple(sorted(Path(name).name for name in left_out))
     numbers = tuple(value for _, value in values)

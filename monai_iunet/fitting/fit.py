@@ -52,7 +52,15 @@ from monai_iunet.fitting.fingerprint import (
     write_fingerprint,
 )
 from monai_iunet.fitting.page import write_page, write_results
-from monai_iunet.fitting.plan import FitPlan, Wishes, make_plan, measure_limits, plan_table, read_plan
+from monai_iunet.fitting.plan import (
+    FitPlan,
+    Wishes,
+    count_parts,
+    make_plan,
+    measure_limits,
+    plan_table,
+    read_plan,
+)
 from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, describe_file, hold_folder, is_as_before, write_text
 from monai_iunet.io.text import first_line
@@ -296,6 +304,8 @@ class _Fit:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"{self.folder}: exists and is not an empty folder. Name another --output.")
         data = read_labeled_data(self.dataset)
+        # Before all images are read, though bad ones may be left out then.
+        count_parts(len(data.training), self.options.folds, self.options.fold, bool(data.validation))
         self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
         self.plan = self._make_plan(data)
         parent = check_folder(Path(os.path.realpath(self.folder)).parent)
@@ -323,6 +333,7 @@ class _Fit:
     def _make_plan(self, data: LabeledData) -> FitPlan:
         memory = self.options.memory or _memory(self.device)
         limits = replace(measure_limits(self.device, memory, self.options.seconds), at_once=self.share.count)
+        own = set(map(image_of, data.validation or []))
         name = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(self.folder)), flags=re.ASCII)
         return make_plan(
             self.fingerprint,
@@ -331,7 +342,7 @@ class _Fit:
             limits,
             self.options.folds,
             self.options.fold,
-            has_validation=bool(data.validation),
+            validation_cases=sum(case.name in own for case in self.fingerprint.cases),
             wishes=self.options.wishes,
         )
 

@@ -170,7 +170,7 @@ def make_plan(
     limits: Limits,
     folds: int | None = None,
     fold: int | None = None,
-    has_validation: bool = False,
+    validation_cases: int = 0,
     wishes: Wishes | None = None,
 ) -> FitPlan:
     """Plan a bundle for a data set.
@@ -182,13 +182,42 @@ def make_plan(
         limits: memory and time.
         folds: number of folds that are trained; by default five where the time is enough, else one.
         fold: the only fold to train.
-        has_validation: whether the data set has validation cases of its own.
+        validation_cases: number of the cases that are the data set's own validation cases.
         wishes: what is not left to the planner.
 
     Raises:
         InputError: when there are too few cases, or not even the smallest network fits; and for wishes that cannot be.
     """
-    return _Planner(fingerprint, limits, wishes or Wishes()).plan(name, dataset, folds, fold, has_validation)
+    return _Planner(fingerprint, limits, wishes or Wishes()).plan(name, dataset, folds, fold, validation_cases)
+
+
+def count_parts(training_cases: int, folds: int | None, fold: int | None, has_validation: bool) -> int:
+    """Return the number of parts into which training cases are split.
+
+    Args:
+        training_cases: number of them.
+        folds: number of folds that are asked for, if any.
+        fold: the only fold to train, if one is asked for.
+        has_validation: whether the data set has validation cases of its own.
+
+    Raises:
+        InputError: for folds that there cannot be.
+    """
+    if folds is not None and folds < 1:
+        raise InputError(f"{folds} folds: at least one is trained. Name their number, or leave it to the plan.")
+    parts = folds if folds and folds > 1 else FOLDS
+    if has_validation and folds is None and fold is None:
+        return parts
+    if folds is None:
+        parts = max(2, min(parts, training_cases))
+    if training_cases < parts:
+        raise InputError(
+            f"{training_cases} training cases cannot be split into {parts} folds. At least as many cases as folds are "
+            "needed."
+        )
+    if fold is not None and not 0 <= fold < parts:
+        raise InputError(f"fold {fold}: of {parts} folds, one from 0 to {parts - 1} is needed.")
+    return parts
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype = torch.float32, size: int = MEASURED) -> float:
@@ -269,9 +298,11 @@ class _Planner:
         deep = len(fingerprint.structures) >= 5
         self.couplings = (2, 3, 4, 4, 4) if deep else (2, 2, 2, 2, 2)
 
-    def plan(self, name: str, dataset: str, folds: int | None, fold: int | None, has_validation: bool) -> FitPlan:
+    def plan(self, name: str, dataset: str, folds: int | None, fold: int | None, validation_cases: int) -> FitPlan:
         """Make all choices."""
-        trained, parts = self._folds(folds, fold, has_validation)
+        has_validation = validation_cases > 0
+        parts = count_parts(len(self.data.cases) - validation_cases, folds, fold, has_validation)
+        trained = self._folds(parts, folds, fold, has_validation)
         judges = self._judges(len(trained), has_validation)
         in_a_row = math.ceil(len(trained) / self.limits.at_once)
         seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / in_a_row
@@ -331,33 +362,21 @@ class _Planner:
     def _note(self, name: str, value: Any, reason: str, nnunet: Any = "") -> None:
         self.choices.append(Choice(name, str(value), reason, str(nnunet)))
 
-    def _folds(self, folds: int | None, fold: int | None, has_validation: bool) -> tuple[tuple[int | None, ...], int]:
-        """Choose which folds are trained, and into how many parts the cases are split."""
-        count = len(self.data.cases)
-        if folds is not None and folds < 1:
-            raise InputError(f"{folds} folds: at least one is trained. Name their number, or leave it to the plan.")
-        parts = folds if folds and folds > 1 else FOLDS
+    def _folds(self, parts: int, folds: int | None, fold: int | None, has_validation: bool) -> tuple[int | None, ...]:
+        """Choose which folds are trained, of the parts into which the cases are split."""
         if has_validation and folds is None and fold is None:
             self._note("folds", "1", "the data set has validation cases of its own", 5)
-            return (None,), parts
-        if count < parts and folds is None:
-            parts = max(2, count)
-        if count < 2 or count < parts:
-            raise InputError(
-                f"{count} cases cannot be split into {parts} folds. At least as many cases as folds are needed."
-            )
-        if fold is not None and not 0 <= fold < parts:
-            raise InputError(f"fold {fold}: of {parts} folds, one from 0 to {parts - 1} is needed.")
+            return (None,)
         if fold is not None or folds == 1:
             self._note("folds", f"fold {fold or 0} of {parts}", "as asked", 5)
-            return (fold or 0,), parts
+            return (fold or 0,)
         if folds is None and self.limits.seconds is not None:
             needed = WANTED_STEPS * self._voxels_of_step() * math.ceil(parts / self.limits.at_once)
             if needed > self._voxels_in(TRAINING_SHARE * self.limits.seconds):
                 self._note("folds", f"fold 0 of {parts}", f"the time is not enough for {parts} trainings", 5)
-                return (0,), parts
+                return (0,)
         self._note("folds", parts, "as asked" if folds else "each case is validated once, by a network without it", 5)
-        return tuple(range(parts)), parts
+        return tuple(range(parts))
 
     def _judges(self, trainings: int, has_validation: bool) -> tuple[str, ...]:
         """Choose cases that no network is trained on, which compare the best network of a fold and all together."""

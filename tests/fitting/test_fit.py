@@ -321,6 +321,30 @@ def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
         fit(tmp_path, tmp_path, device="cpu", gpu_memory=10_000)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modality": "ct"}, "modality 'ct': must be MR or CT"),
+        ({"folds": 5}, "4 training cases cannot be split into 5 folds"),
+        ({"folds": 2, "fold": 2}, "fold 2: of 2 folds, one from 0 to 1 is needed"),
+    ],
+)
+def test_options_are_refused_before_the_images_are_read(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_set(tmp_path / "data", shape=(8, 8, 8), count=6)
+    description = json.loads((data / "dataset.json").read_text())
+    description["validation"] = description["training"][4:]
+    description["training"] = description["training"][:4]
+    (data / "dataset.json").write_text(json.dumps(description))
+    read: list[Any] = []
+    monkeypatch.setattr("monai_iunet.fitting.fingerprint._case_facts", lambda *arguments: read.append(arguments))
+    with pytest.raises(InputError, match=message):
+        fit(data, tmp_path / "out", device="cpu", **options)
+    assert read == []
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("state", ["{", "[]", "{}", '{"asked": {}, "files": 3}', '{"asked": {}, "files": {"a": null}}'])
 def test_a_damaged_state_is_said_in_a_line(state: str, tmp_path: Path) -> None:
     (tmp_path / "fit.json").write_text(state)

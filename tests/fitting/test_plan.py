@@ -228,15 +228,24 @@ def test_few_cases_have_few_folds() -> None:
     assert plan(fingerprint(count=8, shape=(20, 20, 20))).folds == (0, 1, 2, 3, 4)
     assert plan(fingerprint(count=3, shape=(20, 20, 20))).folds == (0, 1, 2)
     assert plan(fingerprint(count=8, shape=(20, 20, 20)), fold=2).folds == (2,)
-    assert plan(fingerprint(count=8, shape=(20, 20, 20)), has_validation=True).folds == (None,)
-    with pytest.raises(InputError, match="1 cases cannot be split"):
+    assert plan(fingerprint(count=8, shape=(20, 20, 20)), validation_cases=2).folds == (None,)
+    with pytest.raises(InputError, match="1 training cases cannot be split"):
         plan(fingerprint(count=1, shape=(20, 20, 20)))
 
 
 @pytest.mark.parametrize(
-    ("count", "options"), [(2, {"folds": 5}), (1, {}), (8, {"fold": 5}), (8, {"fold": -1}), (8, {"folds": 0})]
+    ("count", "options"),
+    [
+        (2, {"folds": 5}),
+        (1, {}),
+        (8, {"fold": 5}),
+        (8, {"fold": -1}),
+        (8, {"folds": 0}),
+        (8, {"folds": 5, "validation_cases": 4}),
+        (8, {"fold": 0, "validation_cases": 7}),
+    ],
 )
-def test_folds_that_there_cannot_be_are_refused_before_the_start(count: int, options: dict[str, int]) -> None:
+def test_folds_that_there_cannot_be_are_refused_before_the_start(count: int, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"as many cases as folds|of 5 folds, one from 0 to 4|0 folds: at least one"):
         plan(fingerprint(count=count, shape=(20, 20, 20)), **options)
 
@@ -249,7 +258,7 @@ def test_some_cases_judge_the_networks_of_the_folds() -> None:
     assert judges(60) == tuple(f"case_{number:03}.nii.gz" for number in range(5, 60, 10))
     assert judges(49) == ()
     assert judges(60, fold=0) == ()
-    assert judges(60, has_validation=True, folds=5) == ()  # there are others
+    assert judges(60, validation_cases=9, folds=5) == ()  # there are others
 
 
 def test_all_scans_of_a_patient_judge_or_none() -> None:
