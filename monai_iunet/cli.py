@@ -50,6 +50,13 @@ class ProbabilityType(str, Enum):
     float16 = "float16"
 
 
+class MissingLabels(str, Enum):
+    """What a structure is in a case whose label has no voxel of it."""
+
+    background = "background"
+    unlabeled = "unlabeled"
+
+
 class LabelFormat(str, Enum):
     """Formats of labels."""
 
@@ -641,6 +648,14 @@ def fit(
         typer.Option(help='Patch, in voxels, such as 96,96,64; or "whole" to see images whole. Default: the plan\'s.'),
     ] = None,
     growing: Annotated[bool, typer.Option("--growing", help="Begin the training with smaller patches.")] = False,
+    missing_labels: Annotated[
+        MissingLabels | None,
+        typer.Option(
+            help="What a structure is in cases without a voxel of it: background, or unlabeled, which is no part of "
+            "the loss. Default: the plan's.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     skip_bad_cases: Annotated[
         bool,
@@ -665,6 +680,7 @@ def fit(
             spacing=None if spacing is None else _numbers(spacing, float, "--spacing"),
             roi_size=roi_size if roi_size in (None, "whole") else _numbers(roi_size, int, "--roi-size"),
             growing=growing,
+            missing_labels=None if missing_labels is None else missing_labels.value,
             device=None if device == "auto" else str(_device(device)),
             skip_bad_cases=skip_bad_cases,
             plan_only=plan_only,

@@ -116,6 +116,7 @@ def fit(
     spacing: Sequence[float] | None = None,
     roi_size: Sequence[int] | str | None = None,
     growing: bool = False,
+    missing_labels: str | None = None,
     device: str | None = None,
     skip_bad_cases: bool = False,
     plan_only: bool = False,
@@ -140,6 +141,8 @@ def fit(
         roi_size: patch, in voxels, or "whole" to train on whole images and to segment them whole; by default a patch as
             large as the images, memory and time say.
         growing: begin with smaller patches.
+        missing_labels: what a structure is in a case whose label has no voxel of it: "background", it is absent, or
+            "unlabeled", which is no part of the loss; by default unlabeled where it is of like size in other cases.
         device: where the network is trained; by default the first GPU, or the CPU if there is none.
         skip_bad_cases: leave out cases that cannot be learned from, saying so.
         plan_only: stop when the plan is made.
@@ -164,7 +167,7 @@ def fit(
         raise InputError(f"gpu_memory {gpu_memory}: {error}") from error
     seconds = None if time is None else parse_seconds(time)
     size = None if roi_size is None else read_size(roi_size)
-    wishes = Wishes(None if spacing is None else tuple(map(float, spacing)), size, growing)
+    wishes = Wishes(None if spacing is None else tuple(map(float, spacing)), size, growing, missing_labels)
     options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases, wishes)
     run = _Fit(Path(dataset), Path(output), options, console or Console(quiet=True))
     run.prepare()

@@ -121,6 +121,8 @@ class Wishes:
         spacing: of the voxels that the network sees, in mm.
         roi_size: patch, in voxels, or "whole".
         growing: whether the training begins with smaller patches.
+        missing_labels: what a structure is in a case whose label has no voxel of it: "background", it is absent, or
+            "unlabeled", which is no part of the loss.
 
     Example:
         >>> Wishes(roi_size="whole").growing
@@ -130,8 +132,11 @@ class Wishes:
     spacing: tuple[float, ...] | None = None
     roi_size: tuple[int, ...] | str | None = None
     growing: bool = False
+    missing_labels: str | None = None
 
     def __post_init__(self) -> None:
+        if self.missing_labels not in (None, "background", "unlabeled"):
+            raise InputError(f"missing_labels {self.missing_labels!r}: must be background or unlabeled.")
         sizes = (1.0, 1.0, 1.0) if self.spacing is None else self.spacing
         if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
             raise InputError(f"spacing {self.spacing}: must be three positive numbers, in mm.")
@@ -681,13 +686,20 @@ class _Planner:
 
     def _partial_labels(self) -> bool:
         """Choose whether a structure without voxels was not contoured, or is absent as a tumor may be."""
+        if self.wishes.missing_labels is not None:
+            partial = self.wishes.missing_labels == "unlabeled"
+            self._note("missing labels", "no part of the loss" if partial else "background", "as asked", "background")
+            return partial
         organs = []
         for number, name in enumerate(self.data.structures):
             volumes = [case.volumes[number] for case in self.data.cases if case.volumes[number] > 0]
             if 2 < len(volumes) < len(self.data.cases) and np.std(volumes) < ORGAN * np.mean(volumes):
                 organs.append(f"{name} ({len(self.data.cases) - len(volumes)} cases)")
         if organs:
-            reason = f"{', '.join(organs)}: of like size where labeled, so elsewhere not labeled rather than absent"
+            reason = (
+                f"{', '.join(organs)}: of like size where labeled, so elsewhere not labeled rather than absent; "
+                "otherwise ask for --missing-labels background"
+            )
             self._note("missing labels", "no part of the loss", reason, "background")
         return bool(organs)
 

@@ -224,11 +224,13 @@ def test_data_sets_of_every_kind_become_bundles(kind: str, tmp_path: Path, monke
         (data / "dataset.json").write_text(json.dumps(description))
     if "missing" in kind:
         number_labels(data, {2: 0}, cases=range(0, 10, 2))
+    asked: dict[str, Any] = {}
     if "rare" in kind:  # all but five structures are in a half of the cases each
+        asked["missing_labels"] = "background"
         for number in range(12):
             gone = [value for value in range(6, 31) if (value + number) % 2]
             number_labels(data, dict.fromkeys(gone, 0), cases=[number], erase=True)
-    fit(data, tmp_path / "bundle", fold=0, gpu_memory="1 GiB", device="cpu")
+    fit(data, tmp_path / "bundle", fold=0, gpu_memory="1 GiB", device="cpu", **asked)
     assert [check for check in verify_bundle(tmp_path / "bundle") if check.problem] == []
     metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
     assert metadata["eval_metrics"]["mean_dice"] > least
@@ -324,6 +326,7 @@ def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"missing_labels": "absent"}, "missing_labels 'absent': must be background or unlabeled"),
         ({"modality": "ct"}, "modality 'ct': must be MR or CT"),
         ({"folds": 5}, "4 training cases cannot be split into 5 folds"),
         ({"folds": 2, "fold": 2}, "fold 2: of 2 folds, one from 0 to 1 is needed"),

@@ -224,6 +224,15 @@ def test_an_organ_that_is_missing_was_not_labeled(spread: tuple[float, ...], par
     assert any("b (2 cases)" in choice.reason for choice in found.choices) is partial
 
 
+@pytest.mark.parametrize(("asked", "partial"), [("background", False), ("unlabeled", True)])
+@pytest.mark.parametrize("spread", [(90.0, 100.0, 110.0), (5.0, 40.0, 900.0)])
+def test_what_missing_labels_mean_may_be_said(spread: tuple[float, ...], asked: str, partial: bool) -> None:
+    cases = tuple(facts((32, 32, 32), classes=2, volumes=(500.0, second)) for second in (*spread, 0.0, 0.0))
+    found = plan(Fingerprint(("MRI",), ("a", "b"), (1, 2), "MR", cases), wishes=Wishes(missing_labels=asked))
+    assert found.task.partial_labels is partial
+    assert reason(found, "missing labels") == "as asked"
+
+
 def test_few_cases_have_few_folds() -> None:
     assert plan(fingerprint(count=8, shape=(20, 20, 20))).folds == (0, 1, 2, 3, 4)
     assert plan(fingerprint(count=3, shape=(20, 20, 20))).folds == (0, 1, 2)
