@@ -57,13 +57,16 @@ def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structu
         )
     check_labels(prediction, classes, "The prediction")
     check_labels(truth, classes, "The true labels")
+    voxel, sizes = float(np.prod(spacing)), [float(size) for size in spacing]
+    along = [axis for axis, extent in enumerate(truth.shape) if extent > 1]
+    if len(along) >= 2:  # of a single slice, which has no neighbors, each voxel would be on the surface
+        prediction, truth, sizes = prediction.squeeze(), truth.squeeze(), [sizes[axis] for axis in along]
     predicted, true = (one_hot(labels[None, None].long(), classes) for labels in (prediction, truth))
-    voxel = float(np.prod(spacing))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of structures that are empty
         dice = compute_dice(predicted, true, include_background=False)[0]
-        hausdorff = compute_hausdorff_distance(predicted, true, percentile=95, spacing=list(spacing))[0]
-        surface = compute_average_surface_distance(predicted, true, symmetric=True, spacing=list(spacing))[0]
+        hausdorff = compute_hausdorff_distance(predicted, true, percentile=95, spacing=sizes)[0]
+        surface = compute_average_surface_distance(predicted, true, symmetric=True, spacing=sizes)[0]
     rows = []
     for number, name in enumerate(structures):
         volumes = [float(labels[0, number + 1].sum()) * voxel for labels in (predicted, true)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
+from scipy import ndimage
 
 from monai_iunet.training.evaluation import CaseReport, compare
 
@@ -38,6 +39,23 @@ def test_identical_and_missing_structures() -> None:
     assert all(np.isnan(rows[1][key]) for key in ("dice", "hausdorff95_mm", "surface_distance_mm"))
     assert rows[1]["volume_mm3"] == 200
     assert [rows[2][key] for key in ("dice", "hausdorff95_mm", "surface_distance_mm")] == [0, np.inf, np.inf]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_surface_of_a_single_slice_is_its_outline(axis: int) -> None:
+    rows, columns = np.mgrid[:40, :40]
+    found, true = (((rows - 20) ** 2 / 2 + (columns - start) ** 2) < 90 for start in (18, 22))
+    voxel = (0.5, 0.8)
+    outlines = [disk & ~ndimage.binary_erosion(disk) for disk in (found, true)]
+    apart = [
+        ndimage.distance_transform_edt(~outlines[1 - number], voxel)[outline] for number, outline in enumerate(outlines)
+    ]
+    spacing = [*voxel[:axis], 4, *voxel[axis:]]
+    volumes = [torch.tensor(np.expand_dims(disk, axis)).byte() for disk in (found, true)]
+    (row,) = compare(*volumes, spacing, ["disk"])
+    assert row["hausdorff95_mm"] == pytest.approx(max(np.percentile(part, 95) for part in apart))
+    assert row["surface_distance_mm"] == pytest.approx(np.concatenate(apart).mean())
+    assert row["volume_mm3"] == pytest.approx(found.sum() * 1.6)
 
 
 def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
