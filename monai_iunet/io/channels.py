@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import nibabel
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import SUFFIXES, image_name
 
-__all__ = ["CHANNEL_FILES", "first_channel", "group_channels", "result_name"]
+__all__ = ["CHANNEL_FILES", "channel_files", "first_channel", "group_channels", "result_name"]
 
 CHANNEL_FILES = "one 4D NIfTI file with the channels last, or a file per channel, NAME_0000, NAME_0001, ..."
 
@@ -25,6 +26,25 @@ def first_channel(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
         (4, 5, 6)
     """
     return image if image.ndim == 3 else image.slicer[..., 0]
+
+
+def channel_files(path: Path) -> list[Path]:
+    """Return the files of an image that a `dataset.json` names: NAME is short for NAME_0000, NAME_0001, ... in nnU-Net.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "a_0000.nii.gz").touch()
+        >>> [path.name for path in channel_files(folder / "a.nii.gz")]
+        ['a_0000.nii.gz']
+    """
+    if path.exists() or not path.name.lower().endswith(SUFFIXES):
+        return [path]
+    name = image_name(path, SUFFIXES)
+    suffix = path.name[len(name) :]
+    found = sorted(path.parent.glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{glob.escape(suffix)}"))
+    all_there = [file.name for file in found] == [f"{name}_{number:04}{suffix}" for number in range(len(found))]
+    return found if found and all_there else [path]
 
 
 def group_channels(paths: Sequence[Path], channels: int) -> list[tuple[Path, ...]]:

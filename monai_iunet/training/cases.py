@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.channels import group_channels, result_name
+from monai_iunet.io.channels import channel_files, group_channels, result_name
 from monai_iunet.io.checks import DAMAGED, check_extent, check_not_constant, check_same_grid
 from monai_iunet.io.files import NIFTI, check_folder, check_names, image_name
 from monai_iunet.io.read import read_image
@@ -265,7 +265,8 @@ def _images(path: Path) -> list[Files]:
         found = (file for file in folder.iterdir() if file.name.lower().endswith(NIFTI) and file.name[0] != ".")
         return [(file,) for file in sorted(found)]
     if path.suffix.lower() == ".json":
-        return [tuple(path.parent / name for name in names) for names in _listed(path)]
+        listed = [tuple(path.parent / name for name in names) for names in _listed(path)]
+        return [tuple(channel_files(names[0])) if len(names) == 1 else names for names in listed]
     if not path.is_file():
         raise InputError(f"{path}: no such file. Check the path.")
     image_name(path)

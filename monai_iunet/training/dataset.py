@@ -19,6 +19,7 @@ from typing import Any
 import nibabel
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.channels import channel_files
 from monai_iunet.io.files import SUFFIXES, image_name
 from monai_iunet.training.cases import image_of
 
@@ -341,7 +342,8 @@ def _listed(folder: Path, entries: Sequence[Any]) -> tuple[list[Case], list[str]
             problems.append(f"{folder / 'dataset.json'}: entry {number} names no image: {str(entry)[:80]}.")
             continue
         image = entry["image"]
-        paths = [str(folder / str(part)) for part in (image if isinstance(image, list) else [image])]
+        names = [folder / str(part) for part in (image if isinstance(image, list) else [image])]
+        paths = [str(path) for path in (channel_files(names[0]) if len(names) == 1 else names)]
         if not entry.get("label"):
             problems.append(f"{paths[0]}: has no label.")
             continue

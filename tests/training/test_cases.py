@@ -100,6 +100,9 @@ def test_images_in_every_way_that_they_can_be_named(tmp_path: Path) -> None:
     ):
         found = images_to_segment(source, out)
         assert [Path(entry["image"]).resolve() for entry in found] == [Path(path) for path in expected]
+    (tmp_path / "task" / "imagesTs" / "c.nii.gz").rename(tmp_path / "task" / "imagesTs" / "c_0000.nii.gz")  # nnU-Net
+    (entry,) = images_to_segment(tmp_path / "task" / "dataset.json", out)
+    assert Path(entry["image"]).name == "c_0000.nii.gz"
 
 
 def test_what_is_done_is_left_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from monai_iunet import InputError, list_cases
+from monai_iunet.training.cases import image_of
 from monai_iunet.training.dataset import patients_of, read_labeled_data
 
 
@@ -72,6 +73,22 @@ def test_a_raw_data_set_of_nnunet_is_read(tmp_path: Path) -> None:
         "p1_0001.nii.gz",
     ]
     assert data.problems == ()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_images_that_nnunet_lists_without_their_channels_are_found(channels: int, tmp_path: Path) -> None:
+    files = [f"imagesTr/p{n}_000{channel}.nii.gz" for n in range(3) for channel in range(channels)]
+    listed = [{"image": f"./imagesTr/p{n}.nii.gz", "label": f"./labelsTr/p{n}.nii.gz"} for n in range(3)]
+    description = {"modality": {str(channel): f"T{channel}" for channel in range(channels)}, "training": listed}
+    data = read_labeled_data(make(tmp_path, [*files, *(f"labelsTr/p{n}.nii.gz" for n in range(3))], description))
+    found = [case["image"] if isinstance(case["image"], list) else [case["image"]] for case in data.training]
+    assert [[Path(path).name for path in paths] for paths in found] == [
+        [f"p{n}_000{channel}.nii.gz" for channel in range(channels)] for n in range(3)
+    ]
+    assert len(data.channels) == channels
+    # With a channel missing, the image is not there.
+    (tmp_path / "imagesTr" / "p1_0000.nii.gz").unlink()
+    assert Path(image_of(read_labeled_data(tmp_path).training[1])).name == "p1.nii.gz"
 
 
 def test_channels_are_named_by_their_numbers(tmp_path: Path) -> None:
