@@ -95,8 +95,9 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
                 f'{{"image": "a.nii.gz", "label": "b.nii.gz"}}, not {str(description[section])[:80]}. Mend it.'
             )
     labels, parts = _labels(description, folder / "dataset.json")
-    if isinstance(description.get("training"), list):
-        training, problems = _listed(folder, description["training"])
+    entries = _training_entries(description)
+    if entries is not None:
+        training, problems = _listed(folder, entries)
         validation = None
         if description.get("validation"):
             validation, more = _listed(folder, description["validation"])
@@ -332,6 +333,18 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or number != float(value) or number < 0:
         raise ValueError(value)
     return number
+
+
+def _training_entries(description: Mapping[str, Any]) -> list[Any] | None:
+    """Return the training cases that a description lists; None if it leaves them to two folders.
+
+    The Decathlon and nnU-Net v1 list them as "training". In nnU-Net v2, "dataset" may hold them by their names.
+    """
+    entries, by_name = description.get("training"), description.get("dataset")
+    if isinstance(entries, list) or not isinstance(by_name, Mapping):
+        return entries
+    cases = [case if isinstance(case, Mapping) else {} for case in by_name.values()]
+    return [{"image": case.get("images"), "label": case.get("label")} for case in cases]
 
 
 def _listed(folder: Path, entries: Sequence[Any]) -> tuple[list[Case], list[str]]:

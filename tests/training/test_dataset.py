@@ -91,6 +91,18 @@ def test_images_that_nnunet_lists_without_their_channels_are_found(channels: int
     assert Path(image_of(read_labeled_data(tmp_path).training[1])).name == "p1.nii.gz"
 
 
+def test_cases_that_nnunet_names_one_by_one_are_read(tmp_path: Path) -> None:
+    named = {f"p{n}": {"images": [f"raw/p{n}.nii.gz"], "label": f"raw/p{n}_seg.nii.gz"} for n in range(2)}
+    description = {"channel_names": {"0": "CT"}, "labels": {"liver": 1}, "dataset": {**named, "p9": {"label": "a"}}}
+    # Others in the two folders are none of them.
+    data = read_labeled_data(make(tmp_path, ["imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"], description))
+    assert [Path(image_of(case)).name for case in data.training] == ["p0.nii.gz", "p1.nii.gz"]
+    assert names(data.training) == ["p0_seg", "p1_seg"]
+    assert [problem.split("dataset.json: ")[1] for problem in data.problems] == [
+        "entry 2 names no image: {'image': None, 'label': 'a'}."
+    ]
+
+
 def test_channels_are_named_by_their_numbers(tmp_path: Path) -> None:
     names = {"10": "k", **{str(number): "abcdefghij"[number] for number in range(9, -1, -1)}}
     files = [f"imagesTr/p_{number:04}.nii.gz" for number in range(11)]
