@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
-from monai_iunet.io.checks import check_not_constant
+from monai_iunet.io.checks import check_not_constant, raw_voxels
 from monai_iunet.io.files import write_atomically, write_text
 from monai_iunet.io.read import read_image
 from monai_iunet.io.text import first_line, times
@@ -45,6 +45,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SAMPLES = 2000  # voxels per case from which intensities of the data set are estimated
+NOT_CT = {"mr", "mri", "t1", "t2", "flair", "adc", "t1w", "t2w", "t1ce", "t1gd", "pet"}  # in names of channels
 AIR = -900.0  # HU; below there is only air, and no MR image has such values
 # A contrast so many times as far from the others' as theirs are from each other, in the median, is no chance.
 FAR = 8.0
@@ -59,7 +60,7 @@ class CaseFacts:
         name: file of the image, or of its first channel.
         shape: voxels along each axis.
         spacing: size of a voxel, in mm.
-        lowest: least intensity of the first channel.
+        lowest: least intensity of the channel in which it is greatest: in CT alone there is air in all of them.
         intensities: a sample of the first channel's intensities inside the structures.
         volumes: mm³ of each structure, in the order of the labels.
         centers: center of each structure from left to right, from -1 to 1; None where it is not labeled.
@@ -215,7 +216,7 @@ def _label_values(data: LabeledData) -> list[tuple[str, int]]:
 
 
 def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channels: int) -> CaseFacts:
-    """Read a case and count what is known of it; of several channels the first one counts."""
+    """Read a case and count what is known of it; of several channels the first one counts, but for `lowest`."""
     if case["label"] in (case["image"] if isinstance(case["image"], list) else [case["image"]]):
         raise InputError(f"{case['label']}: is image and label of one case. Name the image in dataset.json.")
     read, label = read_case(case, [0, *(value for _, value in values)], channels)
@@ -250,7 +251,7 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
         name=name,
         shape=tuple(image.shape),
         spacing=tuple(round(float(size), 4) for size in spacing),  # type: ignore[arg-type]
-        lowest=float(data.min()),
+        lowest=float(raw_voxels(read).min(axis=(0, 1, 2)).max()),
         intensities=tuple(round(float(value), 4) for value in sample),
         volumes=tuple(volumes),
         centers=tuple(centers),
@@ -260,15 +261,18 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
 
 
 def _named_modality(channels: Sequence[str]) -> str | None:
-    """Return the modality that the names of channels mean; None if they mean none."""
-    words = {word for name in channels for word in re.split(r"[^a-z0-9]+", name.lower())}
-    if "ct" in words and words.isdisjoint({"pet", "mr", "mri"}):
-        return "CT"
-    return "MR" if words & {"mr", "mri", "t1", "t2", "flair", "adc", "t1w", "t2w", "t1ce", "t1gd", "pet"} else None
+    """Return the modality that the names of channels mean; None if they mean none.
+
+    CT is only what consists of CT, since all channels get one window of Hounsfield units.
+    """
+    of_channels = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in channels]
+    if set().union(*of_channels) & NOT_CT:
+        return "MR"
+    return "CT" if all("ct" in words for words in of_channels) else None
 
 
 def _is_ct(case: CaseFacts) -> bool:
-    """Return whether the intensities of a case look like Hounsfield units: there is air."""
+    """Return whether the intensities of a case, in all its channels, look like Hounsfield units: there is air."""
     return case.lowest <= AIR
 
 

@@ -175,6 +175,30 @@ def test_several_channels_and_labels_that_nothing_names(tmp_path: Path) -> None:
         take(folder)
 
 
+@pytest.mark.parametrize(
+    ("names", "second_is_ct", "modality"),
+    [
+        (["CT", "CT arterial"], True, "CT"),
+        (["CT", "arterial"], True, "CT"),
+        (["CT", "T1"], False, "MR"),
+        (["CT", "dose"], False, "MR"),
+        (None, False, "MR"),
+        (None, True, "CT"),
+    ],
+)
+def test_a_window_of_hounsfield_units_is_for_ct_in_all_channels(
+    names: list[str] | None, second_is_ct: bool, modality: str, tmp_path: Path
+) -> None:
+    folder = make_set(tmp_path, count=2, channels=2, modality="CT")
+    description = json.loads((folder / "dataset.json").read_text())
+    del description["modality"]
+    (folder / "dataset.json").write_text(json.dumps({**description, **({"channel_names": names} if names else {})}))
+    if not second_is_ct:
+        for number in range(2):
+            change(folder / "imagesTr" / f"case_{number:02}_0001.nii.gz", abs)
+    assert take(folder).modality == modality
+
+
 def test_labels_that_nothing_names_may_be_of_any_format(tmp_path: Path) -> None:
     folder = make_set(tmp_path, count=1, classes=2)
     path = folder / "labelsTr" / "case_00.nii.gz"
