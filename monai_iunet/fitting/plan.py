@@ -661,7 +661,11 @@ class _Planner:
             self._note("intensities", "per image", reason, "mean 0 and deviation 1 per image")
             return -160.0, 240.0
         low, high = self.data.percentiles(0.5, 99.5)
-        low, high = math.floor(low / 10) * 10.0, math.ceil(high / 10) * 10.0
+        # To tens, or to less where that would be more than the range, as of a CT that was scaled to 0 and 1.
+        extent = high - low
+        digits = 1 - math.floor(math.log10(extent)) if 0 < extent < 10 else -1
+        step = 10.0**-digits
+        low, high = round(math.floor(low / step) * step, digits), round(math.ceil(high / step) * step, digits)
         reason = "Hounsfield units: percentiles 0.5 and 99.5 inside the structures become -1 and 1"
         peer = f"clipped to {low:g} to {high:g} HU, then by mean and deviation"
         self._note("intensities", f"{low:g} to {high:g} HU", reason, peer)

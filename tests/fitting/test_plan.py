@@ -190,6 +190,23 @@ def test_another_device_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> No
     assert "CPUs and CUDA" in reason(plan(fingerprint(), limits), "arithmetic")
 
 
+@pytest.mark.parametrize(
+    ("intensities", "window"),
+    [
+        ((-53.0, 151.0), (-60, 160)),
+        ((31.0, 42.0), (30, 50)),
+        ((0.1234, 0.5678), (0.12, 0.57)),
+        ((-2.34, 5.71), (-2.4, 5.8)),
+        ((37.0, 37.0), (30, 40)),
+    ],
+)
+def test_the_window_of_a_ct_is_rounded_by_less_than_its_range(
+    intensities: tuple[float, ...], window: tuple[float, ...]
+) -> None:
+    found = plan(fingerprint(channels=("CT",), shape=(32, 32, 32), intensities=intensities))
+    assert found.task.window == window
+
+
 def test_many_rare_structures_are_sampled_alike() -> None:
     names = [f"structure {number}" for number in range(30)]
     limits = dataclasses.replace(LARGE, seconds=3600, speed=100_000.0)
