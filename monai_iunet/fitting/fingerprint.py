@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "draw_fingerprint",
     "fingerprint_tables",
     "read_fingerprint",
+    "round_size",
     "take_fingerprint",
     "write_fingerprint",
 ]
@@ -250,7 +252,7 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
     return CaseFacts(
         name=name,
         shape=tuple(image.shape),
-        spacing=tuple(round(float(size), 4) for size in spacing),  # type: ignore[arg-type]
+        spacing=tuple(round_size(float(size), 4) for size in spacing),  # type: ignore[arg-type]
         lowest=float(raw_voxels(read).min(axis=(0, 1, 2)).max()),
         intensities=tuple(round(float(value), 4) for value in sample),
         volumes=tuple(volumes),
@@ -258,6 +260,16 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
         contrast=tuple(contrast),
         mirrored_contrast=tuple(mirrored),
     )
+
+
+def round_size(size: float, digits: int) -> float:
+    """Return the size of a voxel with so many digits behind the point, or more where that would be fewer than three.
+
+    Example:
+        >>> round_size(0.9765625, 3), round_size(0.0026, 3)
+        (0.977, 0.0026)
+    """
+    return round(size, max(digits, 2 - math.floor(math.log10(size))))
 
 
 def _named_modality(channels: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
-from monai_iunet.fitting.fingerprint import Fingerprint, as_tuples
+from monai_iunet.fitting.fingerprint import Fingerprint, as_tuples, round_size
 from monai_iunet.fitting.nnunet_rules import factors_of, plan_like_nnunet, target_spacing
 from monai_iunet.io.text import first_line, times
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
@@ -444,7 +444,7 @@ class _Planner:
                     f"coarser than the images' {times(target)}: so many voxels can be trained in the time, and the "
                     f"smallest structure has {min(volumes) / chosen.prod():.0f} of them"
                 )
-        first, second, third = (round(float(size), 3) for size in chosen)
+        first, second, third = (round_size(float(size), 3) for size in chosen)
         self._note("spacing, mm", times((first, second, third)), reason, times(self.nnunet.spacing))
         return first, second, third
 

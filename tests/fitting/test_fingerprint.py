@@ -48,6 +48,11 @@ def test_spacings_volumes_and_sides_are_those_of_the_data(tmp_path: Path) -> Non
     assert case.contrast[0] > 1 > abs(case.mirrored_contrast[0])
 
 
+def test_voxels_of_micrometers_keep_their_size(tmp_path: Path) -> None:
+    found = take(make_set(tmp_path, count=1, shape=(800, 8, 8), spacing=(0.00136, 0.0014, 0.02)))
+    assert found.cases[0].spacing == pytest.approx((0.00136, 0.0014, 0.02), rel=1e-6)
+
+
 def test_it_is_written_read_printed_and_drawn(tmp_path: Path) -> None:
     found = take(make_set(tmp_path / "data"))
     write_fingerprint(found, tmp_path / "fingerprint.json")

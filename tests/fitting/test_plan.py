@@ -62,6 +62,11 @@ def test_thick_slices_are_kept_and_halved_later() -> None:
     assert not task.elastic
 
 
+@pytest.mark.parametrize(("size", "expected"), [(0.9765625, 0.977), (0.0488, 0.0488), (0.0026, 0.0026)])
+def test_voxels_of_micrometers_keep_their_size(size: float, expected: float) -> None:
+    assert plan(fingerprint(shape=(32, 32, 32), spacing=(size,) * 3)).task.spacing == (expected,) * 3
+
+
 def test_tiny_images_get_fewer_levels() -> None:
     task = plan(fingerprint(shape=(20, 20, 20))).task
     assert task.strides is None
