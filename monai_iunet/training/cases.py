@@ -153,6 +153,13 @@ def read_case(
         raise InputError(f"{image_of(case)}: has no label.")
     image, label = read_image(case["image"], channels=channels), read_image(case["label"])
     check_same_grid(case["label"], label, "its image", image)
+    turned = ["".join(map(str, nibabel.aff2axcodes(part.affine))) for part in (image, label)]
+    if turned[0] != turned[1]:  # both grids are all but the same, yet each would be turned to RAS by its own affine
+        raise InputError(
+            f"{case['label']}: its axes run to {turned[1]}, those of its image to {turned[0]}, since both are turned by "
+            "some 45 degrees. Give the labels the affine of the image with nibabel: `label.set_sform(image.affine)`, "
+            "`label.set_qform(image.affine)`."
+        )
     values = np.unique(label.get_fdata(dtype=np.float32))
     wrong = [value for value in values if value not in label_values]
     if wrong:

@@ -68,6 +68,18 @@ def test_a_bad_case_is_named(name: str, tmp_path: Path) -> None:
         check_cases([case(tmp_path, "good"), make(tmp_path)], 2)
 
 
+def test_labels_that_would_be_turned_otherwise_than_their_image_are_refused(tmp_path: Path) -> None:
+    image = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+    angles = np.radians([44.999, 45.001])
+    turned = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) for a in angles]
+    affines = [nibabel.affines.from_matvec(matrix) for matrix in turned]
+    paths = [save(tmp_path / f"image_{number}.nii", image, affine) for number, affine in enumerate(affines)]
+    label = save(tmp_path / "label.nii", (image > 99).astype(np.uint8), affines[0])
+    with pytest.raises(InputError, match=r"label.nii: its axes run to RAS, those of its image to ALS"):
+        check_cases([{"image": paths[1], "label": label}], 2)
+    assert check_cases([{"image": paths[0], "label": label}], 2)
+
+
 def test_all_bad_cases_are_listed_together_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cases = [case(tmp_path, "good"), *(make(tmp_path) for make, _ in BAD.values())]
     with pytest.raises(InputError) as error:
