@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,15 +48,26 @@ class SegEnsemble(nn.Module):
 
     @staticmethod
     def state_of(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the state of an ensemble, from those of its members.
+        """Return the state of an ensemble, from those of its members, with what their modules note in theirs.
 
         Example:
             >>> sorted(SegEnsemble.state_of([{"bias": torch.zeros(1)}] * 2))
             ['members.0.bias', 'members.1.bias']
         """
-        return {
-            f"members.{number}.{name}": tensor for number, state in enumerate(members) for name, tensor in state.items()
+        together = OrderedDict(
+            (f"members.{number}.{name}", tensor)
+            for number, state in enumerate(members)
+            for name, tensor in state.items()
+        )
+        # What PyTorch keeps of each module beside its tensors: the version of an orthogonal matrix stands for its map.
+        metadata = {
+            f"members.{number}.{module}".rstrip("."): version
+            for number, state in enumerate(members)
+            for module, version in getattr(state, "_metadata", {}).items()
         }
+        if metadata:
+            together._metadata = metadata  # type: ignore[attr-defined]
+        return together
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the ensemble, `(batch, classes, *spatial)`, float32."""

@@ -44,3 +44,11 @@ def test_a_probability_of_zero_is_no_hole() -> None:
 def test_a_single_class_is_refused() -> None:
     with pytest.raises(ValueError, match=r"out_channels must be 2 or more, background included, .* got 1\."):
         SegEnsemble(2, **{**OPTIONS, "out_channels": 1})
+
+
+def test_members_of_another_orthogonal_map_are_refused() -> None:
+    states = [SegIUNet(**OPTIONS, orthogonal_map="matrix_exp").state_dict() for _ in range(2)]
+    together = SegEnsemble.state_of(states)
+    SegEnsemble(2, **OPTIONS, orthogonal_map="matrix_exp").load_state_dict(together)
+    with pytest.raises(RuntimeError, match=r"members\.0\..* was saved with orthogonal_map='matrix_exp'"):
+        SegEnsemble(2, **OPTIONS).load_state_dict(together)
