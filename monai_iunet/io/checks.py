@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -228,7 +229,8 @@ def check_same_grid(name: str, image: nibabel.Nifti1Image, other: str, reference
 
 def grids_apart(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> float:
     """Return how far corners of two grids of the same shape are apart, in mm; 0 within a tenth of a voxel."""
-    corners = np.array([[0, 0, 0, 1], [*shape, 1]])
+    # All eight, since two would also meet where the axes of a cube have changed places.
+    corners = np.array(list(itertools.product(*((0, extent) for extent in shape), [1])))
     apart = float(np.abs(corners @ (affine - reference).T).max())
     return apart if apart > 0.1 * voxel_sizes(reference).min() else 0.0
 

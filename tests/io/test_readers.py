@@ -146,6 +146,17 @@ def test_monai_loads_with_the_reader(way: str, volume: np.ndarray, tmp_path: Pat
     assert item["image"].meta["filename_or_obj"] == str(folder)
 
 
+@pytest.mark.parametrize("order", [[1, 0, 2], [1, 2, 0]], ids=["two axes", "all axes"])
+def test_a_cube_whose_axes_have_changed_places_is_another_grid(order: list[int], tmp_path: Path) -> None:
+    cube, affine = np.random.default_rng(0).normal(size=(6, 6, 6)).astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = -6
+    turned = affine[:, [*order, 3]]  # the same corners, named differently
+    nibabel.save(nibabel.Nifti1Image(cube, affine), tmp_path / "a.nii")
+    nibabel.save(nibabel.Nifti1Image(cube.transpose(order), turned), tmp_path / "b.nii")
+    with pytest.raises(InputError, match=r"b\.nii: its grid and that of the first channel are up to 12 mm apart"):
+        read_image([tmp_path / "a.nii", tmp_path / "b.nii"])
+
+
 def test_several_files_become_channels(volume: np.ndarray, tmp_path: Path) -> None:
     for number in (1, 2):
         nibabel.save(nibabel.Nifti1Image(volume * number, oblique()), tmp_path / f"{number}.nii")
