@@ -206,6 +206,16 @@ def test_scripting_in_training_names_the_way_out(make: Any) -> None:
         torch.jit.script(make())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_holds_a_scripted_network_is_not_trained_on() -> None:
+    """PyTorch has put a trace into it, whose matrices do not change."""
+    holder = nn.Sequential(trained(), nn.Softmax(1)).eval()
+    torch.jit.script(holder)
+    holder.eval()
+    with pytest.raises(RuntimeError, match="trace in the place of this network, which cannot be trained"):
+        holder.train()
+
+
 def test_what_is_traced_or_exported_has_the_weights_of_that_moment() -> None:
     net = trained().eval()
     write_data(net)  # unseen by version counters, and not looked at since

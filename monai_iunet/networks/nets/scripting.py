@@ -50,6 +50,16 @@ class Traced(nn.Module):
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             self.traced = torch.jit.trace(network, example, check_trace=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Traced:
+        """Refuse to be trained: PyTorch leaves the trace, whose matrices are constants, in what holds the network."""
+        if mode:
+            raise RuntimeError(
+                "torch.jit.script has put a trace in the place of this network, which cannot be trained. Script a copy "
+                "of the module that holds it, by copy.deepcopy."
+            )
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the traced network."""

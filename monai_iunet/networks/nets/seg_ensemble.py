@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.networks.nets.scripting import Traced
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 
 __all__ = ["SegEnsemble"]
@@ -68,6 +69,11 @@ class SegEnsemble(nn.Module):
         if metadata:
             together._metadata = metadata  # type: ignore[attr-defined]
         return together
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # The whole of it, since PyTorch would put a trace in the place of each member, in this ensemble itself.
+        first: Any = self.members[0]
+        return Traced(self, first.stem.in_channels, first.iunet.factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the ensemble, `(batch, classes, *spatial)`, float32."""

@@ -52,3 +52,12 @@ def test_members_of_another_orthogonal_map_are_refused() -> None:
     SegEnsemble(2, **OPTIONS, orthogonal_map="matrix_exp").load_state_dict(together)
     with pytest.raises(RuntimeError, match=r"members\.0\..* was saved with orthogonal_map='matrix_exp'"):
         SegEnsemble(2, **OPTIONS).load_state_dict(together)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_leaves_the_members_as_they_are() -> None:
+    ensemble = SegEnsemble(2, **OPTIONS).eval()
+    before = list(ensemble.state_dict())
+    torch.jit.script(ensemble)
+    assert list(ensemble.state_dict()) == before
+    assert all(isinstance(member, SegIUNet) for member in ensemble.members)
