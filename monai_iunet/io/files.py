@@ -201,7 +201,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path: file to write; an old one is replaced.
         write: writes into the file that it is given.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{''.join(path.suffixes[-2:])}")
+    # Of a name with dots the rest is left out, or it would end as the name of a record that others read.
+    suffix = next((known for known in NIFTI if path.name.endswith(known)), path.suffix)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
     try:
         # Created here, so that it has the permissions of any new file of the user.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from monai_iunet import InputError
-from monai_iunet.io.files import files_in, hold_folder
+from monai_iunet.io.files import files_in, hold_folder, write_atomically
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
 
@@ -57,3 +57,14 @@ def test_hidden_files_are_none_of_an_image(tmp_path: Path) -> None:
     for name in ("1.dcm", ".DS_Store"):
         (tmp_path / name).touch()
     assert files_in(tmp_path) == [tmp_path / "1.dcm"]
+
+
+@pytest.mark.parametrize("name", ["1.2.840.7_seg.json", "1.2.840.7_seg.nii.gz", "model.pt"])
+def test_what_is_being_written_ends_as_the_file_but_is_not_found_as_one(name: str, tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        assert temporary.name.endswith(".nii.gz" if name.endswith(".nii.gz") else temporary.suffix)
+        assert not temporary.name.endswith("_seg.json")
+        temporary.write_text("a")
+
+    write_atomically(tmp_path / name, write)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
