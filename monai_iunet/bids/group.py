@@ -114,7 +114,7 @@ def write_group_table(bids_dir: Path, output: Path, segmenter: BundleSegmenter) 
 def _row(path: Path) -> dict[str, str]:
     """Read the volumes of an image from its table of structures."""
     stem = path.name.rpartition("_desc-")[0]
-    entities = dict(part.split("-", 1) for part in stem.split("_"))
+    entities = dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
     row = {"participant_id": f"sub-{entities['sub']}"}
     if "ses" in entities:
         row["session_id"] = f"ses-{entities['ses']}"

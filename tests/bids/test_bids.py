@@ -129,6 +129,20 @@ def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> Non
     assert f"sub-04_ses-pre_acq-fast_{SUFFIX}.nii.gz" in printed
 
 
+def test_a_part_of_a_name_that_is_no_entity_does_not_end_the_group(data: Path, tmp_path: Path) -> None:
+    image = image_of(data, "03", None)
+    image.rename(image.with_name("sub-03_mprage_T1w.nii.gz"))
+    folder = tmp_path / "out" / "sub-03" / "anat"
+    folder.mkdir(parents=True)
+    stem = f"sub-03_mprage_{SUFFIX}"
+    (folder / f"{stem}.nii.gz").touch()
+    (folder / f"{stem}.tsv").write_text("index\tname\tcolor\tvolume_mm3\tquality\n1\tfront\t#ff0000\t12.000\t0.9\n")
+    code, _, error = call("bids", data, tmp_path / "out", "group")
+    assert code == 2, error  # since the others have no result
+    row = read_tsv(tmp_path / "out" / "group_hippocampus.tsv")[-1]
+    assert (row["participant_id"], row["image"], row["front_mm3"]) == ("sub-03", "sub-03_mprage", "12.000")
+
+
 def test_a_missing_session_is_reported(data: Path) -> None:
     save(image_of(data, "01", "late", "T2w"))
     assert [str(absent) for absent in find_images(data, ["T1w"], ["01"])[1]] == ["sub-01 ses-late"]
