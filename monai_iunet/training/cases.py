@@ -156,8 +156,8 @@ def read_case(
     turned = ["".join(map(str, nibabel.aff2axcodes(part.affine))) for part in (image, label)]
     if turned[0] != turned[1]:  # both grids are all but the same, yet each would be turned to RAS by its own affine
         raise InputError(
-            f"{case['label']}: its axes run to {turned[1]}, those of its image to {turned[0]}, since both are turned by "
-            "some 45 degrees. Give the labels the affine of the image with nibabel: `label.set_sform(image.affine)`, "
+            f"{case['label']}: its axes run to {turned[1]}, those of its image to {turned[0]}, since both are turned by"
+            " some 45 degrees. Give the labels the affine of the image with nibabel: `label.set_sform(image.affine)`, "
             "`label.set_qform(image.affine)`."
         )
     values = np.unique(label.get_fdata(dtype=np.float32))
