@@ -175,7 +175,8 @@ def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monk
     assert imread(tmp_path / "comparison.png").std() > 0.05
 
 
-def test_the_guide_shows_what_is_kept() -> None:
+@pytest.mark.parametrize(("result", "guide"), [("left_atrium", "whole_images"), ("branches", "networks")])
+def test_the_guide_shows_what_is_kept(result: str, guide: str) -> None:
     package = Path(arms.__file__).parents[1]
-    found = json.loads((package / "benchmark" / "results" / "left_atrium.json").read_text())
-    assert arms_as_markdown(found) in (package / "guides" / "whole_images.md").read_text()
+    found = json.loads((package / "benchmark" / "results" / f"{result}.json").read_text())
+    assert arms_as_markdown(found) in (package / "guides" / f"{guide}.md").read_text()
