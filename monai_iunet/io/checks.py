@@ -254,7 +254,7 @@ def check_size(path: Path, claimed: int, stored: int) -> None:
         )
 
 
-def check_compressed(path: Path, data: Path, start: int = 0) -> None:
+def check_compressed(path: Path, data: Path, start: int = 0) -> tuple[int, int]:
     """Decompress a file to its end, where its check sum tells whether a bit has changed; readers of images stop before.
 
     Args:
@@ -262,21 +262,24 @@ def check_compressed(path: Path, data: Path, start: int = 0) -> None:
         data: file that is compressed by gzip or zlib; what follows the compressed data is left alone.
         start: byte where the compressed data begin.
 
+    Returns:
+        Bytes that the data have, and those that they take compressed.
+
     Raises:
         InputError: when the sum is another one, or the data end too early.
     """
-    inflater, wrong = zlib.decompressobj(zlib.MAX_WBITS | 32), "it ends too early"
+    inflater, wrong, size = zlib.decompressobj(zlib.MAX_WBITS | 32), "it ends too early", 0
     with data.open("rb") as file:
         file.seek(start)
         while part := file.read(COMPRESSED_PART):
             try:
-                inflater.decompress(part)
+                size += len(inflater.decompress(part))
                 while inflater.eof:
                     following = inflater.unused_data or file.read(COMPRESSED_PART)
                     if not following.startswith(b"\x1f"):
-                        return
+                        return size, file.tell() - len(following) - start
                     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip may write several parts
-                    inflater.decompress(following)
+                    size += len(inflater.decompress(following))
             except zlib.error as error:
                 wrong = first_line(error)
                 break

@@ -111,11 +111,12 @@ def _check_data(path: Path, needed: int) -> None:
     """Check the data of a NRRD or MetaImage, of which SimpleITK takes what is damaged, or of another image.
 
     Sources: the specifications of NRRD ("encoding", "data file", "line skip", "byte skip") and of MetaImage
-    ("CompressedData", "BinaryData", "ElementDataFile", "HeaderSize"). Data in several files are left to SimpleITK.
+    ("CompressedData", "CompressedDataSize", "BinaryData", "ElementDataFile", "HeaderSize"). Data in several files are
+    left to SimpleITK.
 
     Args:
         path: the file, or the header beside the data.
-        needed: bytes of the data, where they are not compressed.
+        needed: bytes of the data, not compressed.
     """
     fields, end = _read_header(path)
     if "elementdatafile" in fields:
@@ -127,13 +128,31 @@ def _check_data(path: Path, needed: int) -> None:
         is_raw = fields.get("encoding", "").lower() == "raw"
         file = fields.get("data file", fields.get("datafile", ""))
     data = path.parent / file if file else path
-    if is_compressed and data.is_file():
-        check_compressed(path, data, 0 if file else end)
     begins_later = fields.keys() & {"headersize", "byte skip", "byteskip", "line skip", "lineskip"}
-    if file and is_raw and not begins_later and data.is_file() and data.stat().st_size > needed:
+    if not data.is_file():
+        return
+    size = needed
+    if is_compressed:
+        size, compressed = check_compressed(path, data, 0 if file else end)
+        if "elementdatafile" in fields:
+            _check_compressed_size(path, fields.get("compresseddatasize", "0"), compressed, bool(file))
+    elif file and is_raw:
+        size = max(needed, data.stat().st_size)  # SimpleITK notices data that end too early
+    if size != needed and not begins_later:
         raise InputError(
-            f"{path}: its size and type need {needed} bytes, {data.name} has {data.stat().st_size}: it is that of "
-            "another image, or the header is wrong. Export or copy both again."
+            f"{path}: its size and type need {needed} bytes, {data.name} has {size}: it is that of another image, or "
+            "the header is wrong. Export or copy both again."
+        )
+
+
+def _check_compressed_size(path: Path, claimed: str, found: int, is_detached: bool) -> None:
+    """Check that SimpleITK will take all compressed data of a MetaImage: it leaves out voxels, and goes on."""
+    if claimed == "0" and is_detached:  # all of the file
+        return
+    if not claimed.isdigit() or int(claimed) < found:
+        raise InputError(
+            f"{path}: its CompressedDataSize is {claimed}, its data take {found} bytes: they would be read in part. "
+            "Export it again, for example with SimpleITK."
         )
 
 

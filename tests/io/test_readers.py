@@ -75,6 +75,30 @@ def test_raw_data_of_another_image_are_refused(suffix: str, volume: np.ndarray, 
         read_with_simpleitk(path)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("planes", [4, 9])
+def test_compressed_data_of_another_image_are_refused(
+    planes: int, suffix: str, volume: np.ndarray, tmp_path: Path
+) -> None:
+    """SimpleITK fills what a MetaImage has too little of with whatever is in memory."""
+    path = tmp_path / f"image{suffix}"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path, useCompression=True)
+    path.write_bytes(path.read_bytes().replace(b"7 6 5\n", b"7 6 %d\n" % planes, 1))
+    with pytest.raises(InputError, match=rf"{suffix}: its size and type need {168 * planes} bytes, image.* has 840:"):
+        read_with_simpleitk(path)
+
+
+@pytest.mark.parametrize("line", [b"", b"CompressedDataSize = 90\n"])
+def test_compressed_data_that_would_be_read_in_part_are_refused(
+    line: bytes, volume: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.mha"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path, useCompression=True)
+    path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", line, path.read_bytes(), count=1))
+    with pytest.raises(InputError, match=r"image.mha: its CompressedDataSize is (0|90), its data take \d+ bytes"):
+        read_with_simpleitk(path)
+
+
 def test_a_metaimage_without_spacing_is_refused(volume: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "image.mha"
     SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
