@@ -70,12 +70,12 @@ def _check_orientation(path: Path) -> None:
         advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
     elif suffix in (".mha", ".mhd"):
         fields, _ = _read_header(path)
-        if not fields.keys() & {"elementspacing", "elementsize"}:  # which would be taken for 1 mm
+        if not fields.keys() & {"ElementSpacing", "ElementSize"}:  # which would be taken for 1 mm
             raise InputError(
                 f"{path}: says nothing of the size of its voxels. Write it again with ElementSpacing, in millimeters."
             )
         _check_meaning(path, fields)
-        known = bool(fields.keys() & {"transformmatrix", "rotation", "orientation"})
+        known = bool(fields.keys() & {"TransformMatrix", "Rotation", "Orientation"})
         advice = "Write it again with a TransformMatrix, for example with SimpleITK."
     else:
         return
@@ -88,6 +88,7 @@ def _check_meaning(path: Path, fields: dict[str, str]) -> None:
 
     Source: the specification of MetaImage ("DistanceUnits", "ElementToIntensityFunctionSlope" and "...Offset").
     """
+    fields = {name.lower(): value for name, value in fields.items()}  # for the writer meant it
     unit = fields.get("distanceunits", "mm")
     if unit not in ("mm", "?"):
         raise InputError(
@@ -119,23 +120,23 @@ def _check_data(path: Path, needed: int) -> None:
         needed: bytes of the data, not compressed.
     """
     fields, end = _read_header(path)
-    if "elementdatafile" in fields:
-        is_compressed = fields.get("compresseddata", "").lower() in ("true", "1")
-        is_raw = not is_compressed and fields.get("binarydata", "").lower() in ("true", "1")
-        file = "" if fields["elementdatafile"].upper() == "LOCAL" else fields["elementdatafile"]
+    if "ElementDataFile" in fields:
+        is_compressed = fields.get("CompressedData", "").lower() in ("true", "1")
+        is_raw = not is_compressed and fields.get("BinaryData", "").lower() in ("true", "1")
+        file = "" if fields["ElementDataFile"].upper() == "LOCAL" else fields["ElementDataFile"]
     else:
         is_compressed = fields.get("encoding", "").lower() in ("gzip", "gz") and fields.get("line skip", "0") == "0"
         is_raw = fields.get("encoding", "").lower() == "raw"
         file = fields.get("data file", fields.get("datafile", ""))
     data = path.parent / file if file else path
-    begins_later = fields.keys() & {"headersize", "byte skip", "byteskip", "line skip", "lineskip"}
+    begins_later = fields.keys() & {"HeaderSize", "byte skip", "byteskip", "line skip", "lineskip"}
     if not data.is_file():
         return
     size = needed
     if is_compressed:
         size, compressed = check_compressed(path, data, 0 if file else end)
-        if "elementdatafile" in fields:
-            _check_compressed_size(path, fields.get("compresseddatasize", "0"), compressed, bool(file))
+        if "ElementDataFile" in fields:
+            _check_compressed_size(path, fields.get("CompressedDataSize", "0"), compressed, bool(file))
     elif file and is_raw:
         size = max(needed, data.stat().st_size)  # SimpleITK notices data that end too early
     if size != needed and not begins_later:
@@ -157,15 +158,19 @@ def _check_compressed_size(path: Path, claimed: str, found: int, is_detached: bo
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], int]:
-    """Return the fields of a header in text, their names in lower case, and the byte where it ends."""
-    separator = ":" if path.suffix.lower() in (".nrrd", ".nhdr") else "="
+    """Return the fields of a header in text, and the byte where it ends.
+
+    Names of NRRD are in lower case; those of MetaImage stay, since SimpleITK passes over others than its own.
+    """
+    is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    separator = ":" if is_nrrd else "="
     fields = {}
     with path.open("rb") as file:
         for _ in range(LARGEST_HEADER):
             line = file.readline(LARGEST_LINE).decode("utf-8", "surrogateescape").strip()
             name, sign, value = line.partition(separator)
             if sign and not value.startswith("="):  # `name:=value` is no field of NRRD
-                fields[name.strip().lower()] = value.strip()
-            if not line or name.strip().lower() == "elementdatafile":
+                fields[name.strip().lower() if is_nrrd else name.strip()] = value.strip()
+            if not line or name.strip() == "ElementDataFile":
                 break
         return fields, file.tell()

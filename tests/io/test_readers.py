@@ -99,11 +99,18 @@ def test_compressed_data_that_would_be_read_in_part_are_refused(
         read_with_simpleitk(path)
 
 
-def test_a_metaimage_without_spacing_is_refused(volume: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("ElementSpacing", "says nothing of the size of its voxels"), ("TransformMatrix", "has no orientation")],
+)
+@pytest.mark.parametrize("other", ["Comment", ""], ids=["missing", "lower case, which SimpleITK passes over"])
+def test_a_metaimage_without_spacing_or_directions_is_refused(
+    other: str, name: str, message: str, volume: np.ndarray, tmp_path: Path
+) -> None:
     path = tmp_path / "image.mha"
     SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, oblique())), path)
-    path.write_bytes(path.read_bytes().replace(b"ElementSpacing", b"Comment"))
-    with pytest.raises(InputError, match="says nothing of the size of its voxels"):
+    path.write_bytes(path.read_bytes().replace(name.encode(), (other or name.lower()).encode()))
+    with pytest.raises(InputError, match=message):
         read_with_simpleitk(path)
 
 
