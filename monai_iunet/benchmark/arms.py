@@ -195,7 +195,6 @@ def _patch_arm(task: Task, branch: str | None, step_bytes: int) -> _Arm:
 
     What memory is left goes into activations that are stored. Where rebuilding all of them takes more already, all are.
     """
-
     patch = tuple(int(extent) for extent in task.roi_size)
 
     def arm(activations: Any) -> _Arm:
