@@ -18,8 +18,8 @@ importing the package is light.
 - Make a bundle from images and labels: `fit`.
 - Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
 - Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_structures`, `check_images`,
-  `images_to_segment`, `Checkpoints`, `check_switches`, `StartFrom`, `start_from`, `EarlyStop`, `WeightAverage`,
-  `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
+  `images_to_segment`, `Checkpoints`, `check_overrides`, `check_switches`, `StartFrom`, `start_from`, `EarlyStop`,
+  `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
   `LabelInferer`.
@@ -134,6 +134,7 @@ if TYPE_CHECKING:
     from monai_iunet.training.evaluation import CaseReport
     from monai_iunet.training.growing import GrowingPatches
     from monai_iunet.training.handler_group import HandlerGroup
+    from monai_iunet.training.overrides import check_overrides
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.training.record import check_training, trained_value, training_record
     from monai_iunet.training.structures import check_structures
@@ -199,6 +200,7 @@ __all__ = [
     "bundle_folder",
     "check_cases",
     "check_images",
+    "check_overrides",
     "check_structures",
     "check_switches",
     "check_training",
@@ -279,6 +281,7 @@ _NAMES = {
     "training.evaluation": ("CaseReport",),
     "training.growing": ("GrowingPatches",),
     "training.handler_group": ("HandlerGroup",),
+    "training.overrides": ("check_overrides",),
     "training.pictures": ("PictureHandler",),
     "training.record": ("check_training", "trained_value", "training_record"),
     "training.structures": ("check_structures",),

@@ -113,11 +113,11 @@ def trained_network() -> Config:
 
 
 def begin(distributed: bool, *switches: str) -> list[str]:
-    """Return what a run does first: it checks switches, by their names, and joins the other processes."""
+    """Return what a run does first: it checks options and switches, by their names, and joins the other processes."""
     backend = "'nccl' if torch.cuda.is_available() else 'gloo'"
     named = ", ".join(f"{name}=@{name}" for name in ("amp", "check_data", "skip_bad_cases", *switches))
     join = [f"$torch.distributed.init_process_group({backend})"] if distributed else []
-    return [f"$monai_iunet.check_switches({named})", *join]
+    return ["$monai_iunet.check_overrides()", f"$monai_iunet.check_switches({named})", *join]
 
 
 def end(distributed: bool) -> list[str]:
