@@ -98,6 +98,7 @@ class Checkpoints:
         self.resume = resume
         self.writes = writes
         self.record = dict(record or {})
+        self._best_before: tuple[Any, int] | None = None  # metric and epoch when a validation began
 
     @property
     def last(self) -> Path:
@@ -126,6 +127,7 @@ class Checkpoints:
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
         trainer.add_event_handler(Events.COMPLETED, self._save_final, validator)
+        validator.add_event_handler(Events.STARTED, self._keep_best)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
     def _save_last_of_all(self, trainer: Engine, validator: Engine) -> None:
@@ -165,8 +167,13 @@ class Checkpoints:
         }
         _write(saved, self.last)
 
+    def _keep_best(self, validator: Any) -> None:
+        self._best_before = (validator.state.best_metric, validator.state.best_metric_epoch)
+
     def _save_best(self, validator: Any) -> None:
-        if self.writes and validator.state.best_metric_epoch == validator.state.epoch:
+        best = (validator.state.best_metric, validator.state.best_metric_epoch)
+        # A trainer that is run again counts from epoch 1: the best epoch of the run before may have the same number.
+        if self.writes and best[1] == validator.state.epoch and best != self._best_before:
             self._save_weights(self.folder / "model.pt")
             logger.info("Best network so far: %s", self.folder / "model.pt")
 

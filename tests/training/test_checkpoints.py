@@ -203,6 +203,48 @@ def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+class Scores(Metric):
+    """A metric that is what it is given, validation by validation."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = iter(scores)
+        super().__init__()
+
+    def reset(self) -> None: ...
+
+    def update(self, output: object) -> None: ...
+
+    def compute(self) -> float:
+        return next(self.scores)
+
+
+def scored(folder: Path, scores: list[float]) -> tuple[SupervisedTrainer, list[tuple[int, str]]]:
+    """A training with such validations, and the epochs in which it saves weights."""
+    trainer, network = training(folder / "network")
+    validator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=[{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}],
+        network=network,
+        key_val_metric={"dice": Scores(scores)},
+    )
+    ValidationHandler(1, validator).attach(trainer)
+    saved: list[tuple[int, str]] = []
+
+    class Noted(Checkpoints):
+        def _save_weights(self, path: Path) -> None:
+            saved.append((trainer.state.epoch, path.name))
+
+    Noted(folder, network, {}).attach(trainer, validator)
+    return trainer, saved
+
+
+def test_a_trainer_that_is_run_again_replaces_the_best_network_by_a_better_one_alone(tmp_path: Path) -> None:
+    trainer, saved = scored(tmp_path, [0.1, 0.5, 0.3, 0.2, 0.1, 0.4, 0.6, 0.2])
+    for _ in range(2):
+        trainer.run()
+    assert [epoch for epoch, name in saved if name == "model.pt"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("killed", [True, False])
 def test_without_a_validation_weights_of_another_training_do_not_stay(
     killed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
