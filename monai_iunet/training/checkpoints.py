@@ -171,6 +171,8 @@ class Checkpoints:
         self._best_before = (validator.state.best_metric, validator.state.best_metric_epoch)
 
     def _save_best(self, validator: Any) -> None:
+        if math.isnan(validator.state.best_metric):  # MONAI takes the first one as it is; none is better than NaN
+            validator.state.best_metric, validator.state.best_metric_epoch = -1, -1
         best = (validator.state.best_metric, validator.state.best_metric_epoch)
         # A trainer that is run again counts from epoch 1: the best epoch of the run before may have the same number.
         if self.writes and best[1] == validator.state.epoch and best != self._best_before:

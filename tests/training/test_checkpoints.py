@@ -245,6 +245,13 @@ def test_a_trainer_that_is_run_again_replaces_the_best_network_by_a_better_one_a
     assert [epoch for epoch, name in saved if name == "model.pt"] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("scores", "epochs"), [([math.nan, 0.3, 0.5, 0.4], [2, 3]), ([math.nan] * 4, [4])], ids=str)
+def test_a_metric_that_is_no_number_is_not_the_best(scores: list[float], epochs: list[int], tmp_path: Path) -> None:
+    trainer, saved = scored(tmp_path, scores)
+    trainer.run()
+    assert [epoch for epoch, name in saved if name == "model.pt"] == epochs
+
+
 @pytest.mark.parametrize("killed", [True, False])
 def test_without_a_validation_weights_of_another_training_do_not_stay(
     killed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
