@@ -150,7 +150,8 @@ class Checkpoints:
     def _seed(self, trainer: Any) -> None:
         seed = self.seed + trainer.state.epoch
         set_determinism(seed)
-        set_rnd(trainer.data_loader.dataset, seed)  # also of data sets in others, as in a `Subset`
+        # Also of data sets in others, as in a `Subset`; a list of batches has none.
+        set_rnd(getattr(trainer.data_loader, "dataset", None), seed)
 
     def _save(self, trainer: Any, validator: Any) -> None:
         if not self.writes:
@@ -283,7 +284,7 @@ def _image_names(loader: Any) -> list[str]:
 def _warn_of_another_order(trainer: Any) -> None:
     """Say where a training that goes on will see cases in another order than one that was never interrupted."""
     loader, reasons = trainer.data_loader, []
-    batches = len(loader) if hasattr(loader.dataset, "__len__") else 1
+    batches = len(loader) if hasattr(getattr(loader, "dataset", loader), "__len__") else 1
     if trainer.state.epoch_length % batches:
         reasons.append(f"its epochs end within a pass over the data (give no epoch_length, or a multiple of {batches})")
     if any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None))):

@@ -59,7 +59,7 @@ class GrowingPatches:
             InputError: when the transforms of its data set have no `TrainingPatchd`; and from the trainer when it
                 starts, if workers load its data beyond an epoch.
         """
-        transform = getattr(trainer.data_loader.dataset, "transform", None)
+        transform = getattr(getattr(trainer.data_loader, "dataset", None), "transform", None)
         steps: Any = transform.flatten().transforms if isinstance(transform, Compose) else [transform]  # type: ignore[no-untyped-call]
         patches = [step for step in steps if isinstance(step, TrainingPatchd)]
         if not patches:

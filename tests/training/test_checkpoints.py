@@ -139,6 +139,24 @@ def test_what_will_not_end_as_if_it_had_not_been_interrupted_says_so(
     assert "end within a pass over the data (give no epoch_length, or a multiple of 3)" in caplog.text
 
 
+def test_a_list_of_batches_is_trained_on_and_goes_on(tmp_path: Path) -> None:
+    batches = [{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}] * 3
+    network = nn.Conv2d(1, 2, 1)
+    for epochs in (1, 2):
+        trainer = SupervisedTrainer(
+            device="cpu",
+            max_epochs=epochs,
+            train_data_loader=batches,
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            loss_function=lambda logits, _: logits.mean(),
+        )
+        validator = SupervisedEvaluator(device="cpu", val_data_loader=batches, network=network)
+        Checkpoints(tmp_path, network, {}, resume=True).attach(trainer, validator)
+        trainer.run()
+    assert trainer.state.iteration == 6
+
+
 LONGER: dict[str, tuple[Callable[[Any, int], Any], Callable[[int], float]]] = {
     "polynomial": (lambda optimizer, epochs: PolynomialLR(optimizer, epochs, 0.9), lambda done: (1 - done / 6) ** 0.9),
     "timed": (lambda optimizer, _: TimedDecay(optimizer, 1000), lambda _: 1.0),  # of which no time passes

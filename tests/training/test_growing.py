@@ -73,9 +73,10 @@ def test_where_time_is_what_is_given_it_is_divided(share: float, size: tuple[int
 
 def test_a_training_without_such_patches_is_refused() -> None:
     trainer: Any = Engine(lambda *_: None)
-    trainer.data_loader = DataLoader(CacheDataset([0], Compose([]), progress=False))
-    with pytest.raises(InputError, match="no TrainingPatchd"):
-        GrowingPatches(SIZES).attach(trainer)
+    for loader in (DataLoader(CacheDataset([0], Compose([]), progress=False)), [{"image": torch.zeros(1)}]):
+        trainer.data_loader = loader
+        with pytest.raises(InputError, match="no TrainingPatchd"):
+            GrowingPatches(SIZES).attach(trainer)
     with pytest.raises(InputError, match="roi_size"):
         GrowingPatches([(8, 8)])
 
