@@ -289,6 +289,8 @@ def _warn_of_another_order(trainer: Any) -> None:
         reasons.append(f"its epochs end within a pass over the data (give no epoch_length, or a multiple of {batches})")
     if any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None))):
         reasons.append("its data loader has a random generator of its own (give none: all others are seeded)")
+    if getattr(loader, "num_workers", 0) and loader.persistent_workers:
+        reasons.append("its workers keep random numbers from epoch to epoch (set persistent_workers to False)")
     if reasons:
         logger.warning("The training will not end as if it had not been interrupted: %s.", "; ".join(reasons))
 

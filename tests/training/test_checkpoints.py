@@ -135,6 +135,10 @@ def test_what_will_not_end_as_if_it_had_not_been_interrupted_says_so(
     assert "had not been interrupted" not in caplog.text
     training(tmp_path, resume=True, generator=torch.Generator())
     assert "a random generator of its own" in caplog.text
+    training(tmp_path, resume=True, num_workers=1)
+    assert "persistent_workers" not in caplog.text
+    training(tmp_path, resume=True, num_workers=1, persistent_workers=True)
+    assert "keep random numbers from epoch to epoch (set persistent_workers to False)" in caplog.text
     training(tmp_path, resume=True, epoch_length=2)
     assert "end within a pass over the data (give no epoch_length, or a multiple of 3)" in caplog.text
 
