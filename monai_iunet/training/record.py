@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -210,6 +211,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Sequence, set, frozenset)):
         return [_plain(part) for part in value]
     if isinstance(value, (type, torch.dtype)) or callable(value):
-        own = _plain(vars(value)) if type(value).__module__.startswith("monai.") else {}
-        return own or getattr(value, "__name__", str(value))
-    return _plain(vars(value)) if hasattr(value, "__dict__") else str(value)
+        name = getattr(value, "__name__", None)
+        described = name is None or type(value).__module__.startswith("monai.")
+        own = _plain(getattr(value, "__dict__", {})) if described else {}
+        return own or name or _without_addresses(value)
+    return _plain(vars(value)) if hasattr(value, "__dict__") else _without_addresses(value)
+
+
+def _without_addresses(value: Any) -> str:
+    """Return the text of an object without where it lies in the memory, which is another place in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
+from monai.transforms import Identity, Lambdad
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +35,31 @@ def record_of(parser: ConfigParser, section: str, **values: Any) -> dict[str, An
     return training_record(
         parser.get_parsed_content("network_def"), parser.get_parsed_content(section), **{**VALUES, **values}
     )
+
+
+def clip(image: Any, highest: float) -> Any:
+    return image.clip(max=highest)
+
+
+class Scale:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, image: Any) -> Any:
+        return self.factor * image
+
+
+def test_functions_without_a_name_are_known_by_what_they_do() -> None:
+    def described(highest: float = 1.0, factor: float = 2.0) -> dict[str, Any]:
+        transforms = [Lambdad("image", partial(clip, highest=highest)), Lambdad("image", Scale(factor))]
+        transforms.append(Lambdad("image", Identity()))
+        return training_record(nn.Identity(), transforms)
+
+    first, second = described(), described()  # other objects, as in another process
+    assert list(differences(first, second)) == []
+    assert "0x" not in json.dumps(first)
+    assert list(differences(first, described(highest=3.0)))
+    assert list(differences(first, described(factor=3.0)))
 
 
 @pytest.mark.parametrize("bundle", TASKS)
