@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ __all__ = ["Checkpoints", "StartFrom", "start_from"]
 
 logger = logging.getLogger(__name__)
 
-TAKEN = ("epoch", "best", "scaler", "model", "record", "cases")  # names in the file of the last state
+TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given")  # names in the file of the last state
 GIVEN = ("base_lrs", "total_iters", "power")  # of a schedule, not its progress
 
 
@@ -47,13 +47,14 @@ class Checkpoints:
     What others do at the end of an epoch is in what is saved, in whatever order handlers were attached.
 
     A `PolynomialLR` or a `TimedDecay` that goes on with another learning rate or length lowers the rate as if it had
-    been given them at the beginning; other schedules go on as they were saved, and a warning says so.
+    been given them at the beginning; other schedules go on as they were saved, and a warning says so. What an optimizer
+    is given beside a schedule, such as its weight decay, is as it is given, too.
 
     Args:
         folder: where the files go; created if need be.
         model: the network whose weights `model.pt` holds.
         state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say. It may
-            not be named "model", "epoch", "best", "scaler", "record" or "cases".
+            not be named "model", "epoch", "best", "scaler", "record", "cases" or "given".
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
@@ -98,6 +99,7 @@ class Checkpoints:
         self.resume = resume
         self.writes = writes
         self.record = dict(record or {})
+        self._given: dict[str, list[dict[str, Any]]] = {}  # options of optimizers, before a state is loaded
         self._best_before: tuple[Any, int] | None = None  # metric and epoch when a validation began
 
     @property
@@ -120,6 +122,11 @@ class Checkpoints:
         if self.resume and self.writes:
             for unfinished in self.folder.glob(".*.pt.*.pt"):  # of a process that was killed while it wrote
                 unfinished.unlink(missing_ok=True)
+        self._given = {
+            name: _options(part, self.state.values())
+            for name, part in self.state.items()
+            if isinstance(part, torch.optim.Optimizer)
+        }
         if self.resume and self.last.is_file():
             self._load(trainer, validator)
         trainer.add_event_handler(Events.STARTED, self._save_last_of_all, validator)
@@ -164,6 +171,7 @@ class Checkpoints:
             "model": self.model.state_dict(),
             "record": self.record,
             "cases": _image_names(trainer.data_loader),
+            "given": self._given,
             **{name: part.state_dict() for name, part in self.state.items()},
         }
         _write(saved, self.last)
@@ -207,6 +215,7 @@ class Checkpoints:
                 part.load_state_dict(saved[name])
             epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
             record, cases = saved.get("record", {}), set(saved.get("cases", ()))
+            given_before = saved.get("given", {})
         except Exception as error:
             raise InputError(
                 f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
@@ -231,6 +240,8 @@ class Checkpoints:
             raise InputError(f"{self.last}: this training {end} to go on, or start without resuming.")
         for schedule, given in schedules.items():
             _go_on_as_given(schedule, given)
+        for name, options in self._given.items():
+            _go_on_with_options(name, self.state[name], given_before.get(name, []), options)
         trainer.state.epoch = epoch
         trainer.state.iteration = epoch * trainer.state.epoch_length
         if scaler:
@@ -271,6 +282,34 @@ def _go_on_as_given(schedule: Any, given: Mapping[str, Any]) -> None:
     for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, rates):
         group["initial_lr"], group["lr"] = base, rate
     logger.info("The learning rate goes on as it is given now: %s", said)
+
+
+def _options(optimizer: Any, others: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return what each group of an optimizer's parameters is given, without a learning rate that a schedule lowers."""
+    lowered = any(hasattr(part, "base_lrs") and getattr(part, "optimizer", None) is optimizer for part in others)
+    left_out = ("params", "initial_lr", *(["lr"] if lowered else []))
+    groups = [{name: group[name] for name in group if name not in left_out} for group in optimizer.param_groups]
+    return [{name: part for name, part in group.items() if isinstance(part, (int, float, tuple))} for group in groups]
+
+
+def _go_on_with_options(
+    name: str, optimizer: Any, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> None:
+    """Let an optimizer that was loaded go on with what it is given now, but for what others have changed meanwhile."""
+    said = {}
+    for group, old, new in zip(optimizer.param_groups, before, now):
+        for option in new:
+            if option not in old or old[option] == new[option]:
+                continue
+            taken = group[option] == old[option]
+            if taken:
+                group[option] = new[option]
+            said[f"{name}: {option} is {new[option]}, was {old[option]}"] = taken
+    for change, taken in said.items():
+        if taken:
+            logger.info("%s. It goes on as it is given now.", change)
+        else:
+            logger.warning("%s. It goes on as it was saved; to change it, start without resuming.", change)
 
 
 def _image_names(loader: Any) -> list[str]:

@@ -188,6 +188,27 @@ def test_a_schedule_that_cannot_be_changed_says_so(tmp_path: Path, caplog: pytes
     assert "ExponentialLR: base_lrs is [0.01], was [0.05]. It goes on as it was saved" in caplog.text
 
 
+@pytest.mark.parametrize("lowered", [False, True])
+def test_an_optimizer_without_a_schedule_goes_on_with_what_it_is_given(
+    lowered: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    found = []
+    for rate in (0.1, 0.01):
+        trainer, network = training(tmp_path / "other", max_epochs=1 if rate == 0.1 else 2)
+        trainer.optimizer = torch.optim.SGD(network.parameters(), lr=rate, weight_decay=rate / 10)
+        Checkpoints(tmp_path, network, {"optimizer": trainer.optimizer}, resume=True).attach(
+            trainer, SupervisedEvaluator(device="cpu", val_data_loader=[], network=network)
+        )
+        group = trainer.optimizer.param_groups[0]
+        found.append((group["lr"], group["weight_decay"]))
+        if lowered:  # by somebody else
+            group["lr"] /= 2
+        trainer.run()
+    assert found == [(0.1, 0.01), (0.05 if lowered else 0.01, 0.001)]
+    assert f"lr is 0.01, was 0.1. It goes on as it {'was saved' if lowered else 'is given now'}" in caplog.text
+
+
 def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path) -> None:
     trainer, network = training(tmp_path)
 
@@ -418,7 +439,7 @@ def test_an_early_stop_by_a_metric_that_is_none_says_so() -> None:
         validator.fire_event(Events.EPOCH_COMPLETED)
 
 
-@pytest.mark.parametrize("name", ["model", "epoch"])
+@pytest.mark.parametrize("name", ["model", "epoch", "given"])
 def test_a_state_of_a_name_that_checkpoints_use_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"state: the name {name} is taken"):
         Checkpoints(tmp_path, nn.Linear(1, 1), {name: nn.Linear(1, 1)})
