@@ -107,6 +107,8 @@ def _check_affine(prediction: MetaTensor, labels: MetaTensor) -> None:
 class CaseReport:
     """Writes, as a handler of an evaluator, `cases.csv`, a row per case and structure, and `summary.csv`.
 
+    A case has the name of its labels' file, with as many of its folders as tell all cases apart.
+
     It reads "pred" and "label", label maps `(1, *spatial)` on the grid of the image, and sets the metric
     `val_mean_dice`, the mean over the structures of the mean over the cases.
 
@@ -152,8 +154,8 @@ class CaseReport:
             if isinstance(output["pred"], MetaTensor):
                 _check_affine(output["pred"], labels)
             prediction, truth = (torch.as_tensor(tensor)[0].cpu() for tensor in (output["pred"], labels))
-            name = Path(str(labels.meta.get("filename_or_obj", f"case {len(self.rows)}"))).name
-            self.rows += [{"case": name, **row} for row in compare(prediction, truth, spacing, self.structures)]
+            file = str(labels.meta.get("filename_or_obj", f"case {len(self.rows)}"))
+            self.rows += [{"case": file, **row} for row in compare(prediction, truth, spacing, self.structures)]
 
     def _finish(self, engine: Engine) -> None:
         rows, writes = self.rows, True
@@ -161,6 +163,8 @@ class CaseReport:
             parts: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, rows)
             rows, writes = [row for part in parts for row in part], torch.distributed.get_rank() == 0
+        names = _told_apart({row["case"] for row in rows})
+        rows = [{**row, "case": names[row["case"]]} for row in rows]
         order = {name: number for number, name in enumerate(self.structures)}
         rows.sort(key=lambda row: (row["case"], order[row["structure"]]))
         summary = [self._summary(name, [row for row in rows if row["structure"] == name]) for name in self.structures]
@@ -179,6 +183,15 @@ class CaseReport:
                 with np.errstate(invalid="ignore"):  # infinite distances have no deviation
                     summary[f"{measure}_{statistic}"] = float(function(values)) if len(values) else np.nan
         return summary
+
+
+def _told_apart(files: Iterable[str]) -> dict[str, str]:
+    """Return the name of each file, with as many of its folders as it takes for no two to have the same."""
+    parts = {file: Path(file).parts for file in files}
+    count, most = 1, max(map(len, parts.values()), default=1)
+    while count < most and len({path[-count:] for path in parts.values()}) < len(parts):
+        count += 1
+    return {file: Path(*path[-count:]).as_posix() for file, path in parts.items()}
 
 
 def mean_dice_of_cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

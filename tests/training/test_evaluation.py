@@ -12,7 +12,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from monai_iunet.training.evaluation import CaseReport, compare
+from monai_iunet.training.evaluation import CaseReport, compare, mean_dice_of_cases, read_rows
 
 
 def boxes(start: int) -> torch.Tensor:
@@ -88,6 +88,21 @@ def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pyt
     assert [row["cases"] for row in summary] == ["2", "1"]
     assert float(summary[0]["dice_mean"]) == pytest.approx(0.875)
     assert "slab      1  1.000" in caplog.text
+
+
+def test_cases_whose_files_have_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    files = [f"/data/{patient}/seg.nii.gz" for patient in ("patient2", "patient1")]
+    starts = {files[0]: 4, files[1]: 6}
+
+    def step(_: Engine, file: str) -> list[dict[str, MetaTensor]]:
+        label = MetaTensor(boxes(4)[None], meta={"filename_or_obj": file})
+        return [{"pred": MetaTensor(boxes(starts[file])[None]), "label": label}]
+
+    engine = Engine(step)
+    CaseReport(tmp_path, ["box"]).attach(engine)
+    engine.run(files)
+    dice = mean_dice_of_cases(read_rows(tmp_path / "cases.csv"))
+    assert dice == {"patient1/seg.nii.gz": pytest.approx(0.75), "patient2/seg.nii.gz": 1.0}
 
 
 def test_a_prediction_with_axes_turned_round_is_refused(tmp_path: Path) -> None:
