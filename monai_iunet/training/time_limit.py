@@ -120,7 +120,7 @@ class TimedDecay(LRScheduler):
         epoch = trainer.state.epoch
         self._check_steps()
         self._count()
-        if self._validator is not None and self._is_to_validate(epoch):
+        if self._validator is not None and self._is_to_validate(epoch, trainer.state.max_epochs):
             before = self.used
             self._validator.run(epoch)
             self._count()
@@ -152,8 +152,8 @@ class TimedDecay(LRScheduler):
         self.used += seconds
         self._since = now
 
-    def _is_to_validate(self, epoch: int) -> bool:
-        if self.share == 1:
+    def _is_to_validate(self, epoch: int, max_epochs: int | None) -> bool:
+        if self.share == 1 or epoch == max_epochs:
             return True
         seconds = self.validated["seconds"]
         return (

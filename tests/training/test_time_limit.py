@@ -76,3 +76,17 @@ def test_a_learning_rate_that_nothing_lowers_is_said(stepped: bool, caplog: pyte
         LrScheduleHandler(schedule, print_lr=False).attach(trainer)
     trainer.run([0], max_epochs=4)
     assert caplog.text.count("Nothing lowers the learning rate") == (0 if stepped else 1)
+
+
+def test_the_last_epoch_is_validated_where_epochs_end_before_the_time() -> None:
+    validated = []
+
+    class Validator:
+        def run(self, epoch: int) -> None:
+            validated.append(epoch)
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    trainer = Engine(lambda *_: optimizer.step())
+    TimedDecay(optimizer, 3600, validator=Validator(), val_interval=4).attach(trainer)  # type: ignore[arg-type]
+    trainer.run([0], max_epochs=6)
+    assert validated == [4, 6]
