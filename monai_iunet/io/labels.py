@@ -11,7 +11,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.checks import planes
 from monai_iunet.io.files import write_atomically
 
-__all__ = ["label_image", "write_labels", "write_probability_image"]
+__all__ = ["label_bytes", "label_image", "write_labels", "write_probability_image"]
 
 
 def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
@@ -33,12 +33,21 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
         raise InputError(
             f"labels have the shape {labels.shape}, but their image {like.shape}. Resample them to its grid."
         )
+    image = nibabel.Nifti1Image(label_bytes(labels), like.affine)
+    _copy_geometry(image, like)
+    return image
+
+
+def label_bytes(labels: np.ndarray) -> np.ndarray:
+    """Return labels as uint8.
+
+    Raises:
+        InputError: when they are not whole numbers from 0 to 255.
+    """
     is_numeric = labels.dtype.kind in "buif"
     if not is_numeric or (labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels)))):
         raise InputError("labels must be whole numbers from 0 to 255, but there are others. Map them first.")
-    image = nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), like.affine)
-    _copy_geometry(image, like)
-    return image
+    return labels.astype(np.uint8, copy=False)
 
 
 def _copy_geometry(image: nibabel.Nifti1Image, like: nibabel.Nifti1Image) -> None:

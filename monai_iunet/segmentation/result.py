@@ -9,6 +9,7 @@ import numpy as np
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import planes
+from monai_iunet.io.labels import label_bytes
 
 __all__ = ["Segmentation"]
 
@@ -19,7 +20,7 @@ class Segmentation:
 
     Attributes:
         image: the image.
-        labels: uint8, on the grid of the image.
+        labels: uint8, on the grid of the image; whole numbers of other types are converted.
         names: name of each label but the background.
         probabilities: of the background and each label, `(1 + len(names), *spatial)`, float32; None unless asked for.
         quality: predicted Dice of each structure by its name, see `monai_iunet.segmentation.quality`; None if the
@@ -28,7 +29,8 @@ class Segmentation:
         weights: name of the bundle's weights that found each structure; None if it is unknown.
 
     Raises:
-        InputError: when labels or probabilities are not on the grid of the image, or two labels share a name.
+        InputError: when labels or probabilities are not on the grid of the image, labels are not whole numbers from 0
+            to 255, or two of them share a name.
 
     Example:
         >>> image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1, 1, 3, 1]))
@@ -51,6 +53,7 @@ class Segmentation:
             raise InputError(
                 f"a segmentation of the shape {found} for an image of {self.image.shape}: one grid is needed."
             )
+        object.__setattr__(self, "labels", label_bytes(self.labels))  # which a frozen dataclass sets in no other way
         if len(set(self.names.values())) < len(self.names):  # volumes are told apart by names
             raise InputError(f"two labels of a segmentation share a name: {self.names}. Give each its own.")
 

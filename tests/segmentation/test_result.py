@@ -44,3 +44,13 @@ def test_labels_that_share_a_name_are_refused() -> None:
     image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4))
     with pytest.raises(InputError, match="two labels of a segmentation share a name"):
         Segmentation(image, np.ones((2, 2, 2), np.uint8), {1: "liver", 2: "liver"})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, np.float32])
+def test_labels_of_other_types_are_converted_or_refused(kind: type) -> None:
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.diag([1.0, 2.0, 3.0, 1.0]))
+    segmentation = Segmentation(image, np.full((2, 2, 2), 7, kind), {7: "liver"})
+    assert (segmentation.labels.dtype, segmentation.volumes()) == (np.uint8, {"liver": 48.0})
+    for value in (300, -1) if kind != np.uint16 else (300,):
+        with pytest.raises(InputError, match="labels must be whole numbers from 0 to 255"):
+            Segmentation(image, np.full((2, 2, 2), value, kind), {1: "liver"})
