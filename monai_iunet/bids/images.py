@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from monai_iunet.errors import InputError
 from monai_iunet.io.text import first_line
 
 __all__ = ["BidsImage", "MissingImage", "find_images", "participants"]
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def find_images(
     sessions: Sequence[str] = (),
     filters: Path | None = None,
 ) -> tuple[list[BidsImage], list[MissingImage]]:
-    """Find the images of the participants, by pybids.
+    """Find the images of the participants, by pybids; a warning names files whose names it does not understand.
 
     Args:
         bids_dir: folder of the data set.
@@ -75,6 +80,7 @@ def find_images(
     if wanted:
         _chosen(wanted, layout.get_sessions(subject=chosen), "session", bids_dir)
     query = _read_filters(filters)
+    _warn_of_misnamed(layout, chosen, suffixes)
     images, missing = [], []
     for subject in chosen:
         found = _images_of(layout, bids_dir, subject, suffixes, query)
@@ -140,7 +146,7 @@ def _images_of(
 ) -> list[BidsImage]:
     found = {}
     for suffix in suffixes:
-        query = {"suffix": suffix, "extension": [".nii", ".nii.gz"], **filters.get(suffix.lower(), {})}
+        query = {"suffix": suffix, "extension": [*EXTENSIONS], **filters.get(suffix.lower(), {})}
         try:
             files = layout.get(**{**query, "subject": subject})
         except Exception as error:  # whatever pybids thinks of the user's filters
@@ -153,6 +159,25 @@ def _images_of(
                 _check_name(source)
                 found[path] = BidsImage(path, source.as_posix(), entities)
     return [found[path] for path in sorted(found)]
+
+
+def _warn_of_misnamed(layout: Any, subjects: Sequence[str], suffixes: Sequence[str]) -> None:
+    """Say which files seem to be images, but have names that pybids does not take for such: `acq-0.8mm`, `.NII.GZ`."""
+    ends = tuple(f"_{suffix}{extension}".lower() for suffix in suffixes for extension in EXTENSIONS)
+    misnamed = []
+    for path, file in layout.get_files().items():
+        if not path.lower().endswith(ends) or Path(path).name.startswith("."):
+            continue
+        entities = file.get_entities()
+        known = entities.get("suffix") in suffixes and entities.get("extension") in EXTENSIONS
+        if entities.get("subject") in subjects and not known:
+            misnamed.append(path)
+    if misnamed:
+        logger.warning(
+            "%d files, such as %s, are left out: in BIDS, labels have letters and digits alone, and names end as in %s"
+            ". Rename them.",
+            *(len(misnamed), min(misnamed), f"_{suffixes[0]}.nii.gz"),
+        )
 
 
 def _check_name(source: Path) -> None:

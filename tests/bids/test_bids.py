@@ -113,6 +113,18 @@ def test_what_is_done_is_left_out_and_nothing_is_replaced(data: Path, tmp_path: 
     assert [entry["Name"] for entry in described["GeneratedBy"]] == ["monai_iunet"]
 
 
+def test_images_whose_names_pybids_does_not_understand_are_named(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find_images(data, ["T1w"])
+    assert "are left out" not in caplog.text
+    for name in ("acq-0.8mm_T1w.nii.gz", "acq-b_T1w.NII.GZ", "t1w.nii", "mod-T1w_defacemask.nii.gz"):
+        (data / "sub-01" / "ses-pre" / "anat" / f"sub-01_ses-pre_{name}").touch()
+    (data / "sub-01" / "ses-pre" / "anat" / "._sub-01_ses-pre_T1w.nii.gz").touch()
+    images, _ = find_images(data, ["T1w"], ["01"])
+    assert len(images) == 2
+    assert "3 files, such as" in caplog.text
+    assert "sub-01_ses-pre_acq-0.8mm_T1w.nii.gz, are left out: in BIDS, labels have letters and digits" in caplog.text
+
+
 def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> None:
     save(image_of(data, "04", "pre", "acq-fast_T1w"))
     save(image_of(data, "04", "pre", "part-phase_T1w"))
