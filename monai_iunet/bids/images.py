@@ -79,7 +79,7 @@ def find_images(
     wanted = [label.removeprefix("ses-") for label in sessions]
     if wanted:
         _chosen(wanted, layout.get_sessions(subject=chosen), "session", bids_dir)
-    query = _read_filters(filters)
+    query = _read_filters(filters, suffixes)
     _warn_of_misnamed(layout, chosen, suffixes)
     images, missing = [], []
     for subject in chosen:
@@ -189,7 +189,7 @@ def _check_name(source: Path) -> None:
             raise InputError(f"{source}: is named after {key}-{named[key]}, but lies in {folder}. Rename or move it.")
 
 
-def _read_filters(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
+def _read_filters(path: Path | None, suffixes: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     if path is None:
         return {}
     try:
@@ -200,4 +200,8 @@ def _read_filters(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
         raise InputError(
             f'{path}: entities for each contrast are needed, such as {{"t1w": {{"acquisition": "mprage"}}}}.'
         )
-    return {name.lower(): query for name, query in filters.items()}
+    filters = {name.lower(): query for name, query in filters.items()}
+    names = [suffix.lower() for suffix in suffixes]
+    if not filters.keys() & set(names):
+        raise InputError(f"{path}: has no entry {' or '.join(names)}, so it would not filter. Add one or omit it.")
+    return filters

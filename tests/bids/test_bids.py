@@ -125,6 +125,15 @@ def test_images_whose_names_pybids_does_not_understand_are_named(data: Path, cap
     assert "sub-01_ses-pre_acq-0.8mm_T1w.nii.gz, are left out: in BIDS, labels have letters and digits" in caplog.text
 
 
+def test_filters_for_other_contrasts_alone_are_refused(data: Path, tmp_path: Path) -> None:
+    filters = tmp_path / "filters.json"
+    filters.write_text(json.dumps({"T1": {"acquisition": "fast"}}))
+    with pytest.raises(InputError, match="has no entry t1w or t2w, so it would not filter"):
+        find_images(data, ["T1w", "T2w"], filters=filters)
+    filters.write_text(json.dumps({"T1W": {}, "bold": {}}))
+    assert len(find_images(data, ["T1w"], filters=filters)[0]) == 3
+
+
 def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> None:
     save(image_of(data, "04", "pre", "acq-fast_T1w"))
     save(image_of(data, "04", "pre", "part-phase_T1w"))
