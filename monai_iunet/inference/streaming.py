@@ -205,7 +205,7 @@ class StreamingInferer(SlidingWindowInferer):
 
         Raises:
             ValueError: when the arguments do not fit the image, or the output of the network not its input; for labels,
-                when that holds no numbers.
+                when that holds no numbers, or a single class.
         """
         images = without_metadata(inputs)
         if not images.numel():
@@ -433,8 +433,13 @@ def class_numbers(values: Tensor) -> Tensor:
     """Return the number of the class with the largest value, the first of several; uint8 if 256 numbers are enough.
 
     Raises:
-        ValueError: see `check_numbers`.
+        ValueError: see `check_numbers`; and when there is a single class, which would be the largest everywhere.
     """
+    if len(values) < 2:
+        raise ValueError(
+            "The network has 1 output channel, labels need one per class, background included. Apply a threshold to "
+            "its output instead, such as MONAI's AsDiscrete."
+        )
     check_numbers(values)
     numbers = values.max(0).indices  # of a few classes ten times as fast as argmax
     return numbers.to(torch.uint8 if len(values) <= 256 else torch.int16)

@@ -154,7 +154,7 @@ def test_labels_hold_no_graph() -> None:
     """Also where nobody has turned gradients off: the memory of labels is a byte per voxel."""
     modes = []
     StreamingInferer((8, 8, 8), argmax=True)(
-        torch.rand(1, 1, 20, 9, 9), lambda x: modes.append(torch.is_grad_enabled()) or x
+        torch.rand(1, 2, 20, 9, 9), lambda x: modes.append(torch.is_grad_enabled()) or x
     )
     assert not any(modes)
 
@@ -178,6 +178,11 @@ def test_of_what_is_no_number_no_labels_are_made(value: float) -> None:
     image[..., 15, 4, 4] = 1
     with pytest.raises(ValueError, match="NaN or infinite"):
         inferer(image, network)
+
+
+def test_of_a_single_class_no_labels_are_made() -> None:
+    with pytest.raises(ValueError, match="has 1 output channel, labels need one per class"):
+        StreamingInferer((8, 8), argmax=True)(torch.rand(1, 1, 9, 9), lambda windows: windows)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
