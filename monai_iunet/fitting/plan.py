@@ -61,6 +61,7 @@ DEEPER_FROM = 96  # voxels along each axis that is downsampled: a fifth level se
 ELASTIC_UP_TO = 500_000  # voxels; elastic deformation of larger ones takes longer than their training step
 SHORTEST = 32  # voxels along an axis of a patch, unless the image is shorter
 ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ more
+FEWEST_OF_SIDE = 5  # cases of a structure that show that it keeps to one side
 LONGER = 1.5  # times the longest axis of the images that a network has learned from
 LARGE_PATCH = 128**3  # voxels
 WORTH_ROUNDING = 1.2  # times as fast as float32 must bfloat16 be on a CPU
@@ -672,7 +673,7 @@ class _Planner:
         return low, high
 
     def _mirroring(self) -> tuple[tuple[int, int], ...] | None:
-        """Choose whether images are mirrored: where labels come in pairs, or a structure lies on either side."""
+        """Choose whether images are mirrored: where labels come in pairs, or each structure lies on either side."""
         pairs, alone = side_pairs(self.data.structures)
         if alone:
             self._note("mirroring", "no", f"{', '.join(alone)}: one side only", "all axes")
@@ -680,9 +681,9 @@ class _Planner:
         if pairs:
             self._note("mirroring", "left and right, labels swap", "structures come in pairs", "all axes")
             return tuple(pairs)
-        centers = [center for case in self.data.cases for center in case.centers if center is not None]
-        either = min(sum(center < -0.1 for center in centers), sum(center > 0.1 for center in centers))
-        if either >= 0.2 * len(centers):
+        # Each structure by itself: two that lie on the two sides may be a pair whose names do not say so.
+        sides = [_sides(centers) for centers in zip(*(case.centers for case in self.data.cases))]
+        if "either" in sides and "one" not in sides:
             self._note("mirroring", "left and right", "structures lie on either side", "all axes")
             return ()
         self._note("mirroring", "no", "structures keep to one side or to the middle, so sides may matter", "all axes")
@@ -774,6 +775,15 @@ def read_plan(path: Path) -> FitPlan:
         return FitPlan(task, tuple(content["folds"]), choices, step)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a plan ({first_line(error)}). Choose another --output to begin anew.") from error
+
+
+def _sides(centers: Sequence[float | None]) -> str:
+    """Return whether a structure lies on "either" side, keeps to "one", or to "neither", as far as its cases tell."""
+    known = [center for center in centers if center is not None]
+    least, most = sorted((sum(center < -0.1 for center in known), sum(center > 0.1 for center in known)))
+    if most > 0 and least >= 0.2 * len(known):
+        return "either"
+    return "one" if len(known) >= FEWEST_OF_SIDE and most >= 0.2 * len(known) else "neither"
 
 
 def _epochs(cases: int, parts: int, batch: int) -> tuple[int, int]:

@@ -238,6 +238,22 @@ def test_a_tumor_on_either_side_allows_mirroring() -> None:
     assert plan(Fingerprint(("MRI",), ("tumor",), (1,), "MR", cases)).task.mirrored == ()
 
 
+@pytest.mark.parametrize(
+    ("places", "mirrored"),
+    [
+        ([(-0.5, 0.5)] * 8, None),  # a pair whose names do not say so
+        ([(-0.5, 0.5)] * 3, None),  # as far as 3 cases tell
+        ([(-0.5, 0.0), (0.5, 0.0)] * 4, ()),
+        ([(-0.5, 0.6), (0.5, 0.6)] * 4, None),  # a tumor of the liver and the liver
+        ([(-0.5, None), (0.5, None)] * 4 + [(-0.5, 0.4)], ()),  # of a cyst that one case has nobody knows
+    ],
+    ids=str,
+)
+def test_structures_that_keep_to_one_side_each_are_not_mirrored(places: Any, mirrored: Any) -> None:
+    cases = tuple(facts((32, 32, 32), classes=2, centers=centers) for centers in places)
+    assert plan(Fingerprint(("MRI",), ("a", "b"), (1, 2), "MR", cases)).task.mirrored == mirrored
+
+
 @pytest.mark.parametrize(("spread", "partial"), [((90.0, 100.0, 110.0), True), ((5.0, 40.0, 900.0), False)])
 def test_an_organ_that_is_missing_was_not_labeled(spread: tuple[float, ...], partial: bool) -> None:
     cases = tuple(facts((32, 32, 32), classes=2, volumes=(500.0, second)) for second in (*spread, 0.0, 0.0))
