@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 __all__ = ["side_pairs"]
 
+SIDES = ("left", "right", "l", "r", "lt", "rt", "lh", "rh")  # with those of radiotherapy and of FreeSurfer
+
 
 def side_pairs(structures: Sequence[str]) -> tuple[list[tuple[int, int]], list[str]]:
     """Return which structures are the left and the right one of a pair, and which have a side but no counterpart.
@@ -24,7 +26,7 @@ def side_pairs(structures: Sequence[str]) -> tuple[list[tuple[int, int]], list[s
     sides: dict[tuple[str, str], int] = {}
     for number, name in enumerate(structures, 1):
         words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)
-        side = next((word.lower() for word in words if word.lower() in ("left", "right", "l", "r")), None)
+        side = next((word.lower() for word in words if word.lower() in SIDES), None)
         if side is not None:
             rest = " ".join(word.lower() for word in words if word.lower() != side)
             sides[rest, side[0]] = number

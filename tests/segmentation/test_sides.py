@@ -14,6 +14,8 @@ from monai_iunet.segmentation.sides import side_pairs
         (["kidney_left", "liver", "kidney_right"], [(1, 3)], []),
         (["left atrium"], [], ["left atrium"]),
         (["L lung", "R lung"], [(1, 2)], []),
+        (["Lt Parotid", "Rt_Parotid", "ctx-lh-insula", "ctx-rh-insula"], [(1, 2), (3, 4)], []),
+        (["LtKidney", "spleen", "RtKidney"], [(1, 3)], []),
         (["Cleft", "Bright spot"], [], []),
     ],
 )
