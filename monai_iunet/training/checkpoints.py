@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import read_weights
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.record import differences, write_record
@@ -111,7 +113,7 @@ class Checkpoints:
         """Attach to a `monai.engines.Trainer` and the evaluator that validates its network.
 
         Raises:
-            ValueError: when no evaluator is named, here or before.
+            ValueError: when no evaluator is named, here or before; when a part of the state could not be read again.
         """
         validator = validator or self.validator
         if validator is None:
@@ -122,6 +124,8 @@ class Checkpoints:
         if self.resume and self.writes:
             for unfinished in self.folder.glob(".*.pt.*.pt"):  # of a process that was killed while it wrote
                 unfinished.unlink(missing_ok=True)
+        if self.writes:
+            _check_readable(self.state)
         self._given = {
             name: _options(part, self.state.values())
             for name, part in self.state.items()
@@ -172,7 +176,7 @@ class Checkpoints:
             "record": self.record,
             "cases": _image_names(trainer.data_loader),
             "given": self._given,
-            **{name: part.state_dict() for name, part in self.state.items()},
+            **{name: _with_plain_numbers(part.state_dict()) for name, part in self.state.items()},
         }
         _write(saved, self.last)
 
@@ -284,11 +288,41 @@ def _go_on_as_given(schedule: Any, given: Mapping[str, Any]) -> None:
     logger.info("The learning rate goes on as it is given now: %s", said)
 
 
+def _with_plain_numbers(state: Any) -> Any:
+    """Return a state whose numbers are Python's where they were NumPy's, as those of `numpy.geomspace`.
+
+    PyTorch writes both, but does not read NumPy's from a file that may run no code.
+    """
+    if isinstance(state, np.generic):
+        return state.item()
+    if type(state) is dict:
+        return {name: _with_plain_numbers(part) for name, part in state.items()}
+    return type(state)(map(_with_plain_numbers, state)) if type(state) in (list, tuple) else state
+
+
+def _check_readable(state: Mapping[str, Any]) -> None:
+    """Check, before a training begins, that what it will save of each part can be read again."""
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            continue
+        buffer = io.BytesIO()
+        try:
+            torch.save(_with_plain_numbers(part.state_dict()), buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:  # whatever an object of the user brings about
+            raise ValueError(
+                f"state: {name} could not be read again from last.pt ({first_line(error)}). Let its state_dict "
+                "return tensors, numbers and text alone, in dictionaries and lists."
+            ) from error
+
+
 def _options(optimizer: Any, others: Iterable[Any]) -> list[dict[str, Any]]:
     """Return what each group of an optimizer's parameters is given, without a learning rate that a schedule lowers."""
     lowered = any(hasattr(part, "base_lrs") and getattr(part, "optimizer", None) is optimizer for part in others)
     left_out = ("params", "initial_lr", *(["lr"] if lowered else []))
     groups = [{name: group[name] for name in group if name not in left_out} for group in optimizer.param_groups]
+    groups = _with_plain_numbers(groups)
     return [{name: part for name, part in group.items() if isinstance(part, (int, float, tuple))} for group in groups]
 
 

@@ -188,6 +188,26 @@ def test_a_schedule_that_cannot_be_changed_says_so(tmp_path: Path, caplog: pytes
     assert "ExponentialLR: base_lrs is [0.01], was [0.05]. It goes on as it was saved" in caplog.text
 
 
+def test_a_learning_rate_of_numpy_is_gone_on_with(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rate": np.geomspace(0.001, 0.1, 5)[2]}
+    whole, expected = training(tmp_path / "whole", **options)
+    whole.run()
+    training(tmp_path / "parts", max_epochs=2, **options)[0].run()
+    second, resumed = training(tmp_path / "parts", resume=True, **options)
+    second.run()
+    assert torch.equal(weights(resumed), weights(expected))
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_before_the_training(tmp_path: Path) -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"path": tmp_path, "of": Odd}
+
+    trainer, network = training(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"state: odd could not be read again from last\.pt"):
+        Checkpoints(tmp_path, network, {"odd": Odd()}).attach(trainer, trainer)
+
+
 @pytest.mark.parametrize("lowered", [False, True])
 def test_an_optimizer_without_a_schedule_goes_on_with_what_it_is_given(
     lowered: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
