@@ -96,7 +96,8 @@ def _check_affine(prediction: MetaTensor, labels: MetaTensor) -> None:
     affine, expected = (np.asarray(tensor.affine) for tensor in (prediction, labels))
     if np.array_equal(affine, np.eye(4)):
         return
-    apart = grids_apart(affine, expected, labels.shape[1:])
+    slices = [1] * (len(expected) - labels.ndim)  # a 2D image has the affine of a slice
+    apart = grids_apart(affine, expected, (*labels.shape[1:], *slices))
     if apart > 0:
         raise ValueError(
             f"The prediction and the true labels of {labels.meta.get('filename_or_obj', 'a case')} lie up to "

@@ -105,6 +105,22 @@ def test_cases_whose_files_have_the_same_name_are_told_apart_by_their_folders(tm
     assert dice == {"patient1/seg.nii.gz": pytest.approx(0.75), "patient2/seg.nii.gz": 1.0}
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+def test_images_of_two_axes_are_compared(axes: int, tmp_path: Path) -> None:
+    affine = torch.diag(torch.tensor([1.5, 2.0, *[1.0] * (axes - 1)]))
+    pred, label = (MetaTensor(boxes(start)[None, ..., 4], affine=affine) for start in (6, 4))
+    engine = Engine(lambda *_: [{"pred": pred, "label": label}])
+    CaseReport(tmp_path, ["box"]).attach(engine)
+    engine.run([0])
+    (row,) = read_rows(tmp_path / "cases.csv")
+    assert (row["dice"], row["hausdorff95_mm"], row["volume_mm3"]) == ("0.7500", "3.0000", "144.0000")
+    moved = MetaTensor(boxes(6)[None, ..., 4], affine=affine.clone().fill_diagonal_(2.5))
+    engine = Engine(lambda *_: [{"pred": moved, "label": label}])
+    CaseReport(tmp_path, ["box"]).attach(engine)
+    with pytest.raises(ValueError, match="mm apart: invert the transforms"):
+        engine.run([0])
+
+
 def test_a_prediction_with_axes_turned_round_is_refused(tmp_path: Path) -> None:
     affine = torch.diag(torch.tensor([2.0, 1, 1, 1]))
     turned = torch.diag(torch.tensor([-2.0, 1, 1, 1]))
