@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import check_folder, write_atomically
-from monai_iunet.io.text import first_line
+from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.record import differences, write_record
@@ -384,7 +384,8 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
         networks: of the same structure: the one that is trained, and its average.
 
     Raises:
-        InputError: when the file is no state of a network, and when nothing in it fits one of the networks.
+        InputError: when the file is no state of a network; when nothing in it fits one of the networks, or they would
+            make other matrices of it, with another `orthogonal_map`.
 
     Example:
         >>> import tempfile
@@ -394,9 +395,19 @@ def start_from(path: str | Path, *networks: nn.Module) -> None:
     """
     weights = read_weights(path)
     for network in networks:
-        _, taken, left = copy_model_state(network, weights)
+        state, taken, left = copy_model_state(network, weights, inplace=False)
         if not taken:
             raise InputError(f"{path}: weights of another network, nothing in it fits. It holds {', '.join(weights)}.")
+        # With what modules noted beside weights that are taken, such as the map of an orthogonal matrix.
+        noted = getattr(weights, "_metadata", {})
+        state._metadata = {name: noted[name] for name in {key.rpartition(".")[0] for key in taken} & noted.keys()}
+        module: Any = network
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = network.module
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{path}: weights of another network: {in_one_line(error)}") from error
     logger.info("Starting from %s; new are: %s", path, ", ".join(left) or "none")
 
 

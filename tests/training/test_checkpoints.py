@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, PolynomialLR
 from torch.utils.data import ConcatDataset, Subset
 
+from monai_iunet import SegIUNet
 from monai_iunet.errors import InputError
 from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
 from monai_iunet.training.early_stop import EarlyStop
@@ -525,6 +526,19 @@ def test_weights_must_fit_each_of_the_networks(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "model.pt")
     with pytest.raises(InputError, match="nothing in it fits"):
         start_from(tmp_path / "model.pt", nn.Linear(5, 7), nn.Linear(2, 3))
+
+
+def test_weights_of_another_orthogonal_map_are_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "channels": (4, 8)}
+    one, other, wider = (
+        SegIUNet(out_channels=classes, orthogonal_map=kind, **options)
+        for classes, kind in ((2, "cayley"), (2, "matrix_exp"), (3, "cayley"))
+    )
+    torch.save(one.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt: weights of another network: .* orthogonal_map='cayley'"):
+        start_from(tmp_path / "model.pt", other)
+    start_from(tmp_path / "model.pt", wider)
+    assert torch.equal(weights(wider.iunet), weights(one.iunet))
 
 
 def test_a_training_that_goes_on_is_not_started_from_other_weights(tmp_path: Path) -> None:
