@@ -26,7 +26,8 @@ def draw_surfaces(
 ) -> None:
     """Draw the surface of each structure, shaded, in millimeters of the patient: x right, y front, z up.
 
-    Surfaces are those of marching cubes (Lorensen and Cline, 1987) at one half of the slightly smoothed labels.
+    Surfaces are those of marching cubes (Lorensen and Cline, 1987) at one half of the slightly smoothed labels, or of
+    the labels themselves where smoothing would leave nothing.
 
     Args:
         figure: figure to draw into.
@@ -55,10 +56,10 @@ def draw_surfaces(
             continue
         low, high = voxels.min(0), voxels.max(0) + 1
         box = tuple(slice(start, stop) for start, stop in zip(low, high))
-        smooth = ndimage.gaussian_filter(np.pad((labels[box] == value).astype(np.float32), 3), 0.7)
-        if smooth.max() <= 0.5:
-            continue
-        vertices, faces, _, _ = measure.marching_cubes(smooth, 0.5)
+        solid = np.pad((labels[box] == value).astype(np.float32), 3)
+        smooth = ndimage.gaussian_filter(solid, 0.7)
+        # Smoothing leaves nothing of a structure of a few voxels, such as a nerve on a coarse grid.
+        vertices, faces, _, _ = measure.marching_cubes(smooth if smooth.max() > 0.5 else solid, 0.5)
         points = nibabel.affines.apply_affine(affine, vertices + low - 3)
         axes.plot_trisurf(
             *points.T,

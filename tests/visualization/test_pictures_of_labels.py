@@ -135,6 +135,18 @@ def test_surfaces_have_the_colors_of_the_contours() -> None:
         assert np.argsort(faces.mean(0)).tolist() == np.argsort(wanted).tolist()
 
 
+@pytest.mark.parametrize("extent", [(1, 1, 1), (2, 2, 2), (9, 1, 1)])
+def test_structures_too_thin_to_be_smoothed_have_a_surface(extent: tuple[int, int, int]) -> None:
+    labels = np.zeros((14, 14, 14), np.uint8)
+    labels[tuple(slice(4, 4 + part) for part in extent)] = 1
+    figure = Figure()
+    draw_surfaces(figure, labels, np.eye(4), {1: "nerve"})
+    axes: Any = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["nerve"]
+    drawn = [axes.xy_dataLim.intervalx, axes.xy_dataLim.intervaly, axes.zz_dataLim.intervalx]
+    np.testing.assert_allclose(drawn, [[3.5, 3.5 + part] for part in extent])
+
+
 def test_more_labels_than_colors_begin_again() -> None:
     colors = label_colors(range(1, 50))
     assert len(set(colors.values())) == 20
