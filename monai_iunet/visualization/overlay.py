@@ -165,6 +165,8 @@ def _places(
 
 def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float) -> float:
     """Draw the color of each label in as few lines as fit the figure's width, and return its upper edge."""
+    if not names and not with_reference:
+        return bottom
     from matplotlib.lines import Line2D
 
     colors = label_colors(names)

@@ -124,6 +124,15 @@ def test_a_figure_without_labels_and_one_of_a_constant_image(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"without.png", "flat.png"}
 
 
+def test_an_image_is_drawn_without_names() -> None:
+    image, labels = case()
+    figure = Figure()
+    draw_overlay(figure, image, labels, {})
+    assert len(figure.axes) == 3
+    assert not figure.legends
+    assert VolumeViewer(image, labels, {}).png()[1:4] == b"PNG"
+
+
 def test_surfaces_have_the_colors_of_the_contours() -> None:
     image, labels = case()
     figure = Figure()
