@@ -118,10 +118,20 @@ class RandMirrord(RandomizableTransform, MapTransform, InvertibleTransform):
         return item
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Mirror once more what was mirrored."""
+        """Mirror once more what was mirrored.
+
+        Raises:
+            InputError: when sides changed places and no label map is there, as where `Invertd` takes what was found in
+                an image for the image: its labels would keep the wrong side.
+        """
         item = dict(data)
         for key in self.key_iterator(item):
             if self.pop_transform(item[key])[TraceKeys.DO_TRANSFORM]:
+                if self.swap and not any(label_key in item for label_key in self.label_keys):
+                    raise InputError(
+                        f"{key}: was mirrored, and no label map is beside it, so labels that were found in it would "
+                        f"keep the wrong side. Bring them back as {self.label_keys[0]!r}, by orig_keys of Invertd."
+                    )
                 with self.flip.trace_transform(False):
                     self._mirror(item, key)
         return item

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from monai.data import CacheDataset, DataLoader, MetaTensor
-from monai.transforms import Compose, Orientationd, RandAffined, RandFlipd
+from monai.transforms import Compose, Invertd, Orientationd, RandAffined, RandFlipd
 
 from monai_iunet import (
     CollatePadded,
@@ -174,6 +174,24 @@ def test_mirroring_is_undone_among_other_transforms(prob: float) -> None:
             torch.testing.assert_close(found[key].affine, expected.affine)
             assert not found[key].applied_operations
         assert found["label_contoured"].tolist() == contoured.tolist()
+
+
+def test_labels_that_were_found_in_a_mirrored_image_are_brought_back_as_labels_only() -> None:
+    affine = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+    labels = MetaTensor(torch.randint(0, 4, (1, 8, 9, 10)), affine=affine)
+    transforms = Compose([Orientationd(KEYS, "LPS", labels=None), RandMirrord(KEYS, "label", swap=[[1, 2]], prob=1)])
+    item = transforms({"image": MetaTensor(labels.float(), affine=affine), "label": labels})
+    item["pred"] = MetaTensor(item["label"].as_tensor())
+    with pytest.raises(RuntimeError) as caught:
+        Invertd("pred", transforms, "image")(dict(item))
+    assert isinstance(caught.value.__cause__, InputError)
+    assert "image: was mirrored, and no label map is beside it" in str(caught.value.__cause__)
+    found = Invertd("pred", transforms, "label")(dict(item))["pred"]
+    assert torch.equal(found.as_tensor(), labels.as_tensor())
+    transforms = Compose([RandMirrord(KEYS, "label", swap=[], prob=1)])  # no sides to change places
+    item = transforms({"image": labels, "label": labels})
+    item["pred"] = MetaTensor(item["label"].as_tensor())
+    assert torch.equal(Invertd("pred", transforms, "image")(item)["pred"].as_tensor(), labels.as_tensor())
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (1, 12, 10), (1, 10)])
