@@ -99,7 +99,7 @@ class LabelsOnImageGridd(MapTransform):
 
 
 class SaveImageLabelsd(SaveImaged):
-    """Write label maps beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
+    """Write the label maps of images beside each other as `NAME_seg.nii.gz`, in the geometry of the image's file.
 
     Of an image of several channels in files NAME_0000, NAME_0001, ... it is NAME too.
 
@@ -107,13 +107,13 @@ class SaveImageLabelsd(SaveImaged):
     class and MONAI Deploy those of such a name.
 
     Args:
-        keys: label maps `(1, *spatial)` on the grid of the image's file.
+        keys: the label map, a single key: `(1, *spatial)`, on the grid of the image's file.
         output_dir: folder of the files; created if need be.
         suffix: what is added to the name of the image.
         orig_keys: the image, whose file is named in its meta data.
 
     Raises:
-        InputError: for what is no label map of one channel on the grid of the file.
+        InputError: for what is no label map of one channel on the grid of the file, and for several keys.
 
     Example:
         >>> SaveImageLabelsd("pred", "eval").suffix
@@ -125,6 +125,11 @@ class SaveImageLabelsd(SaveImaged):
     ) -> None:
         output_dir = str(output_dir)  # the command line of MONAI makes a number of a folder that is named 2024
         super().__init__(keys, output_dir=output_dir)
+        if len(self.keys) > 1:
+            raise InputError(
+                f"keys {list(self.keys)}: all would be NAME{suffix}.nii.gz. Make a transform for each, with a suffix "
+                "of its own."
+            )
         self.output_dir = Path(output_dir)
         self.suffix = suffix
         self.orig_key = orig_keys

@@ -101,6 +101,11 @@ def test_one_hot_maps_are_not_written(tmp_path: Path) -> None:
         SaveImageLabelsd("pred", tmp_path / "out")(case)
 
 
+def test_several_label_maps_would_be_one_file() -> None:
+    with pytest.raises(InputError, match=r"keys \['pred', 'label'\]: all would be NAME_seg.nii.gz"):
+        SaveImageLabelsd(["pred", "label"], "out")
+
+
 def test_labels_that_were_not_brought_back_are_not_written(tmp_path: Path) -> None:
     data, affine = ball()
     turned = nibabel.Nifti1Image(data[:22, :22, :22], affine @ np.diag([-1, -1, 1, 1]))
