@@ -104,6 +104,12 @@ def test_damaged_weights_are_named(content: bytes, suffix: str, tmp_path: Path) 
         read_weights(tmp_path / f"weights{suffix}")
 
 
+def test_tensors_by_number_are_no_weights(tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(1), 1: torch.ones(1)}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"weights\.pt: not the weights of a network alone"):
+        read_weights(tmp_path / "weights.pt")
+
+
 def test_a_bundle_of_somebody_is_run_only_after_a_word(bundle: Path, tmp_path: Path) -> None:
     config = bundle / "configs" / "inference.json"
     changed = json.loads(config.read_text())

@@ -33,7 +33,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: not the weights of a network. Save its `state_dict()` again. {in_one_line(error)}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{path}: not the weights of a network alone. Save its `state_dict()`.")
     return state
 
