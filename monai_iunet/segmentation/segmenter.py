@@ -397,9 +397,21 @@ class BundleSegmenter:
         prepared, meta = prepare(self.preprocessing, image, self.device)
         # Crops of larger images are put together by their probabilities.
         kind = self.probabilities_dtype if self.gives_probabilities or self.region_finder is not None else None
-        labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, watch)
+        show = partial(self._show, watch)
+        labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, show)
         item = self.postprocessing({"image": meta, "pred": MetaTensor(torch.from_numpy(labels)[None])})
         return item["pred"][0].numpy(), probabilities, prepared, voxel_sizes(np.asarray(meta.affine))
+
+    def _show(self, watch: Callable[[Slab], object] | None, slab: Slab) -> None:
+        """Check that each name is that of a class, which would be said to be absent otherwise; show the slab."""
+        names, classes = len(self.labels) + 1, len(slab.values)
+        if names > classes:
+            raise InputError(
+                f"{self.folder}: its metadata.json names {names} classes, its network tells {classes} apart. Take the "
+                "names out of channel_def that are too many."
+            )
+        if watch is not None:
+            watch(slab)
 
     def plan(
         self,

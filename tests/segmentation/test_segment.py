@@ -321,6 +321,19 @@ def test_a_class_without_a_name_is_said(tmp_path: Path) -> None:
         segmenter.describe_crop(image)
 
 
+def test_a_name_without_a_class_is_said(tmp_path: Path) -> None:
+    def named(metadata: dict[str, Any]) -> dict[str, Any]:
+        metadata["network_data_format"]["outputs"]["pred"]["channel_def"]["3"] = "amygdala"
+        return metadata
+
+    folder = break_bundle(tmp_path / "bundle", "metadata.json", named)
+    for model in (folder / "models").glob("*quality.json"):
+        model.unlink()
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((35, 50, 36), np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"metadata\.json names 4 classes, its network tells 3 apart"):
+        BundleSegmenter(folder, "cpu").segment(image)
+
+
 def test_the_list_of_bundles_says_what_the_metadata_say() -> None:
     code, printed, _ = call("bundles")
     assert code == 0
