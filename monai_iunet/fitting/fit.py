@@ -311,8 +311,8 @@ class _Fit:
         count_parts(len(data.training), self.options.folds, self.options.fold, bool(data.validation))
         self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
         self.plan = self._make_plan(data)
-        parent = check_folder(Path(os.path.realpath(self.folder)).parent)
-        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=parent) as temporary:
+        place = Path(os.path.realpath(self.folder))  # of a link, what it leads to
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=check_folder(place.parent)) as temporary:
             folder = write_bundle(self.plan.task, Path(temporary, "bundle"))
             docs = folder / "docs"
             write_fingerprint(self.fingerprint, docs / "fingerprint.json")
@@ -322,9 +322,9 @@ class _Fit:
             files = {name: describe_file(path) for name, path in self._files(cases).items() if path.is_file()}
             write_text(folder / self._state_file.name, json.dumps({"asked": asked, "files": files}, indent=1) + "\n")
             try:
-                if self.folder.exists():
-                    self.folder.rmdir()  # which is empty
-                folder.rename(self.folder)
+                if place.exists():
+                    place.rmdir()  # which is empty
+                folder.rename(place)
             except OSError as error:
                 if not self._state_file.is_file():
                     raise

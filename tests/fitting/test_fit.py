@@ -313,6 +313,22 @@ def test_of_two_fits_that_begin_at_once_the_later_one_says_so(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "data"]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.usefixtures("quick")
+def test_the_folder_may_be_a_link(is_there: bool, tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data", shape=(12, 12, 12), count=5)
+    disk, link = tmp_path / "disk" / "bundle", tmp_path / "link"
+    disk.parent.mkdir()
+    link.symlink_to(disk)
+    if is_there:
+        disk.mkdir()
+    for _ in range(2):  # which goes on
+        assert fit(data, link, gpu_memory="1 GiB", device="cpu", plan_only=True) == link
+        assert link.is_symlink()
+        assert (disk / "docs" / "plan.json").is_file()
+    assert [path.name for path in disk.parent.iterdir()] == ["bundle"]
+
+
 def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
     asked = {"dataset": str(tmp_path.resolve()), "memory": 9000}
     (tmp_path / "fit.json").write_text(json.dumps({"asked": asked}))
