@@ -343,13 +343,16 @@ def for_a_step(gpu_memory: int | str) -> int:
     The rest is for what a plan does not count: the driver, the workspace of cuDNN, and what the allocator cannot use.
 
     Raises:
-        ValueError: see `parse_bytes`.
+        ValueError: see `parse_bytes`; for text of fewer bytes than a mebibyte whose unit was left out.
 
     Example:
         >>> for_a_step("10 KiB")
         9216
     """
-    return parse_bytes(gpu_memory) * 9 // 10
+    size = parse_bytes(gpu_memory)
+    if isinstance(gpu_memory, str) and size < 2**20 and not re.search("[A-Za-z]", gpu_memory):
+        raise ValueError(f'{gpu_memory!r} is a number of bytes. Name the unit, as in "{gpu_memory.strip()} GiB".')
+    return size * 9 // 10
 
 
 def parse_bytes(size: int | str) -> int:

@@ -65,6 +65,7 @@ def test_what_fits_is_shown(bundle: Path) -> None:
     [
         (["--gpu-memory", "much"], "--gpu-memory much"),
         (["--gpu-memory", "100 KiB"], "Use fewer channels"),
+        (["--gpu-memory", "24"], "'24' is a number of bytes. Name the unit, as in \"24 GiB\""),
         (["--dtype", "int8"], "must be one of float32, bfloat16, float16"),
         (["--patch", "16,16"], "three numbers"),
     ],
