@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -545,6 +545,17 @@ def plan(
         from monai_iunet.bundling.plan import BundleTraining, inference_table, read_dtype
         from monai_iunet.io.bundles import bundle_folder
 
+        of_segmentation = {"--spacing": spacing != "1,1,1", "--measure": measure}
+        of_training = {
+            "--gpu-memory": gpu_memory is not None,
+            "--dtype": dtype != "float32",
+            "--patch": patch is not None,
+            "--batch-size": batch_size is not None,
+        }
+        if image is None:
+            _check_left_out(of_segmentation, "of a segmentation, not of a training. Pass --image too, or leave it out.")
+        else:
+            _check_left_out(of_training, "of a training, not of a segmentation. Leave it out, or --image.")
         console = Console()
         if image is not None:
             size, millimeters = _numbers(image, int, "--image"), _numbers(spacing, float, "--spacing")
@@ -801,6 +812,14 @@ def slicer(
 
         typer.echo(write_module(folder))
         typer.echo(f"Add {folder.resolve()} in Slicer: Edit, Application Settings, Modules, Additional module paths.")
+
+
+def _check_left_out(given: Mapping[str, bool], reason: str) -> None:
+    """Refuse options that were given and that nothing would be done with."""
+    from monai_iunet.errors import InputError
+
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise InputError(f"{', '.join(wrong)}: {reason}")
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, Number, Number]:

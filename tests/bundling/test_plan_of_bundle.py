@@ -132,6 +132,22 @@ def test_sizes_must_be_those_of_an_image(size: str, spacing: str, said: str) -> 
     assert said in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--image", "64,64,64", "--gpu-memory", "24 GiB"], "--gpu-memory: of a training, not of a segmentation"),
+        (["--image", "64,64,64", "--patch", "16,16,16", "--batch-size", "1"], "--patch, --batch-size: of a training"),
+        (["--image", "64,64,64", "--dtype", "bfloat16"], "--dtype: of a training"),
+        (["--measure"], "--measure: of a segmentation, not of a training. Pass --image"),
+        (["--spacing", "1,1,3"], "--spacing: of a segmentation"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(options: list[str], said: str) -> None:
+    code, printed = plan("--bundle", "hippocampus", *options)
+    assert code == 2
+    assert said in " ".join(printed.split())
+
+
 def test_a_batch_that_cannot_be_counted_is_one_line(bundle: Path) -> None:
     code, printed = plan("--bundle", bundle, "--batch-size", 10**20)
     assert code == 2
