@@ -23,6 +23,7 @@ from rich.table import Table
 from monai_iunet.errors import InputError
 from monai_iunet.io.text import first_line
 from monai_iunet.io.weights import read_weights, weights_file
+from monai_iunet.segmentation.segmenter import BundleSegmenter
 
 __all__ = ["Check", "as_table", "verify_bundle"]
 
@@ -132,6 +133,7 @@ def verify_bundle(folder: str | Path) -> list[Check]:
         ("the weights fit the network", _weights),
         ("the network gives the classes of the metadata", _classes),
         ("the network can be exported", _exportable),
+        ("monai-iunet segment can open it", _opened),
     ]
     return [Check(name, _problem_of(check, folder)) for name, check in checks]
 
@@ -239,8 +241,17 @@ def _network(folder: Path) -> Any:
 
 
 def _weights(folder: Path) -> str:
-    _network(folder)
-    return "" if weights_file(folder).is_file() else "there are none yet"
+    state = _network(folder).state_dict()
+    if not weights_file(folder).is_file():
+        return "there are none yet"
+    damaged = [name for name, value in state.items() if not torch.as_tensor(value).isfinite().all()]
+    return f"NaN or infinite: {', '.join(damaged[:3])}" if damaged else ""
+
+
+def _opened(folder: Path) -> str:
+    if weights_file(folder).is_file():
+        BundleSegmenter(folder, "cpu")
+    return ""
 
 
 def _classes(folder: Path) -> str:

@@ -85,6 +85,12 @@ def other_weights(folder: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, folder / "models" / "model.pt")
 
 
+def infinite_weights(folder: Path) -> None:
+    state = torch.load(folder / "models" / "model.pt", weights_only=True)
+    state["head.bias"][0] = float("inf")
+    torch.save(state, folder / "models" / "model.pt")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "license": (lambda folder: (folder / "LICENSE").unlink(), "files", "missing: LICENSE"),
     "large file": (large_file, "size of files", "large.bin"),
@@ -118,6 +124,17 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "PicklingError",
     ),
     "weights": (other_weights, "the weights fit the network", "RuntimeError"),
+    "infinite": (infinite_weights, "the weights fit the network", "NaN or infinite: head.bias"),
+    "names": (
+        edit("metadata.json", lambda data: json.loads(json.dumps(data).replace('"2": ', '"3": '))),
+        "monai-iunet segment can open it",
+        "channel_def must have the numbers 0, 1, 2, ...",
+    ),
+    "quality": (
+        lambda folder: [path.write_text("{}") for path in (folder / "models").glob("quality.json")],
+        "monai-iunet segment can open it",
+        "not a quality model of this bundle",
+    ),
     "classes": (
         edit(
             "metadata.json", lambda data: json.loads(json.dumps(data).replace('"num_channels": 3', '"num_channels": 4'))
