@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, list_data_collate
@@ -19,10 +20,12 @@ from monai.transforms import (
     SpatialPadd,
     Transform,
 )
+from nibabel.affines import voxel_sizes
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.checks import grids_apart
 
-__all__ = ["WHOLE", "CollatePadded", "TrainingPatchd", "read_size"]
+__all__ = ["WHOLE", "CollatePadded", "TrainingPatchd", "check_one_place", "read_size"]
 
 WHOLE = "whole"  # in the place of a size: the image as it is
 AXES = 3
@@ -44,6 +47,33 @@ def read_size(roi_size: Any) -> str | tuple[int, ...]:
     if is_list and all(isinstance(extent, int) and extent > 0 for extent in roi_size):
         return tuple(roi_size)
     raise InputError(f'roi_size {roi_size!r}: must be "whole", or three numbers of voxels, such as [96, 96, 96].')
+
+
+def check_one_place(volumes: Mapping[str, Any]) -> None:
+    """Check that volumes of one size lie in one place; what is no `MetaTensor`, or has the identity, does not say.
+
+    Args:
+        volumes: `(channels, *spatial)`, by their names in the error.
+
+    Raises:
+        ValueError: when corners are more than two voxels apart, as where one of two has been turned. Files may differ
+            by a part of a voxel, which resampling to smaller ones makes more of.
+
+    Example:
+        >>> check_one_place({"image": MetaTensor([[[[1.0]]]]), "label": torch.ones(1, 1, 1, 1)})
+    """
+    first, reference = "", None
+    for name, volume in volumes.items():
+        affine = np.asarray(volume.affine, dtype=float) if isinstance(volume, MetaTensor) else np.eye(4)
+        if affine.shape != (4, 4) or np.array_equal(affine, np.eye(4)):
+            continue
+        if reference is None:
+            first, reference = name, affine
+        elif (apart := grids_apart(affine, reference, volume.shape[1:])) > 2 * voxel_sizes(reference).max():
+            raise ValueError(
+                f"{first} and {name} are up to {apart:.3g} mm apart, so voxels of one are not those of the other. Turn "
+                "and resample both to one grid, as by MONAI's Orientationd and Spacingd."
+            )
 
 
 class TrainingPatchd(Randomizable, MapTransform):
@@ -121,6 +151,7 @@ class TrainingPatchd(Randomizable, MapTransform):
         shapes = {key: tuple(data[key].shape[1:]) for key in self.key_iterator(data)}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"images and labels must have the same size, got {shapes}. Resample them to one grid.")
+        check_one_place({str(key): data[key] for key in shapes})
         if self._steps is None:
             self._steps = Compose(self._make_steps()).set_random_state(int(self.R.randint(2**31)))
         found: Any = self._steps(dict(data))

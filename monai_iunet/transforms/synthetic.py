@@ -34,6 +34,7 @@ from torch.nn.functional import interpolate
 from monai_iunet.errors import InputError
 from monai_iunet.losses.class_numbers import check_labels, check_one_channel
 from monai_iunet.transforms.mirror import read_swap
+from monai_iunet.transforms.patches import check_one_place
 
 __all__ = ["RandSyntheticImaged"]
 
@@ -148,6 +149,7 @@ class RandSyntheticImaged(Randomizable, MapTransform):
                     f"The map of tissues or of labels is turned {''.join(map(str, axes))}, must be RAS, as the image "
                     "will be. Turn it by MONAI's Orientationd."
                 )
+        check_one_place({"The map of tissues": tissues, "that of the labels": labels})
         random = torch.Generator(tissues.device).manual_seed(int(self.R.randint(2**31)))
         source = [
             volume.as_tensor()[0] if isinstance(volume, MetaTensor) else volume[0] for volume in (tissues, labels)

@@ -142,6 +142,18 @@ def test_what_does_not_belong_together_is_refused() -> None:
         CollatePadded()([{"image": image, "label": label}, {"image": image, "label": label[..., 0]}])
 
 
+def test_labels_that_lie_elsewhere_than_their_image_are_refused() -> None:
+    image = MetaTensor(torch.rand(1, 12, 12, 12), affine=torch.diag(torch.tensor([-1.0, 1.0, 2.0, 1.0])))
+    cut = TrainingPatchd(["image", "label"], roi_size=(8, 8, 8))
+    turned = Orientationd("label", "RAS", labels=None)({"label": image})["label"]
+    with pytest.raises(ValueError, match=r"image and label are up to 13 mm apart"):
+        cut({"image": image, "label": turned})
+    near = MetaTensor(image.as_tensor(), affine=image.affine + torch.tensor([[0, 0, 0, 0.9]] * 3 + [[0] * 4]))
+    # Of these the last two do not say where they lie.
+    for label in (image, near, image.as_tensor(), MetaTensor(image.as_tensor())):
+        assert cut({"image": image, "label": label})["label"].shape == (1, 8, 8, 8)
+
+
 def test_several_patches_of_an_image_are_cases_of_a_batch() -> None:
     batch = CollatePadded()([[case(16, 8, 8), case(8, 8, 24)], [case(8, 8, 8)]])
     assert batch["image"].shape == batch["label"].shape == (3, 1, 16, 8, 24)

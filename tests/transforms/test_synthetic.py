@@ -165,6 +165,10 @@ def test_arrays_are_taken_as_tensors_are() -> None:
 def test_labels_on_another_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="on one grid"):
         maker()({"image": head()["image"], "label": head(2.0)["label"]})
+    item = head(2.0)
+    item["label"].affine = torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0]))
+    with pytest.raises(ValueError, match=r"The map of tissues and that of the labels are up to .* mm apart"):
+        maker()(item)
 
 
 @pytest.mark.parametrize("key", ["image", "label"])
