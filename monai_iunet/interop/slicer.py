@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +30,14 @@ import runpy
 
 runpy.run_module("monai_iunet.interop.slicer", run_name="__main__")
 """
+# Where the system would not find the interpreter, whose path ends at a space, or is cut.
+SHELL_SCRIPT = """#!/bin/sh
+# Segments the volume that 3D Slicer hands over; written by "monai-iunet slicer".
+exec {python} -c 'import runpy, sys
+sys.path[:] = filter(None, sys.path)
+runpy.run_module("monai_iunet.interop.slicer", run_name="__main__")' "$@"
+"""
+LONGEST_INTERPRETER = 125  # characters, of a line that Linux cut after 127
 BATCH = '@"{python}" -m monai_iunet.interop.slicer %*\n'
 
 
@@ -172,7 +181,10 @@ def write_module(folder: Path) -> Path:
     check_folder(folder)
     windows = os.name == "nt"
     path = folder / (f"{NAME}.bat" if windows else NAME)
-    write_text(path, (BATCH if windows else SCRIPT).format(python=sys.executable))
+    python, script = sys.executable, BATCH if windows else SCRIPT
+    if not windows and (len(os.fsencode(python)) > LONGEST_INTERPRETER or any(map(str.isspace, python))):
+        python, script = shlex.quote(python), SHELL_SCRIPT
+    write_text(path, script.format(python=python))
     path.chmod(0o755)
     return path
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -97,6 +99,21 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture)
 
 
 def test_the_program_is_written_for_this_environment(tmp_path: Path) -> None:
-    import sys
-
     assert write_module(tmp_path).read_text().splitlines()[0] == f"#!{sys.executable}"
+
+
+@pytest.mark.parametrize("name", ["my environment's $HOME", "a" * 130])
+def test_the_environment_may_have_any_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / name / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "monai_iunet.py").write_text("raise SystemExit('of the working directory')")
+    monkeypatch.setattr(sys, "executable", str(python))
+    program = write_module(tmp_path / "modules")
+    found = subprocess.run([program, "--xml"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout == module_description()
+    refused = subprocess.run(
+        [program, "no such.nrrd", "labels.nrrd"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (refused.returncode, refused.stderr) == (2, "Error: no such.nrrd: no such file. Check the path.\n")
