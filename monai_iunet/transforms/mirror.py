@@ -74,8 +74,9 @@ class RandMirrord(RandomizableTransform, MapTransform, InvertibleTransform):
         spatial_axis: axis that runs from left to right, or from right to left.
 
     Raises:
-        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels; when sides
-            change places although the axis runs in another direction, as far as a `MetaTensor` says.
+        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels; when
+            `spatial_axis` is no number; when sides change places although the axis runs in another direction, as far
+            as a `MetaTensor` says.
 
     Example:
         >>> import torch
@@ -100,6 +101,8 @@ class RandMirrord(RandomizableTransform, MapTransform, InvertibleTransform):
             raise InputError(
                 f"label_keys {others}: are not among keys {list(self.keys)}, so labels would not be swapped."
             )
+        if not isinstance(spatial_axis, int):
+            raise InputError(f"spatial_axis {spatial_axis!r}: must be the number of a single axis, such as 0.")
         self.spatial_axis = spatial_axis
         self.flip = Flip(spatial_axis)
         self.swap = read_swap(swap)

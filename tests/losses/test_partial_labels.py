@@ -177,6 +177,12 @@ def test_what_are_no_pairs_of_labels_is_refused(swap: Any, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spatial_axis", [[0], None, "0"], ids=str)
+def test_what_is_no_single_axis_is_refused(spatial_axis: Any) -> None:
+    with pytest.raises(InputError, match="must be the number of a single axis"):
+        RandMirrord(["image"], [], swap=[[1, 2]], spatial_axis=spatial_axis)
+
+
 def test_mirroring_happens_as_often_as_asked() -> None:
     mirror = RandMirrord("image", (), [], prob=0.5)
     mirror.set_random_state(0)
