@@ -211,6 +211,14 @@ def segment(
         from monai_iunet.segmentation.share import Share
         from monai_iunet.visualization.page import viewer_program
 
+        _check_left_out(
+            {"--probabilities-dtype": probabilities_dtype is not ProbabilityType.float32 and not probabilities},
+            "of probabilities, which are not written. Pass --probabilities too, or leave it out.",
+        )
+        _check_left_out(
+            {"--series": series is not None and all(path.is_file() for path in images or ())},
+            "of a folder with DICOM files, and none is named. Name the folder, or leave it out.",
+        )
         part = Share.parse(share)
         place = _own_device() if device == "auto" else _device(device)
         segmenter = BundleSegmenter(

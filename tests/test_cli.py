@@ -262,6 +262,20 @@ def test_neither_images_nor_the_example() -> None:
     assert call("segment")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--probabilities-dtype", "float16"], "--probabilities-dtype: of probabilities, which are not written"),
+        (["--series", "1.2.3"], "--series: of a folder with DICOM files, and none is named"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(options: list[str], said: str, tmp_path: Path) -> None:
+    code, _, error = call("segment", save(tmp_path / "a.nii.gz"), *options, "--output", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_installed_command_exits_with_2_and_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from monai_iunet.cli import main; main()", "segment", str(tmp_path / "no.nii.gz")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
