@@ -99,7 +99,7 @@ class MarginalLoss(nn.Module):
             `monai.losses.DiceCELoss(softmax=True, include_background=False)`.
 
     Raises:
-        ValueError: when the loss is one of MONAI's that takes no softmax, as by default.
+        ValueError: when the loss is one of MONAI's that takes no softmax, as by default, or has such a part.
 
     Example:
         >>> from monai.losses import DiceCELoss
@@ -113,12 +113,16 @@ class MarginalLoss(nn.Module):
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         names = "softmax", "use_softmax", "other_act"
-        parts = loss.modules() if isinstance(loss, nn.Module) else ()
-        found = [getattr(part, name) for part in parts for name in names if hasattr(part, name)]
-        if found and not any(found):
+        modules = loss.modules() if isinstance(loss, nn.Module) else ()
+        parts = [part for part in modules if any(hasattr(part, name) for name in names)]
+        without = [part for part in parts if not any(getattr(part, name, None) for name in names)]
+        if without:
+            what = type(loss).__name__
+            what = what if len(without) == len(parts) else f"the {type(without[0]).__name__} of {what}"
             raise ValueError(
-                f"loss must take a softmax of the logits, since that is what merges classes; {type(loss).__name__} "
-                "takes none. Build it with softmax=True; FocalLoss with use_softmax=True."
+                f"loss must take a softmax of the logits, since that is what merges classes; {what} takes none. Build "
+                "it with softmax=True; FocalLoss with use_softmax=True, which in a DiceFocalLoss can be set: "
+                "`loss.focal.use_softmax = True`."
             )
         self.loss = loss
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss
+from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss, GeneralizedDiceFocalLoss
 from monai.transforms import Compose, Orientation
 from torch import nn
 
@@ -106,9 +107,25 @@ def test_a_loss_without_a_softmax_is_refused(loss: nn.Module) -> None:
         MarginalLoss(loss)
 
 
+@pytest.mark.parametrize("kind", [DiceFocalLoss, GeneralizedDiceFocalLoss])
+def test_a_loss_with_a_part_without_a_softmax_is_refused(kind: Any) -> None:
+    loss = kind(softmax=True)
+    with pytest.raises(ValueError, match=f"the FocalLoss of {kind.__name__} takes none"):
+        MarginalLoss(loss)
+    loss.focal.use_softmax = True
+    target = torch.tensor([1.0, 0.0, -1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    logits = torch.randn(1, 3, 4, 4)
+    # Neither a constant nor what moves between the background and a class that is merged with it changes anything.
+    moved = logits.clone()
+    moved[:, 2] = logits[:, ::2].logsumexp(1)
+    moved[:, 0] = -math.inf
+    for other in (logits + 7, moved):
+        torch.testing.assert_close(MarginalLoss(loss)(other, target), MarginalLoss(loss)(logits, target))
+
+
 @pytest.mark.parametrize(
     "loss",
-    [FocalLoss(use_softmax=True), DiceFocalLoss(softmax=True), DiceLoss(other_act=torch.nn.Softmax(1)), nn.MSELoss()],
+    [FocalLoss(use_softmax=True), DiceLoss(other_act=torch.nn.Softmax(1)), nn.MSELoss()],
     ids=type,
 )
 def test_a_loss_with_a_softmax_or_one_of_ones_own_is_taken(loss: nn.Module) -> None:
