@@ -208,7 +208,9 @@ class Checkpoints:
     def _save_weights(self, path: Path) -> None:
         if self.record:
             write_record(self.record, path)
-        _write({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, path)
+        weights = self.model.state_dict()  # changed in place, since a copy would lose what modules note beside them
+        weights.update({name: tensor.cpu() for name, tensor in weights.items()})
+        _write(weights, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
         schedules = {part: part.state_dict() for part in self.state.values() if isinstance(part, LRScheduler)}

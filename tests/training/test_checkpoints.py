@@ -541,6 +541,17 @@ def test_weights_of_another_orthogonal_map_are_refused(tmp_path: Path) -> None:
     assert torch.equal(weights(wider.iunet), weights(one.iunet))
 
 
+def test_weights_of_a_training_know_their_orthogonal_map(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": (4, 8)}
+    trainer, _ = training(tmp_path, max_epochs=1, network=SegIUNet(orthogonal_map="cayley", **options))
+    trainer.run()
+    for name in ("model.pt", "model_final.pt"):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        SegIUNet(orthogonal_map="cayley", **options).load_state_dict(saved)
+        with pytest.raises(RuntimeError, match="was saved with orthogonal_map='cayley'"):
+            SegIUNet(orthogonal_map="matrix_exp", **options).load_state_dict(saved)
+
+
 def test_a_training_that_goes_on_is_not_started_from_other_weights(tmp_path: Path) -> None:
     trainer, network = training(tmp_path, max_epochs=1)
     trainer.run()
