@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, run
 from rich.console import Console
 from typer.testing import CliRunner
@@ -405,7 +405,7 @@ def test_a_training_lasts_for_its_time_across_interruptions(monkeypatch: pytest.
         def run(self, epoch: int) -> None:
             validated.append(epoch)
 
-    def run(state: dict[str, Any] | None, epochs: int) -> tuple[Engine, TimedDecay, torch.optim.Optimizer]:
+    def run(state: dict[str, Any] | None, stop_after: int) -> tuple[Engine, TimedDecay, torch.optim.Optimizer]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         schedule = TimedDecay(optimizer, 100, power=1, validator=Validator(), val_interval=10)
         if state is not None:
@@ -421,7 +421,8 @@ def test_a_training_lasts_for_its_time_across_interruptions(monkeypatch: pytest.
         trainer = Engine(step)
         trainer.add_event_handler("EPOCH_COMPLETED", end_epoch)
         schedule.attach(trainer)
-        trainer.run([0], max_epochs=epochs)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), Engine.terminate)
+        trainer.run([0], max_epochs=1000)
         return trainer, schedule, optimizer
 
     _, schedule, optimizer = run(None, 4)
@@ -460,7 +461,8 @@ def test_validation_takes_about_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPa
         schedule = TimedDecay(optimizer, 1000, validator=validator, val_interval=val_interval)
         trainer = Engine(step)
         schedule.attach(trainer)
-        trainer.run([0], max_epochs=40)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=40), Engine.terminate)
+        trainer.run([0], max_epochs=1000)
         state = schedule.state_dict()  # an interruption changes nothing
         schedule = TimedDecay(optimizer, 1000, validator=validator, val_interval=val_interval)
         schedule.load_state_dict(state)
