@@ -537,9 +537,13 @@ class _Planner:
                     f"the image at the median size is {times(whole)}, of this part of it about "
                     f"{voxels / math.prod(chosen):.0f} steps can be trained in the time"
                 )
-        network = self._network(strides)
-        least = plan_training(network, chosen, **options)
-        if least.training_peak > self.limits.memory:
+        network, limit = self._network(strides), f"fits {self.limits.memory / 2**30:.1f} GiB"
+        least = None
+        try:
+            least = plan_training(network, chosen, **options)
+        except ValueError:
+            limit += ", in tensors of fewer than 2^31 values, which convolutions take"
+        if least is None or least.training_peak > self.limits.memory:
             extent = size * np.array(spacing)
             # Of images that are long along one axis no longer a part than twice the shortest.
             aspect = np.minimum(extent, 2 * extent.min()) / np.array(spacing)
@@ -549,10 +553,7 @@ class _Planner:
             except ValueError as error:
                 raise InputError(f"--gpu-memory: {error}") from error
             chosen = list(least.spatial_size)
-            reason = (
-                f"the image at the median size is {times(whole)}, this is the largest part of it that fits "
-                f"{memory / 2**30:.1f} GiB"
-            )
+            reason = f"the image at the median size is {times(whole)}, this is the largest part of it that {limit}"
         self._note("patch", times(chosen), reason, times(self.nnunet.patch))
         first, second, third = chosen
         return (first, second, third), least
@@ -564,7 +565,13 @@ class _Planner:
         factors, wished = factors_of(strides), self.wishes.roi_size
         largest = largest_image(self.data, spacing, factors)
         chosen = list(largest if isinstance(wished, str) or wished is None else wished)
-        least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
+        try:
+            least = plan_training(self._network(strides), chosen, batch_size=batch, **self._step_options)
+        except ValueError as error:  # as of more values than convolutions take
+            raise InputError(
+                f"roi_size {wished if isinstance(wished, str) else times(chosen)}: {error} To change the plan, name "
+                "larger voxels (--spacing) or a smaller patch (--roi-size)."
+            ) from error
         held, memory = least.training_peak, self.limits.memory
         if held > memory:
             raise InputError(

@@ -86,6 +86,23 @@ def test_large_images_are_cut_to_what_fits() -> None:
     assert "largest part of it that fits 4.0 GiB" in reason(found, "patch")
 
 
+def test_images_of_more_values_than_convolutions_take_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(network: Any, spatial_size: Any, **_: Any) -> TrainingPlan:
+        raise ValueError(f"SegIUNet cannot be planned for images of {spatial_size}")
+
+    def cut(*_: Any, largest: Any, **__: Any) -> TrainingPlan:
+        return TrainingPlan(tuple(extent // 2 for extent in largest), 2, *[0] * 5, 1000, 0)
+
+    monkeypatch.setattr("monai_iunet.fitting.plan.plan_training", refuse)
+    with pytest.raises(InputError, match=r"roi_size whole: SegIUNet cannot be planned .* \(--roi-size\)"):
+        plan(fingerprint(shape=(608, 608, 608)), wishes=Wishes(roi_size="whole"))
+    monkeypatch.setattr("monai_iunet.fitting.plan.largest_patch", cut)
+    monkeypatch.setattr("monai_iunet.fitting.plan._Planner._memory", lambda _, least, *__: (least, ("store",) * 5))
+    found = plan(fingerprint(shape=(608, 608, 608)))
+    assert found.task.roi_size == (304, 304, 304)
+    assert reason(found, "patch").endswith("in tensors of fewer than 2^31 values, which convolutions take")
+
+
 def test_a_short_time_makes_voxels_coarser_and_patches_smaller() -> None:
     data = fingerprint(shape=(190, 140, 88), spacing=(0.625,) * 3)
     short = plan(data, dataclasses.replace(LARGE, seconds=3 * 3600, speed=240_000.0), fold=0)
