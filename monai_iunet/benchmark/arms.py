@@ -219,7 +219,10 @@ def _sizes(*sizes: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _arm(task: Task, definition: Config | None, batch: int, size: Sequence[int]) -> _Arm:
-    step = plan_training(_network(task, definition), size, batch_size=batch, loss=_LOSS)
+    try:
+        step = plan_training(_network(task, definition), size, batch_size=batch, loss=_LOSS)
+    except ValueError as error:  # as of more values than convolutions take
+        raise InputError(f"{error} Compare larger voxels: plan the bundle with another --spacing.") from error
     return _Arm(task, definition, (batch, tuple(size)), step.training_peak)
 
 

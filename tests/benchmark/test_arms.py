@@ -19,6 +19,7 @@ from monai_iunet import BundleSegmenter, InputError, bundle_folder, fit, read_im
 from monai_iunet.benchmark import arms
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
 from monai_iunet.benchmark.arms_figure import draw_arms
+from monai_iunet.bundling.task import HIPPOCAMPUS
 from monai_iunet.cli import app
 from monai_iunet.fitting.plan import read_plan
 from tests.bundles.helpers import run
@@ -130,6 +131,11 @@ def test_a_plan_of_whole_images_has_no_patch_to_compare(planned: tuple[Path, Pat
     (tmp_path / "docs" / "plan.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="must be the plan of a patch"):
         compare_arms(tmp_path, data, tmp_path / "out", 1.0)
+
+
+def test_images_too_large_to_be_seen_whole_are_refused_in_a_line() -> None:
+    with pytest.raises(InputError, match=r"608.*2\^31.*plan the bundle with another --spacing"):
+        arms._plan_arms(HIPPOCAMPUS, (608, 608, 608), ["patch"])
 
 
 def test_distances_to_what_was_not_found_are_left_out() -> None:
