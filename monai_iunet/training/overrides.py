@@ -55,8 +55,8 @@ def _options(arguments: list[str]) -> dict[str, Any]:
     """Return the options of a command line as Fire, which MONAI's commands use, understands them."""
     options: dict[str, Any] = {}
 
-    def note(*_: object, **given: Any) -> None:
-        options.update(given)
+    def note(*positional: Any, **given: Any) -> None:
+        options.update(zip(inspect.signature(run).parameters, positional), **given)
 
     fire.Fire(note, command=arguments)
     return options

@@ -81,6 +81,13 @@ def test_configs_count_together(config: Path, monkeypatch: pytest.MonkeyPatch) -
         check(monkeypatch, "--args_file", config.parent / "args.json", "--max_epoch", 2)
 
 
+def test_the_config_may_be_named_by_its_position(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "run", "initialize", "finalize", "metadata.json", config
+    check(monkeypatch, *words, "--max_epochs", 2)
+    with pytest.raises(InputError, match="Did you mean max_epochs"):
+        check(monkeypatch, *words, "--max_epoch", 2)
+
+
 def test_a_tracking_of_ones_own_adds_its_names(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.with_name("tracking.json")
     settings.write_text(json.dumps({"handlers_id": {}, "configs": {"project": "atria"}}))
