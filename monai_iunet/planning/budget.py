@@ -106,10 +106,14 @@ def largest_patch(
     shape = options.get("batch_size", 1), options.get("in_channels", 1)
     dtype = options.get("dtype", torch.float32)
 
+    peaks = {plan.spatial_size: plan.training_peak}  # that were counted: several numbers of steps may give one size
+
     def peak_of(steps: int) -> int:
-        whole = (*shape, *size_of(steps))
-        with rehearse(network, whole, dtype) as fake:
-            return step_without_optimizer(fake, whole, dtype, options.get("loss")) + state
+        size = size_of(steps)
+        if size not in peaks:
+            with rehearse(network, (*shape, *size), dtype) as fake:
+                peaks[size] = step_without_optimizer(fake, (*shape, *size), dtype, options.get("loss")) + state
+        return peaks[size]
 
     first, known, peak, fails = fits, fits, plan.training_peak, math.inf
     refused, any_refused = False, False
@@ -122,7 +126,7 @@ def largest_patch(
         except ValueError:  # as of more values than convolutions take
             refused, any_refused = True, True
         fits, fails = (fits, tried) if refused or peak > budget else (tried, fails)
-    found = plan_training(network, size_of(fits), **options)
+    found = plan if size_of(fits) == plan.spatial_size else plan_training(network, size_of(fits), **options)
     if any_refused:
         try:
             peak_of(next(steps for steps in itertools.count(first + 1) if size_of(steps) != size_of(first)))

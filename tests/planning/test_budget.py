@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.planning import budget
 from monai_iunet.planning.budget import (
     WAYS,
     best_activations,
@@ -17,7 +18,7 @@ from monai_iunet.planning.budget import (
     most_couplings,
     parse_bytes,
 )
-from monai_iunet.planning.plan import plan_inference_pass, plan_training
+from monai_iunet.planning.plan import plan_inference_pass, plan_training, step_without_optimizer
 
 
 def seg(couplings: int = 1, **options: Any) -> SegIUNet:
@@ -150,6 +151,23 @@ def test_the_smallest_patch_is_one_of_multiples_too() -> None:
     net = SegIUNet(2, in_channels=1, out_channels=2, channels=(4, 8))
     plan = largest_patch(net, "180 KiB", aspect=(1, 1), multiple_of=(8, 16), smallest=(50, 16))
     assert plan.spatial_size == (56, 48)
+
+
+def test_no_size_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many numbers of steps give one size, as below the smallest one."""
+    counted = []
+
+    def count(network: Any, shape: Any, *options: Any) -> int:
+        counted.append(tuple(shape))
+        return step_without_optimizer(network, shape, *options)
+
+    net = SegIUNet(2, in_channels=1, out_channels=2, channels=(8, 16))
+    just_fits = plan_training(net, (64, 64), optimizer=None).training_peak
+    monkeypatch.setattr(budget, "step_without_optimizer", count)
+    plan = largest_patch(net, just_fits, (1, 1), 8, smallest=(64, 64), optimizer=None)
+    assert plan.spatial_size == (64, 64)
+    assert counted
+    assert len(counted) == len(set(counted))
 
 
 def test_a_window_is_the_whole_image_where_it_fits_and_else_as_large_as_fits() -> None:
