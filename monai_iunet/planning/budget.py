@@ -291,6 +291,8 @@ def best_activations(
             fake.activations = _of_ways(ways)
             return step_without_optimizer(fake, image_shape, dtype)
 
+        if peak(most := (len(WAYS) - 1,) * levels) <= budget:
+            return _of_ways(most)
         least = peak([0] * levels)
         if least > budget:
             return _of_ways([0] * levels)
@@ -299,7 +301,7 @@ def best_activations(
             for level in range(levels)
         ]
         saved = _operations_of_levels(fake, image_shape, levels)
-        choices = [*itertools.product(range(len(WAYS)), repeat=levels)]
+        choices = [ways for ways in itertools.product(range(len(WAYS)), repeat=levels) if ways != most]
         choices.sort(key=lambda ways: -sum(saved[level] * SAVED[way] for level, way in enumerate(ways)))
         too_large: list[tuple[int, ...]] = []
         for ways in choices:

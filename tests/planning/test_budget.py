@@ -71,6 +71,18 @@ def test_the_budget_decides_what_each_level_keeps() -> None:
             assert peak([*chosen[:level], more, *chosen[level + 1 :]]) > budget
 
 
+def test_where_all_can_be_stored_nothing_else_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def count(network: Any, *options: Any) -> int:
+        counted.append(network.activations)
+        return step_without_optimizer(network, *options)
+
+    monkeypatch.setattr(budget, "step_without_optimizer", count)
+    assert best_activations(SegIUNet(2, 1, 2, (8, 16)), "1 GiB", (1, 1, 32, 32)) == ("store",) * 2
+    assert counted == ["store"]
+
+
 def test_auto_chooses_for_each_size() -> None:
     network = seg(activations="auto", memory_budget="12 MiB")
     assert network.activations == "auto"
