@@ -28,9 +28,16 @@ from monai_iunet.segmentation.segmenter import BRAIN, BundleSegmenter
 from tests.bundles.helpers import command, copy_bundle
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 from tests.io.dicom_files import write_slices
-from tests.test_cli import call, save, without_warnings
+from tests.test_cli import call, without_warnings
+from tests.test_cli import save as save_image
 
 MAIN = "from monai_iunet.cli import main; main()"
+
+pytestmark = pytest.mark.usefixtures("small_windows")
+
+
+def save(path: Path, data: np.ndarray | None = None) -> Path:
+    return save_image(path, np.random.default_rng(0).random((15, 14, 16), dtype=np.float32) if data is None else data)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def test_a_file_that_is_there_is_kept_unless_asked_otherwise(images: list[Path],
     assert [name for name in names(out) if name.endswith(".gz")] == ["a_seg.nii.gz", "b_seg.nii.gz", "c_seg.nii.gz"]
     assert (out / "b_seg.nii.gz").read_text() == "manual segmentation"
     assert call(*arguments, "--overwrite")[0] == 0
-    assert nibabel.load(out / "b_seg.nii.gz").shape == (35, 50, 36)
+    assert nibabel.load(out / "b_seg.nii.gz").shape == (15, 14, 16)
 
 
 @pytest.mark.parametrize("existing", ["a_seg.png", "a_prob.nii.gz", "volumes.csv"])
@@ -342,7 +349,7 @@ def test_data_beside_a_header_are_part_of_the_origin(suffix: str, tmp_path: Path
     rng, out = np.random.default_rng(0), tmp_path / "out"
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
-        image = nibabel.Nifti1Image(rng.random((35, 50, 36), dtype=np.float32), np.eye(4))
+        image = nibabel.Nifti1Image(rng.random((15, 14, 16), dtype=np.float32), np.eye(4))
         SimpleITK.WriteImage(to_simpleitk(image), tmp_path / folder / f"scan.{suffix}")
     one, other = (tmp_path / folder / f"scan.{suffix}" for folder in ("one", "other"))
     assert one.read_bytes() == other.read_bytes()
