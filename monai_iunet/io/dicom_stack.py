@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import nibabel
 import numpy as np
-from scipy import ndimage
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.dicom_frames import CONTRAST, Frame
@@ -162,6 +161,8 @@ def straightened(data: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray
     Returns:
         The values, and their affine in RAS.
     """
+    from scipy import ndimage  # here, as every file is tried in a process of its own, which seldom needs it
+
     across, up, step = stack.affine[:3, :3].T
     normal = np.cross(across, up)
     normal /= np.linalg.norm(normal)
