@@ -28,8 +28,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "06_scale_out": {"max_epochs": 2, "cases": 4},
     "07_whole_images": {},
 }
-# Ten to thirty seconds even so; the continuous integration runs these too, after the others.
-LONG = ("02_segment_mri", "03_segment_ct", "04_train_your_own", "05_memory", "06_scale_out")
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -43,10 +41,8 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ()) for path in PATHS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_it_runs_from_a_fresh_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEADNECK_CT", raising=False)
     notebook = execute(path, SMALL[path.stem])

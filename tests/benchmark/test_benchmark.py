@@ -101,6 +101,7 @@ def sections_of(folder: Path) -> dict[str, list[Row]]:
     return json.loads((folder / "benchmark.json").read_text())["sections"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small")
 def test_the_command_writes_tables_a_file_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("budgets", "compiled", "exactness", "gradient_errors", "inference"):  # which have tests of their own

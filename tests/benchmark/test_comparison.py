@@ -22,6 +22,7 @@ from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_all_networks_are_trained_evaluated_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_hippocampus_data(tmp_path / "data", training=2)
     listed = json.loads((data / "dataset.json").read_text())["training"]

@@ -16,6 +16,13 @@ from monai_iunet.bundling.task import Task
 from tests.bundles.helpers import BUNDLES, TRAINED
 
 BY_NAME = pytest.mark.parametrize("task", TRAINED, ids=lambda task: task.name)
+ONE_AT_FIRST = pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, id=task.name, marks=() if "hippocampus" in task.name else pytest.mark.long)
+        for task in TRAINED
+    ],
+)
 
 
 def files(task: Task) -> dict[str, str]:
@@ -35,7 +42,7 @@ def test_the_network_has_the_inputs_and_outputs_of_the_metadata(task: Task) -> N
 
 
 @pytest.mark.parametrize("use_trace", [None, True])
-@BY_NAME
+@ONE_AT_FIRST
 def test_torchscript_gives_the_same(task: Task, use_trace: bool | None, tmp_path: Path) -> None:
     x = torch.randn(1, 1, *(min(extent, 48) for extent in task.roi_size))
     options = {} if use_trace is None else {"use_trace": True, "input_shape": list(x.shape)}
@@ -52,7 +59,7 @@ def test_torchscript_gives_the_same(task: Task, use_trace: bool | None, tmp_path
             torch.testing.assert_close(scripted(image), eager(task)(image), rtol=1e-4, atol=1e-3)
 
 
-@BY_NAME
+@ONE_AT_FIRST
 def test_onnx_gives_the_same(task: Task, tmp_path: Path) -> None:
     x = torch.randn(1, 1, *(min(extent, 48) for extent in task.roi_size))
     onnx_export(

@@ -15,6 +15,7 @@ from tests.bundles.made_data import HEADNECK as BUNDLE
 from tests.bundles.made_data import make_headneck_data
 
 
+@pytest.mark.long
 def test_trains_on_partial_labels_and_tells_right_from_left(tmp_path: Path) -> None:
     data = make_headneck_data(tmp_path / "data", validation=2)
     small = {"network_def__channels": [8, 32, 64], "network_def__couplings": 1, "dataset_dir": data, "amp": False}

@@ -62,6 +62,7 @@ def test_trains_evaluates_and_segments_what_it_has_learned(tmp_path: Path) -> No
         assert ndimage.label(np.asarray(result.dataobj) == value, np.ones((3, 3, 3)))[1] <= 1
 
 
+@pytest.mark.long
 def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     recipe = {
         "network_def__channels": [4, 8],

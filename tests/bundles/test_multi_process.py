@@ -25,6 +25,7 @@ def torchrun() -> list[str]:
     return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these processes would share a GPU")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     data = make_hippocampus_data(tmp_path / "data", training=2, validation=3)

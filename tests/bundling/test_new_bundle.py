@@ -32,6 +32,7 @@ def init(folder: Path, **changes: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.long
 def test_a_new_bundle_trains_evaluates_and_segments(tmp_path: Path) -> None:
     code, output = init(tmp_path)
     assert code == 0, output

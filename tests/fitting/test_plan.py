@@ -76,7 +76,7 @@ def test_tiny_images_get_fewer_levels() -> None:
         plan(fingerprint(shape=(7, 7, 7)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_large_images_are_cut_to_what_fits() -> None:
     data = fingerprint(shape=(600, 600, 600), channels=("CT",))
     found = plan(data, Limits(memory=4 * 2**30))

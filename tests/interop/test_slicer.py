@@ -102,7 +102,7 @@ def test_the_program_is_written_for_this_environment(tmp_path: Path) -> None:
     assert write_module(tmp_path).read_text().splitlines()[0] == f"#!{sys.executable}"
 
 
-@pytest.mark.parametrize("name", ["my environment's $HOME", "a" * 130])
+@pytest.mark.parametrize("name", ["my environment's $HOME", pytest.param("a" * 130, marks=pytest.mark.long)])
 def test_the_environment_may_have_any_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / name / "python"
     python.parent.mkdir()

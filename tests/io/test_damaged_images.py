@@ -35,6 +35,7 @@ def check(found: list[dict[str, Any]], count: int) -> None:
     assert outcomes == {"refused", "result"}
 
 
+@pytest.mark.long
 def test_one_image_of_each_kind_of_damage(tmp_path: Path) -> None:
     check(segment_damaged(tmp_path, 0, len(DAMAGES)), len(DAMAGES))
 
