@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from monai_iunet.bundling.sections import Config
@@ -97,7 +97,7 @@ def _metadata(task: Task) -> Config:
         "monai_version": version("monai"),
         "pytorch_version": version("torch").split("+")[0],
         "numpy_version": NUMPY,
-        "required_packages_version": {name: version(name) for name in needed if _is_installed(name)},
+        "required_packages_version": {name: version(name) for name in needed},
         "supported_apps": {},
         "task": title,
         "description": f"An invertible 3D U-Net for the {title[0].lower()}{title[1:]}.",
@@ -135,13 +135,6 @@ def _metadata(task: Task) -> Config:
             },
         },
     }
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
 
 
 def _readme(task: Task) -> str:

@@ -68,7 +68,7 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
         path: PNG file to write.
 
     Raises:
-        InputError: when there is no such log, or TensorBoard is not installed.
+        InputError: when there is no such log.
     """
     import matplotlib.pyplot as plt
 
@@ -99,10 +99,8 @@ def read_log(log_dir: str | Path, name: str) -> dict[int, float]:
     Raises:
         InputError: when there is no such log, or TensorBoard is not installed.
     """
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError as error:
-        raise InputError("TensorBoard reads the log of a training. Install monai-iunet[train].") from error
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
     if Path(log_dir).is_dir():
         log.Reload()
