@@ -543,7 +543,7 @@ def plan(
     image: Annotated[
         str | None, typer.Option(help="Plan the segmentation of an image of this size instead, such as 512,512,800.")
     ] = None,
-    spacing: Annotated[str, typer.Option(help="Of that image, in mm.")] = "1,1,1",
+    spacing: Annotated[str, typer.Option(help="Voxel size of the image (--image), in mm.")] = "1,1,1",
     measure: Annotated[bool, typer.Option("--measure", help="Run the network once, to tell the time.")] = False,
 ) -> None:
     """Say what a bundle's training will hold, part by part, and what fits a memory; or a segmentation (--image)."""
@@ -592,16 +592,24 @@ def compare(
         typer.Option(min=0, help="Instead, compare ways to train (--arms), each trained for so long."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if need be.")] = Path("comparison"),
-    networks: Annotated[str, typer.Option(help="Which networks to compare with.")] = "DynUNet,SegResNet",
+    networks: Annotated[
+        str | None,
+        typer.Option(help="With --max-epochs, networks to compare with. Default: DynUNet,SegResNet."),
+    ] = None,
     arms: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="With --minutes, what is trained, of these and of residual and mednext, other branches; the bundle is "
-            "a plan that fit has made."
+            help="With --minutes, ways to train, some of patch, whole, growing, DynUNet, SegResNet, residual, mednext; "
+            "the bundle is a plan that fit has made. Default: the first five."
         ),
-    ] = "patch,whole,growing,DynUNet,SegResNet",
-    tests: Annotated[int, typer.Option(min=1, help="With --minutes, cases that are kept to test.")] = 16,
-    seed: Annotated[int, typer.Option(help="With --minutes, of the trainings; the test cases stay the same.")] = 0,
+    ] = None,
+    tests: Annotated[
+        int | None, typer.Option(min=1, help="With --minutes, cases that are kept to test. Default: 16.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="With --minutes, random seed of the trainings; the test cases stay the same. Default: 0."),
+    ] = None,
 ) -> None:
     """Train other networks as a bundle trains its own, or ways to train side by side; print what each reaches."""
     with _input_errors("train"):
@@ -612,14 +620,18 @@ def compare(
         from monai_iunet.io.bundles import bundle_folder
 
         if minutes is not None and max_epochs is None:
-            chosen = [name.strip() for name in arms.split(",")]
+            _check_left_out({"--networks": networks is not None}, "of a comparison by --max-epochs.")
+            chosen = [name.strip() for name in (arms or "patch,whole,growing,DynUNet,SegResNet").split(",")]
             if not set(chosen) <= set(ARMS):
                 raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
-            found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, tests, seed)
+            of_test, of_seed = 16 if tests is None else tests, seed or 0
+            found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, of_test, of_seed)
             typer.echo(arms_as_markdown(found))
             typer.echo(f"{save_arms(found, output / 'comparison.png')}")
         elif max_epochs is not None and minutes is None:
-            names = [name.strip() for name in networks.split(",")]
+            of_minutes = {"--arms": arms is not None, "--tests": tests is not None, "--seed": seed is not None}
+            _check_left_out(of_minutes, "of a comparison by --minutes.")
+            names = [name.strip() for name in (networks or "DynUNet,SegResNet").split(",")]
             if not set(names) <= set(NETWORKS):
                 raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
             found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)
@@ -649,9 +661,10 @@ def fit(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle; called again, the command goes on with it.")],
     gpu_memory: Annotated[
-        str | None, typer.Option(help='Of the GPU: "24 GiB". A step takes at most nine tenths. Default: what is there.')
+        str | None,
+        typer.Option(help='Memory of the GPU: "24 GiB". A step takes at most nine tenths. Default: what is there.'),
     ] = None,
-    time: Annotated[str | None, typer.Option(help="That everything may take, such as 12h or 90min.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit for everything, such as 12h or 90min.")] = None,
     folds: Annotated[
         int | None, typer.Option(min=1, help="Folds that are trained. Default: 5 if the time is enough, else 1.")
     ] = None,

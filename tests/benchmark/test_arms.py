@@ -154,6 +154,9 @@ def test_distances_to_what_was_not_found_are_left_out() -> None:
         ([], "either --max-epochs"),
         (["--minutes", "1", "--max-epochs", "1"], "either --max-epochs"),
         (["--minutes", "1", "--arms", "patch,half"], "one or several of patch,whole,growing"),
+        (["--minutes", "1", "--networks", "DynUNet"], "--networks: of a comparison by --max-epochs"),
+        (["--max-epochs", "1", "--arms", "patch", "--tests", "3"], "--arms, --tests: of a comparison by --minutes"),
+        (["--max-epochs", "1", "--seed", "0"], "--seed: of a comparison by --minutes"),
     ],
 )
 def test_what_compares_nothing_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
