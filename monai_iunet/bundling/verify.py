@@ -243,14 +243,15 @@ def _network(folder: Path) -> Any:
 def _weights(folder: Path) -> str:
     state = _network(folder).state_dict()
     if not weights_file(folder).is_file():
-        return "there are none yet"
+        return "there are no weights yet"
     damaged = [name for name, value in state.items() if not torch.as_tensor(value).isfinite().all()]
     return f"NaN or infinite: {', '.join(damaged[:3])}" if damaged else ""
 
 
 def _opened(folder: Path) -> str:
-    if weights_file(folder).is_file():
-        BundleSegmenter(folder, "cpu")
+    if not weights_file(folder).is_file():
+        return "there are no weights yet"
+    BundleSegmenter(folder, "cpu")
     return ""
 
 
