@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from monai_iunet.benchmark.section import SkippedError
+from monai_iunet.engine.pytorch_private import saving_a_part_of_activations
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 
 __all__ = ["BUDGET", "EQUAL_COST", "CompiledWithBudget", "MakeNetwork", "SavedOnCPU", "saved_on_cpu"]
@@ -59,17 +59,13 @@ def saved_on_cpu(name: str, device: torch.device) -> nn.Module:
 
 
 class CompiledWithBudget(nn.Module):
-    """A network compiled whole, which saves a part of its activations and evaluates the others again.
-
-    Source: `activation_memory_budget` of `torch._functorch.config`.
-    """
+    """A network compiled whole, which saves a part of its activations and evaluates the others again."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
         self._compiled = torch.compile(net)
-        self._config: Any = importlib.import_module("torch._functorch.config")
 
     def forward(self, x: Tensor) -> Tensor:
-        with self._config.patch(activation_memory_budget=BUDGET):
+        with saving_a_part_of_activations(BUDGET):
             return self._compiled(x)

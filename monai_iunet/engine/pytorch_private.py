@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -42,6 +43,7 @@ __all__ = [
     "keep_versions",
     "memory_of",
     "saved_tensor_hooks",
+    "saving_a_part_of_activations",
     "tree_leaves",
     "tree_map",
     "version",
@@ -177,6 +179,15 @@ def memory_of(tensor: Tensor) -> StorageWeakRef:
 def saved_tensor_hooks() -> Any:
     """Return the innermost hooks that see what autograd saves, and may hold it; None without any."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def saving_a_part_of_activations(part: float) -> AbstractContextManager[None]:
+    """Return a context in which what is compiled saves this part of its activations, and evaluates the others again.
+
+    Source: `activation_memory_budget` of `torch._functorch.config`.
+    """
+    patched: AbstractContextManager[None] = functorch_config.patch(activation_memory_budget=part)
+    return patched
 
 
 def version(tensor: Tensor) -> int:

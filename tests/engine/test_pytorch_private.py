@@ -264,3 +264,12 @@ def test_memory_of() -> None:
     del x
     assert memory.expired()
     assert memory not in [private.memory_of(torch.zeros(3)) for _ in range(100)]
+
+
+def test_saving_a_part_of_activations() -> None:
+    from torch._functorch import config
+
+    before = config.activation_memory_budget
+    with private.saving_a_part_of_activations(0.25):
+        assert config.activation_memory_budget == 0.25
+    assert config.activation_memory_budget == before

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.conv import _ConvNd
 
 from monai_iunet.engine.pytorch_private import compiled_part, function_modes, has_hooks, is_in_forward_mode, version
 from monai_iunet.engine.reversible import (
@@ -143,7 +142,7 @@ class AdditiveCoupling(InvertibleLayer):
 
     @property
     def _begins_with_convolution(self) -> bool:
-        return isinstance(self.branch, Branch) and isinstance(self.branch[0], _ConvNd)
+        return isinstance(self.branch, Branch) and isinstance(self.branch[0], (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def _take(self, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the half that is kept, and in a list its values in the type that the branch computes in."""
