@@ -7,12 +7,13 @@ importing the package is light.
 ## By task
 
 - Train a network: `IUNet`, `SegIUNet`, `ChunkedDiceCELoss`, `MarginalLoss`.
-- Know what a training step will hold, or what fits a memory: `plan_training`, `largest_patch`, `most_couplings`,
-  `best_activations`; count what one holds: `LiveBytes`.
+- Know what a training step will hold, or what fits a memory: `plan_training`, which returns a `TrainingPlan`,
+  `largest_patch`, `most_couplings`, `best_activations`; count what one holds: `LiveBytes`.
 - See how well activations are rebuilt: `reconstruction_error`.
 - Build a reversible network of your own: `InvertibleLayer`, `InvertibleChain`, `AdditiveCoupling`, `Branch`.
 - Segment images: `segment`, `BundleSegmenter`, `Segmentation`; choose a bundle: `installed_bundles`, `bundle_folder`,
-  `bundle_facts`; the template that `--example` segments: `load_template`.
+  `bundle_facts`; the template that `--example` segments: `load_template`; fit what predicts their Dice:
+  `evaluate_quality`.
 - Read images and write labels: `read_image`, `SimpleITKReader`, `list_series`, `series_files`, `label_image`,
   `write_dicom_seg`, `to_simpleitk`, `from_simpleitk`.
 - Make a bundle from images and labels: `fit`.
@@ -22,9 +23,10 @@ importing the package is light.
   `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
-  `LabelInferer`.
+  `LabelInferer`; in 16 bits: `AutocastInferer`; several networks as one: `SegEnsemble`.
 - Transform images and labels: `TrainingPatchd`, `CollatePadded`, `RandMirrord`, `NoteContouredd`, `OneHotContouredd`,
   `LabelsOnImageGridd`, `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
+- Vary contrast, and make images from label maps: `RandIntensityCurved`, `RandSyntheticImaged`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `draw_surfaces`, `VolumeViewer`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
 

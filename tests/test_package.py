@@ -89,3 +89,8 @@ def test_a_network_from_a_config_is_the_one_from_python() -> None:
 @pytest.mark.parametrize("name", monai_iunet.__all__)
 def test_public_names_have_an_example(name: str) -> None:
     assert ">>> " in (getattr(monai_iunet, name).__doc__ or "")
+
+
+def test_the_index_of_the_package_names_all() -> None:
+    index = (monai_iunet.__doc__ or "").split("## By task")[1].split("## The mathematics")[0]
+    assert [name for name in monai_iunet.__all__ if f"`{name}`" not in index] == []

@@ -25,7 +25,7 @@ class MirrorInferer(StreamingInferer):
         options: of `StreamingInferer`, such as `roi_size` and `overlap`.
 
     Raises:
-        InputError: when `swap` are no pairs, or `spatial_axis` is none.
+        InputError: when `swap` does not consist of pairs, or `spatial_axis` is not an axis.
 
     Example:
         >>> import torch

@@ -20,8 +20,8 @@ __all__ = ["SimpleITKReader"]
 class SimpleITKReader(ImageReader):
     """Reads a volume from NIfTI, NRRD, MetaImage or a folder with a DICOM series, and refuses what is not one.
 
-    The slices of a series are sorted by position; missing and repeated ones, mixed orientations and a gantry tilt are
-    errors, not artifacts. The affine is in RAS, as that of MONAI's `NibabelReader`.
+    The slices of a series are sorted by position; missing and repeated ones and mixed orientations are errors, and
+    those of a tilted gantry are resampled to right angles. The affine is in RAS, as that of MONAI's `NibabelReader`.
 
     Args:
         series: Series Instance UID, or its beginning or end, where a folder holds several.

@@ -125,7 +125,7 @@ def plan_training(
 
     Raises:
         ValueError: when the network cannot be run on such images, or in such a type.
-        TypeError: when the optimizer is none.
+        TypeError: when `optimizer` makes no optimizer.
 
     Example:
         >>> from monai.networks.nets import UNet

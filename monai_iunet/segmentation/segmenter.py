@@ -450,7 +450,7 @@ class BundleSegmenter:
         if available is not None and plan.beside_image > available:
             raise InputError(
                 f"{self.folder.name}: a segmentation of this size takes {plan.beside_image / 2**30:.1f} GiB beside the "
-                f"image, {available / 2**30:.1f} GiB are available. Crop the image, or pass a smaller roi_size."
+                f"image, {available / 2**30:.1f} GiB are available. Crop the image, or free memory."
             )
 
     def _as_a_whole(

@@ -34,7 +34,7 @@ class GrowingPatches:
         schedule: a `TimedDecay` by whose time the training is divided, instead of by epochs.
 
     Raises:
-        InputError: when a size is none, or there are none.
+        InputError: when there are no sizes, or one is not valid.
 
     Example:
         >>> GrowingPatches([(32, 32, 16), (64, 64, 32), "whole"]).size_at(0.5)

@@ -24,7 +24,7 @@ def check_overrides() -> None:
     would be evaluated. Arguments of a component, such as `--network_def#exact True`, are for the component to check.
 
     Raises:
-        InputError: for an option that is none.
+        InputError: for an option that the config does not have.
 
     Example:
         >>> check_overrides()  # nothing to do, for this is another program

@@ -74,9 +74,9 @@ class RandMirrord(RandomizableTransform, MapTransform, InvertibleTransform):
         spatial_axis: axis that runs from left to right, or from right to left.
 
     Raises:
-        InputError: when `swap` are no pairs, a label map is not among `keys`, or one has several channels; when
-            `spatial_axis` is no number; when sides change places although the axis runs in another direction, as far
-            as a `MetaTensor` says.
+        InputError: when `swap` does not consist of pairs, a label map is not among `keys`, or one has several channels;
+            when `spatial_axis` is no number; when sides change places although the axis runs in another direction, as
+            far as a `MetaTensor` says.
 
     Example:
         >>> import torch

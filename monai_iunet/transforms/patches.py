@@ -94,7 +94,7 @@ class TrainingPatchd(Randomizable, MapTransform):
         label_key: the label map among `keys`.
 
     Raises:
-        InputError: when `roi_size` is none.
+        InputError: when `roi_size` is not a valid size.
 
     Example:
         >>> item = {"image": torch.rand(1, 9, 20, 17), "label": torch.zeros(1, 9, 20, 17)}
