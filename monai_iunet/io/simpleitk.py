@@ -20,6 +20,7 @@ __all__ = ["read_with_simpleitk"]
 
 LARGEST_HEADER = 1000  # lines
 LARGEST_LINE = 10_000  # bytes
+AXES = 3  # of a volume
 # NRRD has others, such as "scanner-xyz", which do not say where left and right are.
 PATIENT_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
 
@@ -68,6 +69,13 @@ def _check_orientation(path: Path) -> None:
                 "it again with `space units` mm and `space directions` in millimeters."
             )
         advice = "Write it again with `space` RAS, LAS or LPS and `space directions`, for example with 3D Slicer."
+        # Of a time or a list the direction is "none" or not a number; SimpleITK takes it for one of 1 mm.
+        vectors = re.findall(r"\([^()]*\)", fields.get("space directions", "").lower())
+        if known and sum("nan" not in vector for vector in vectors) < AXES:
+            raise InputError(
+                f"{path}: its `space directions` are {fields['space directions']}, so an axis has none in space and no "
+                "size of a voxel. Extract a 3D volume, or write it again with the direction of each axis."
+            )
     elif suffix in (".mha", ".mhd"):
         fields, _ = _read_header(path)
         if not fields.keys() & {"ElementSpacing", "ElementSize"}:  # which would be taken for 1 mm

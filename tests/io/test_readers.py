@@ -449,3 +449,37 @@ def test_simpleitk_images_that_are_no_volume_of_scalars_are_refused(shape: tuple
     image = SimpleITK.GetImageFromArray(np.zeros(shape, np.float32), isVector=is_vector)
     with pytest.raises(InputError, match="one of 3 axes and 1 component is needed"):
         from_simpleitk(image)
+
+
+@pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_an_axis_without_a_direction_is_refused(axis: int, unknown: str, volume: np.ndarray, tmp_path: Path) -> None:
+    """SimpleITK would take its voxels for 1 mm long."""
+    path = tmp_path / "image.nrrd"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, np.diag([-1.5, -2, 2.5, 1]))), path)
+    content = path.read_bytes()
+    vectors = [b"(1.5,0,0)", b"(0,2,0)", b"(0,0,2.5)"]
+    assert b" ".join(vectors) in content
+    vectors[axis] = unknown.encode()
+    path.write_bytes(content.replace(b"(1.5,0,0) (0,2,0) (0,0,2.5)", b" ".join(vectors)))
+    with pytest.raises(InputError, match="so an axis has none in space and no size of a voxel"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_list_of_one_volume_is_that_volume(first: bool, volume: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "image.nrrd"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(volume, np.diag([-1.5, -2, 2.5, 1]))), path)
+    content = path.read_bytes().replace(b"dimension: 3\n", b"dimension: 4\n", 1)
+    for of_list, of_volume in (
+        (b"1", b"7 6 5"),
+        (b"list", b"domain domain domain"),
+        (b"none", b"(1.5,0,0) (0,2,0) (0,0,2.5)"),
+    ):
+        assert content.count(of_volume) == 1
+        together = [of_list, of_volume] if first else [of_volume, of_list]
+        content = content.replace(of_volume, b" ".join(together))
+    path.write_bytes(content)
+    image = read_image(path)
+    np.testing.assert_allclose(image.get_fdata(), volume, rtol=1e-6)
+    np.testing.assert_allclose(image.affine, np.diag([-1.5, -2, 2.5, 1]))
