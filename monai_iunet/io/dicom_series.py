@@ -47,16 +47,33 @@ class Series:
 def list_series(folder: str | Path) -> list[Series]:
     """Return the DICOM series of a folder, those with the most files first; folders in it are not searched.
 
+    Of empty files, which may have been slices, the log says that they are left out.
+
+    Raises:
+        InputError: when a file is damaged, or a link leads to none.
+
     Example:
         >>> import tempfile
         >>> list_series(tempfile.mkdtemp())
         []
     """
     headers: dict[str, list[tuple[str, Any]]] = {}
-    for file in sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name[0] != "."):
+    empty: list[Path] = []
+    for file in sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and not path.is_dir()):
+        if not file.exists():  # a gap would be noticed, but not a slice that is missing at an end
+            raise InputError(f"{file}: a link to a file that is not there. Fetch the file, or remove the link.")
+        if not file.is_file():
+            continue
         header = read_header(file)
         if header is not None and "Rows" in header:  # an image, not a report or a directory of files
             headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((str(file), header))
+        elif not file.stat().st_size:
+            empty.append(file)
+    if empty and headers:
+        logger.warning(
+            "%s: %d empty files, such as %s, are left out. If they were slices, copy the folder again.",
+            *(folder, len(empty), empty[0].name),
+        )
     all_series = []
     for uid, items in headers.items():
         first = items[0][1]

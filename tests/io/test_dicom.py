@@ -333,6 +333,27 @@ def test_slices_with_a_series_of_their_own_are_one_volume(tmp_path: Path) -> Non
         read_image(write_slices(tmp_path / "c", stored(), changed))
 
 
+def test_a_link_to_a_slice_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "series", list(stored()))
+    ends = max(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+    away = ends.rename(tmp_path / ends.name)
+    ends.symlink_to(away)
+    assert read_image(folder).shape[2] == 6
+    away.unlink()
+    with pytest.raises(InputError, match=f"{ends.name}: a link to a file that is not there"):
+        read_image(folder)
+
+
+def test_files_that_have_become_empty_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_slices(tmp_path / "series", list(stored()))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"IM{number:04}")  # by names without a suffix nobody knows them for DICOM
+    ends = max(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+    ends.write_bytes(b"")
+    assert read_image(folder).shape[2] == 5
+    assert f"1 empty files, such as {ends.name}, are left out" in caplog.text
+
+
 def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
     folder = write_slices(tmp_path / "a", stored())
     (folder / "notes.txt").write_text("no image")
