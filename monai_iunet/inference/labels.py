@@ -23,7 +23,7 @@ from monai_iunet.inference.images import Image, WholeImage
 from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.inference.streaming import Slab, StreamingInferer
 from monai_iunet.io.channels import result_name
-from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.files import check_folder, check_target, write_atomically
 from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
 from monai_iunet.transforms.outputs import LabelsOnImageGridd, check_numbers
@@ -74,6 +74,7 @@ class LabelInferer(Inferer):
         self.transform = transform
         self.inferer = StreamingInferer(**options) if mirror is None else MirrorInferer(**{**mirror, **options})
         self.probabilities_dir = None if probabilities_dir is None else Path(str(probabilities_dir))
+        self._targets: dict[Path, str] = {}
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> MetaTensor:
         """Return labels, `(batch, 1, *spatial)`, uint8, on the grid of the image's file.
@@ -87,6 +88,7 @@ class LabelInferer(Inferer):
         Raises:
             ValueError: when the inputs have no meta data of their own, or pending transforms, their files differ in
                 size, or the output of the network does not fit.
+            InputError: when the file for probabilities would be that of another image, too.
         """
         if not isinstance(inputs, MetaTensor):
             raise ValueError("LabelInferer: a MetaTensor is needed, whose meta data say what was done to the image.")
@@ -105,17 +107,16 @@ class LabelInferer(Inferer):
                     "LabelInferer: the image has pending transforms, which are not done yet. Apply them by MONAI's "
                     "ApplyPendingd, or preprocess without `lazy`."
                 )
+            path = self._probabilities_file(image)
             labels, probabilities = self.segment(
                 WholeImage(image.as_tensor()),
                 image,
                 # As it is if it can be, so that its memory can be planned.
                 (lambda windows: network(windows, *args, **kwargs)) if args or kwargs else network,
-                None if self.probabilities_dir is None else np.float32,
+                None if path is None else np.float32,
             )
-            if self.probabilities_dir is not None and probabilities is not None:
-                check_folder(self.probabilities_dir)
-                name = result_name(image.meta["filename_or_obj"], len(image))
-                path = self.probabilities_dir / f"{name}_prob.nii.gz"
+            if path is not None and probabilities is not None:
+                check_folder(path.parent)
                 write_atomically(path, partial(write_probability_image, probabilities, image.meta["original_affine"]))
             affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
             affine = None if affine is None else torch.as_tensor(affine)
@@ -125,6 +126,20 @@ class LabelInferer(Inferer):
             raise ValueError(f"LabelInferer: the files of a batch have {sizes} voxels. Pass images one by one.")
         batch: MetaTensor = list_data_collate(results)
         return batch
+
+    def _probabilities_file(self, image: MetaTensor) -> Path | None:
+        """Return the file for the probabilities of an image, after checking that it is that of no other image."""
+        if self.probabilities_dir is None:
+            return None
+        source = image.meta.get("filename_or_obj")
+        if source is None or MetaKeys.ORIGINAL_AFFINE not in image.meta:
+            raise ValueError(
+                "LabelInferer: probabilities are written for images whose meta data name their file and its affine, as "
+                "LoadImaged notes them. Leave probabilities_dir out for others."
+            )
+        path = self.probabilities_dir / f"{result_name(source, len(image))}_prob.nii.gz"
+        check_target(path, source, self._targets)
+        return path
 
     @torch.no_grad()
     def segment(

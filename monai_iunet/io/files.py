@@ -22,6 +22,7 @@ __all__ = [
     "SUFFIXES",
     "check_folder",
     "check_names",
+    "check_target",
     "describe_file",
     "files_digest",
     "files_in",
@@ -71,6 +72,24 @@ def check_names(names: Sequence[str]) -> None:
         raise InputError(
             f"Several images have the name {', '.join(repeated)}: results would overwrite each other. Rename."
         )
+
+
+def check_target(path: Path, source: str | os.PathLike[str], targets: dict[Path, str]) -> None:
+    """Check that a result replaces neither its image nor the result of another one, and note whose it is.
+
+    Args:
+        path: file of the result.
+        source: file of the image.
+        targets: files that were written, each with that of its image; is changed.
+
+    Raises:
+        InputError: when it would.
+    """
+    other = targets.setdefault(path, str(source))
+    if other != str(source):
+        raise InputError(f"{source} and {other}: the result of both would be {path}. Rename one, or use two folders.")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise InputError(f"{path}: the result would replace its image. Name another folder, or a suffix.")
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,7 @@ from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveIma
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.checks import grids_apart
-from monai_iunet.io.files import NIFTI, check_folder
+from monai_iunet.io.files import NIFTI, check_folder, check_target
 from monai_iunet.io.labels import write_labels
 from monai_iunet.losses.class_numbers import check_one_channel
 
@@ -113,7 +113,8 @@ class SaveImageLabelsd(SaveImaged):
         orig_keys: the image, whose file is named in its meta data.
 
     Raises:
-        InputError: for what is no label map of one channel on the grid of the file, and for several keys.
+        InputError: for what is no label map of one channel on the grid of the file, for several keys, and when a file
+            would replace the image, or that of another image of the same name.
 
     Example:
         >>> SaveImageLabelsd("pred", "eval").suffix
@@ -133,6 +134,7 @@ class SaveImageLabelsd(SaveImaged):
         self.output_dir = Path(output_dir)
         self.suffix = suffix
         self.orig_key = orig_keys
+        self._targets: dict[Path, str] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -140,11 +142,13 @@ class SaveImageLabelsd(SaveImaged):
             check_one_channel(item[key], str(key))
             source = item[self.orig_key].meta["filename_or_obj"]
             name = result_name(source, len(item[self.orig_key]), NIFTI)
+            path = self.output_dir / f"{name}{self.suffix}.nii.gz"
+            check_target(path, source, self._targets)
             image: Any = nibabel.load(source)
             labels = np.asarray(torch.as_tensor(item[key])[0].cpu())
             _check_place(item[key], image, str(key), source)
             check_folder(self.output_dir)
-            write_labels(labels, image, self.output_dir / f"{name}{self.suffix}.nii.gz")
+            write_labels(labels, image, path)
         return item
 
 

@@ -24,6 +24,7 @@ from monai.transforms import (
 from torch import Tensor, nn
 
 from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, is_scanned
+from monai_iunet.errors import InputError
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import WholeImage
 from monai_iunet.inference.prepare import prepare
@@ -176,6 +177,26 @@ def test_as_the_inferer_of_an_evaluator(longest: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(written.get_fdata(), probabilities.movedim(0, -1).numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="a MetaTensor is needed"):
         inferer(batch.as_tensor(), network)
+
+
+@torch.no_grad()
+def test_probabilities_of_images_of_one_name_are_not_one_file(tmp_path: Path) -> None:
+    transform, network = preprocessing(), Network()
+    inferer = LabelInferer(transform, tmp_path, **WINDOWS)
+
+    def infer(**meta: str) -> Any:
+        image = scan()
+        image.meta.update(meta)
+        return inferer(list_data_collate([transform({"image": image.float()})])["image"], network)
+
+    for _ in range(2):  # of the same image they are written again
+        infer(filename_or_obj="one/case.nii.gz")
+    before = (tmp_path / "case_prob.nii.gz").read_bytes()
+    with pytest.raises(InputError, match=r"two.case.nii.gz and one.case.nii.gz: the result of both would be"):
+        infer(filename_or_obj="two/case.nii.gz")
+    assert (tmp_path / "case_prob.nii.gz").read_bytes() == before
+    with pytest.raises(ValueError, match="whose meta data name their file"):
+        infer()
 
 
 def test_windows_of_the_raw_image_are_those_of_the_preprocessed_one() -> None:

@@ -101,6 +101,27 @@ def test_one_hot_maps_are_not_written(tmp_path: Path) -> None:
         SaveImageLabelsd("pred", tmp_path / "out")(case)
 
 
+def test_labels_replace_neither_their_image_nor_those_of_another(tmp_path: Path) -> None:
+    data, affine = ball()
+    load, save = LoadImaged("image", ensure_channel_first=True), SaveImageLabelsd("pred", tmp_path / "out")
+
+    def case(folder: str) -> dict[str, MetaTensor]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / folder / "T1w.nii.gz")
+        item = load({"image": str(tmp_path / folder / "T1w.nii.gz")})
+        return {**item, "pred": (item["image"] > int(folder == "two")).to(torch.uint8)}
+
+    for _ in range(2):  # those of the same image do
+        save(case("one"))
+    before = (tmp_path / "out" / "T1w_seg.nii.gz").read_bytes()
+    with pytest.raises(InputError, match=r"two.T1w.nii.gz and .*one.T1w.nii.gz: the result of both would be"):
+        save(case("two"))
+    assert (tmp_path / "out" / "T1w_seg.nii.gz").read_bytes() == before
+    with pytest.raises(InputError, match="the result would replace its image"):
+        SaveImageLabelsd("pred", tmp_path / "two", suffix="")(case("two"))
+    assert np.ptp(nibabel.load(tmp_path / "two" / "T1w.nii.gz").get_fdata()) == 2
+
+
 def test_several_label_maps_would_be_one_file() -> None:
     with pytest.raises(InputError, match=r"keys \['pred', 'label'\]: all would be NAME_seg.nii.gz"):
         SaveImageLabelsd(["pred", "label"], "out")
