@@ -70,7 +70,7 @@ class BundleSegmenter:
         digests: SHA-256 of all weights that results depend on, by their names.
 
     Raises:
-        InputError: when the folder is not a bundle, or its weights are not those of its network.
+        InputError: when the folder is not a bundle, its weights are not of its network, or there is no such device.
 
     Example:
         >>> from monai_iunet import bundle_folder
@@ -90,7 +90,7 @@ class BundleSegmenter:
     ) -> None:
         self.folder = Path(folder)
         self.weights = weights
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
         self.probabilities_dtype = probabilities_dtype
         self._check_files()
@@ -490,6 +490,16 @@ class BundleSegmenter:
         logits = self.network(preprocessed.as_tensor()[None].to(self.device))
         labels = class_numbers(logits[0]).cpu().numpy()
         return labels, preprocessed.affine.cpu().numpy().astype(float)
+
+
+def _usable_device(name: str | torch.device) -> torch.device:
+    """Return a device, after checking that tensors can be made on it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name}: not available here. Use cpu.") from error
+    return device
 
 
 def _as_tensor(image: nibabel.Nifti1Image, mirrored: bool) -> MetaTensor:

@@ -95,6 +95,10 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture)
     assert run_module([str(tmp_path / "no.nrrd"), str(tmp_path / "labels.nrrd")]) == 2
     assert capfd.readouterr().err == f"Error: {tmp_path / 'no.nrrd'}: no such file. Check the path.\n"
     assert run_module([]) == 2
+    capfd.readouterr()
+    for device in ("cuda:99", "gpu"):
+        assert run_module(["--device", device, str(save(tmp_path / "a.nii.gz")), str(tmp_path / "labels.nrrd")]) == 2
+        assert capfd.readouterr().err == f"Error: device {device}: not available here. Use cpu.\n"
     assert not (tmp_path / "labels.nrrd").exists()
 
 
