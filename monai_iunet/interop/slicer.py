@@ -134,10 +134,8 @@ def run_module(arguments: Sequence[str]) -> int:
 def _segment(options: argparse.Namespace) -> None:
     """Segment a file into a file of labels, and tell Slicer how far it is."""
     # Imported here, since Slicer asks every program for its description when it starts.
-    import SimpleITK
-
-    from monai_iunet.io.geometry import to_simpleitk
     from monai_iunet.io.read import read_image
+    from monai_iunet.segmentation.files import write_simpleitk
     from monai_iunet.segmentation.segmenter import BundleSegmenter
 
     _progress("start", 0)
@@ -150,8 +148,7 @@ def _segment(options: argparse.Namespace) -> None:
     doubts = segmentation.doubts()
     if doubts:
         sys.stderr.write(f"Warning: {options.image}: {doubts}\n")
-    labels = to_simpleitk(segmentation.image, segmentation.labels)
-    write_atomically(options.labels, partial(SimpleITK.WriteImage, labels, useCompression=True))
+    write_atomically(options.labels, partial(write_simpleitk, segmentation))
     _progress("end", 1)
 
 

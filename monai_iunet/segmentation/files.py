@@ -52,6 +52,7 @@ __all__ = [
     "write_nifti",
     "write_picture",
     "write_probabilities",
+    "write_simpleitk",
 ]
 
 logger = logging.getLogger(__name__)
@@ -422,11 +423,12 @@ def write_nifti(segmentation: Segmentation, path: Path) -> None:
     nibabel.save(label_image(segmentation.labels, segmentation.image), path)
 
 
-def _write_simpleitk(segmentation: Segmentation, path: Path) -> None:
+def write_simpleitk(segmentation: Segmentation, path: Path) -> None:
+    """Write the labels as NRRD or MetaImage, compressed, in the geometry of the image."""
     try:
         SimpleITK.WriteImage(to_simpleitk(segmentation.image, segmentation.labels), path, useCompression=True)
-    except RuntimeError as error:
-        raise OSError(f"{path} could not be written") from error
+    except RuntimeError as error:  # which does not say why
+        raise OSError(errno.EIO, "cannot be written by SimpleITK, as on a full disk", str(path)) from error
 
 
 def _write_series(source: Path, series: str | None, segmentation: Segmentation, path: Path) -> None:
@@ -448,7 +450,7 @@ def _format(path: Path, settings: Settings) -> tuple[str, Write]:
     if path.is_dir() or path.suffix.lower() == ".dcm":
         return ".dcm", partial(_write_series, path, settings.series)
     suffix = path.name.lower()[len(image_name(path, SUFFIXES)) :]
-    return (suffix, write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), _write_simpleitk)
+    return (suffix, write_nifti) if suffix in NIFTI else (IN_ONE_FILE.get(suffix, suffix), write_simpleitk)
 
 
 def image_names(images: Sequence[Path], channels: int = 1) -> list[str]:

@@ -102,6 +102,14 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture)
     assert not (tmp_path / "labels.nrrd").exists()
 
 
+def test_labels_that_cannot_be_written_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    labels = tmp_path / "labels.xyz"
+    assert run_module(["--device", "cpu", str(save(tmp_path / "a.nii.gz")), str(labels)]) == 2
+    printed = capfd.readouterr()
+    assert printed.err.splitlines()[-1].endswith(f"cannot be written by SimpleITK, as on a full disk: '{labels}'")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz"]
+
+
 def test_the_program_is_written_for_this_environment(tmp_path: Path) -> None:
     assert write_module(tmp_path).read_text().splitlines()[0] == f"#!{sys.executable}"
 

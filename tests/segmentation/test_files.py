@@ -507,6 +507,20 @@ def test_a_full_disk_names_the_file_and_what_to_do(
     assert (code, without_warnings(error).strip()) == (1, f"{expected} again. Guide: monai-iunet guide segment.")
 
 
+def test_a_full_disk_is_said_where_simpleitk_does_not_say_it(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Exception thrown in SimpleITK ImageFileWriter_Execute: ...")
+
+    image = tmp_path / "a.nrrd"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.load(images[0])), image)
+    monkeypatch.setattr(SimpleITK, "WriteImage", fail)
+    code, _, error = call("segment", image, "--output", tmp_path / "out", "--no-overlay", "--format", "input")
+    expected = f"Error: {tmp_path / 'out' / 'a_seg.nrrd'}: cannot be written by SimpleITK, as on a full disk."
+    assert (code, without_warnings(error).strip()) == (1, f"{expected} Guide: monai-iunet guide segment.")
+
+
 def test_fail_fast_says_unknown_errors_in_one_line(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
