@@ -105,4 +105,5 @@ def write_probability_image(
         for number in range(values.shape[-1]):
             for index in range(values.shape[2]):
                 plane = values[:, :, index, number].astype(np.float32)
-                file.write((np.rint(plane * scale) if scale > 1 else plane).astype(stored).tobytes(order="F"))
+                plane = np.rint(plane.clip(0, 1) * scale) if scale > 1 else plane
+                file.write(plane.astype(stored).tobytes(order="F"))

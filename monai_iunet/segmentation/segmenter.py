@@ -70,7 +70,8 @@ class BundleSegmenter:
         digests: SHA-256 of all weights that results depend on, by their names.
 
     Raises:
-        InputError: when the folder is not a bundle, its weights are not of its network, or there is no such device.
+        InputError: when the folder is not a bundle, its weights are not of its network, or there is no such device or
+            type of probabilities.
 
     Example:
         >>> from monai_iunet import bundle_folder
@@ -92,7 +93,7 @@ class BundleSegmenter:
         self.weights = weights
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
-        self.probabilities_dtype = probabilities_dtype
+        self.probabilities_dtype = _probabilities_dtype(probabilities_dtype)
         self._check_files()
         self.metadata = self._read_metadata()
         parser = self._inference_config()
@@ -308,7 +309,9 @@ class BundleSegmenter:
         quality = None if found.quality is None else {names[value]: dice for value, dice in found.quality.items()}
         warn_below = None if self.quality is None else self.quality.warn_below
         weights = {names[value]: weights for value, weights in found.weights.items()}
-        probabilities = found.probabilities if self.gives_probabilities else None
+        probabilities = None
+        if self.gives_probabilities and found.probabilities is not None:
+            probabilities = found.probabilities.astype(self.probabilities_dtype, copy=False)
         return Segmentation(first_channel(image), found.labels, names, probabilities, quality, warn_below, weights)
 
     def segment_crop(self, image: nibabel.Nifti1Image, mirrored: bool = False) -> Labels:
@@ -395,8 +398,9 @@ class BundleSegmenter:
         whole = self.inferer.inferer.whole  # then the network decides how large windows are
         self._check_memory(self.plan(image.shape[1:], spacing.tolist(), image.element_size(), with_network=whole))
         prepared, meta = prepare(self.preprocessing, image, self.device)
-        # Crops of larger images are put together by their probabilities.
-        kind = self.probabilities_dtype if self.gives_probabilities or self.region_finder is not None else None
+        kind = self.probabilities_dtype if self.gives_probabilities else None
+        # Crops of larger images are put together by their probabilities, whatever is made of these then.
+        kind = kind if self.region_finder is None else np.dtype(np.float32)
         show = partial(self._show, watch)
         labels, probabilities = self.inferer.segment(prepared, meta, self.network, kind, show)
         item = self.postprocessing({"image": meta, "pred": MetaTensor(torch.from_numpy(labels)[None])})
@@ -490,6 +494,17 @@ class BundleSegmenter:
         logits = self.network(preprocessed.as_tensor()[None].to(self.device))
         labels = class_numbers(logits[0]).cpu().numpy()
         return labels, preprocessed.affine.cpu().numpy().astype(float)
+
+
+def _probabilities_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return a type of probabilities, after checking that it is one that they can be given and written in."""
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        kind = np.dtype(object)
+    if kind not in (np.float32, np.float16):
+        raise InputError(f"probabilities_dtype {dtype}: float32 or float16, of NumPy, is needed.")
+    return kind
 
 
 def _usable_device(name: str | torch.device) -> torch.device:

@@ -316,6 +316,10 @@ def test_probabilities_in_a_file(dtype: Any, stored: Any, tmp_path: Path) -> Non
     assert image.get_data_dtype() == stored
     np.testing.assert_array_equal(image.affine, affine)
     np.testing.assert_allclose(np.moveaxis(image.get_fdata(), -1, 0), values, atol=1e-5)
+    values[0, 0, 0, :2] = -1e-3, 1.001  # what 1 minus a sum of rounded numbers may be
+    write_probability_image(values, affine, tmp_path / "a.nii.gz")
+    written = nibabel.load(tmp_path / "a.nii.gz").get_fdata()
+    np.testing.assert_allclose(np.moveaxis(written, -1, 0), values, atol=2e-3)
 
 
 def test_largest_components_are_those_of_monai() -> None:

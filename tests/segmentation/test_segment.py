@@ -201,6 +201,18 @@ def test_probabilities_of_both_sides() -> None:
     mirrored = segmenter.segment_crop(found.image.slicer[:40, :40, :40], mirrored=True)[1]
     assert mirrored is not None
     assert mirrored.shape == (3, 40, 40, 40)
+    segmenter.probabilities_dtype = np.dtype(np.float16)
+    rounded = segmenter.segment(found.image, region=np.eye(4))
+    np.testing.assert_array_equal(rounded.labels, found.labels)
+    assert rounded.probabilities is not None
+    assert rounded.probabilities.dtype == np.float16
+    np.testing.assert_allclose(rounded.probabilities, found.probabilities, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, torch.float16, "half precision"])
+def test_types_that_probabilities_cannot_have_are_refused(dtype: Any) -> None:
+    with pytest.raises(InputError, match=r"probabilities_dtype .*: float32 or float16, of NumPy, is needed"):
+        BundleSegmenter(bundle_folder(), "cpu", probabilities=True, probabilities_dtype=dtype)
 
 
 @pytest.mark.parametrize("options", [{"softmax": True}, {"argmax": True, "to_onehot": 3}, {"threshold": 0.5}])
