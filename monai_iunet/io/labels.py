@@ -19,7 +19,7 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
 
     Args:
         labels: of the shape of the image, whole numbers from 0 to 255.
-        like: the image whose affine, codes and units it gets.
+        like: the image whose affine, codes and units it gets; of another format of nibabel, such as MGH, its affine.
 
     Raises:
         InputError: when the labels are others, or have another shape.
@@ -34,7 +34,8 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
             f"labels have the shape {labels.shape}, but their image {like.shape}. Resample them to its grid."
         )
     image = nibabel.Nifti1Image(label_bytes(labels), like.affine)
-    _copy_geometry(image, like)
+    if isinstance(like, nibabel.Nifti1Pair):  # which a Nifti1Image is, too
+        _copy_geometry(image, like)
     return image
 
 

@@ -24,12 +24,18 @@ def canonical(image: nibabel.Nifti1Image, *volumes: np.ndarray) -> tuple[nibabel
     """Turn an image, and label volumes on its grid, so that the axes run to the right, to the front and up.
 
     Raises:
-        InputError: when the image is not 3D, a label volume is not on its grid, or its labels are no bytes.
+        InputError: when the image is not 3D, its voxels are no real numbers, a label volume is not on its grid, or its
+            labels are no bytes.
     """
     if image.ndim != 3:
         raise InputError(
             f"an image of the shape {image.shape} cannot be drawn: a 3D image is needed. Take one of its volumes, as "
             "by image.slicer[..., 0]."
+        )
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(
+            f"an image with voxels of type {image.get_data_dtype()} cannot be drawn: real numbers are needed. Take one "
+            "of its colors or parts."
         )
     turned = [np.asarray(nibabel.as_closest_canonical(label_image(volume, image)).dataobj) for volume in volumes]
     return nibabel.as_closest_canonical(image), turned

@@ -35,6 +35,13 @@ def test_labels_that_are_no_numbers_are_refused(dtype: type) -> None:
         label_image(np.ones((4, 5, 6)).astype(dtype), LIKE)
 
 
+def test_an_image_of_another_format_gives_its_affine() -> None:
+    affine = np.array([[-1.0, 0, 0, 90], [0, 0, 1.2, -120], [0, -1, 0, 80], [0, 0, 0, 1]])
+    image = label_image(np.ones((4, 5, 6), np.uint8), nibabel.MGHImage(np.zeros((4, 5, 6), np.float32), affine))
+    np.testing.assert_allclose(image.affine, affine)
+    assert int(image.header["sform_code"]) > 0
+
+
 def test_another_grid_is_refused() -> None:
     with pytest.raises(InputError, match=r"labels have the shape \(5, 4, 6\), but their image \(4, 5, 6\)"):
         label_image(np.zeros((5, 4, 6), np.uint8), LIKE)

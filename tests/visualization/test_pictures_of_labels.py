@@ -219,3 +219,20 @@ def test_an_image_of_several_volumes_is_not_drawn(draw: Any) -> None:
     image = nibabel.Nifti1Image(np.zeros((4, 5, 6, 2)), np.eye(4))
     with pytest.raises(InputError, match=r"of the shape \(4, 5, 6, 2\) cannot be drawn: a 3D image is needed"):
         draw(Figure(), image, np.zeros((4, 5, 6), np.uint8), NAMES)
+
+
+DRAW = [draw_overlay, draw_slice, lambda _, *arguments: VolumeViewer(*arguments).png()]
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_an_image_of_another_format_of_nibabel_is_drawn(draw: Any) -> None:
+    image, labels = case()
+    draw(Figure(), nibabel.MGHImage(np.asarray(image.dataobj, np.float32), image.affine), labels, NAMES)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]])
+@pytest.mark.parametrize("draw", DRAW)
+def test_voxels_that_are_no_real_numbers_are_not_drawn(draw: Any, dtype: Any) -> None:
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), dtype), np.eye(4))
+    with pytest.raises(InputError, match=r"cannot be drawn: real numbers are needed"):
+        draw(Figure(), image, np.zeros((4, 5, 6), np.uint8), NAMES)
