@@ -37,7 +37,7 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
     """Convert a 3D SimpleITK image of scalars to a nibabel image, with the type of its voxels.
 
     Raises:
-        InputError: when it has another number of axes, or several components per voxel.
+        InputError: when it has another number of axes, several components per voxel, or is a label map without voxels.
 
     Example:
         >>> import SimpleITK
@@ -52,6 +52,8 @@ def from_simpleitk(image: Any) -> nibabel.Nifti1Image:
             f"a SimpleITK image of {axes} axes and {components} components per voxel: one of 3 axes and 1 component is "
             "needed. Take a volume of it, or a component, by SimpleITK's VectorIndexSelectionCast."
         )
+    if image.GetPixelIDTypeAsString().startswith("label"):  # whose voxels SimpleITK ends the process over
+        raise InputError("a SimpleITK label map: an image is needed. Convert it by SimpleITK.LabelMapToLabel.")
     converted = nibabel.Nifti1Image(
         np.ascontiguousarray(SimpleITK.GetArrayFromImage(image).T),
         simpleitk_affine(image),
