@@ -18,6 +18,8 @@ from monai_iunet.errors import InputError
 __all__ = ["RAS_TO_LPS", "from_simpleitk", "simpleitk_affine", "to_simpleitk"]
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# In place of types that SimpleITK has not.
+LARGER: dict[str, np.dtype[Any]] = {"bool": np.dtype(np.uint8), "float16": np.dtype(np.float32)}
 
 
 def simpleitk_affine(image: Any) -> np.ndarray:
@@ -72,7 +74,8 @@ def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> 
 
     Args:
         image: gives the geometry.
-        data: voxels on its grid; None for those of the image, as float32.
+        data: voxels on its grid; None for those of the image, as float32. What SimpleITK has no type for, such as a
+            mask of bool, gets the next larger one.
 
     Raises:
         InputError: when the voxels are not on its grid.
@@ -85,6 +88,8 @@ def to_simpleitk(image: nibabel.Nifti1Image, data: np.ndarray | None = None) -> 
     data = image.get_fdata(dtype=np.float32) if data is None else data
     if data.shape != image.shape or data.ndim != 3:
         raise InputError(f"data of the shape {data.shape} for an image of {image.shape}: one 3D grid is needed.")
+    kind = LARGER.get(data.dtype.name, data.dtype.newbyteorder("="))
+    data = data.astype(kind, copy=False)
     affine = RAS_TO_LPS @ image.affine
     spacing = nibabel.affines.voxel_sizes(affine)
     converted = SimpleITK.GetImageFromArray(np.ascontiguousarray(data.T))

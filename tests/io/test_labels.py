@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 
 from monai_iunet import InputError, label_image, to_simpleitk
 
@@ -55,3 +58,10 @@ def test_shear_stays_in_simpleitk() -> None:
     affine = np.array([[1, 0.4, 0, 3], [0, 1.2, 0.1, 4], [0.2, 0, 2, 5], [0, 0, 0, 1.0]])
     point = to_simpleitk(nibabel.Nifti1Image(np.zeros((4, 5, 6)), affine)).TransformIndexToPhysicalPoint((3, 4, 5))
     np.testing.assert_allclose(np.array(point) * [-1, -1, 1], (affine @ [3, 4, 5, 1])[:3])
+
+
+@pytest.mark.parametrize("dtype", [bool, ">i2", ">f8", np.float16, np.int64, np.uint8])
+def test_voxels_of_any_type_become_a_simpleitk_image(dtype: Any) -> None:
+    data = np.arange(120).reshape(4, 5, 6).astype(dtype)
+    image = to_simpleitk(LIKE, data)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).T, data)
