@@ -35,7 +35,7 @@ __all__ = ["CONTRAST", "Frame", "frame_values", "frames_of", "read_header"]
 # Without the preamble that a DICOM file begins with, a file of such a name is tried all the same.
 DICOM_SUFFIXES = (".dcm", ".ima")
 # Attributes that may not differ within a volume.
-CONSTANT = ("PatientID", "Modality", "FrameOfReferenceUID", "RescaleType", "Units", "ConvolutionKernel")
+CONSTANT = ("PatientID", "Modality", "FrameOfReferenceUID", "Units", "ConvolutionKernel")
 # Numbers that differ by rounding only: functional group and attribute of a frame, attribute of a file.
 CONTRAST = {
     "echo times in ms": ("MREchoSequence", "EffectiveEchoTime", "EchoTime"),
@@ -179,7 +179,11 @@ def _frame(header: Any, groups: Sequence[Any], file: str | Path, number: int, co
         size=(int(header.Rows), int(header.Columns)),
         rescale=_rescale(groups, header, name),
         contrast=_contrast(groups, header),
-        constant={**constant, "part of complex numbers": _component(groups, header)},
+        constant={
+            **constant,
+            "RescaleType": _find(groups, "PixelValueTransformationSequence", "RescaleType", [header]),
+            "part of complex numbers": _component(groups, header),
+        },
     )
 
 

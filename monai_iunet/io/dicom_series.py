@@ -19,6 +19,8 @@ __all__ = ["Series", "find_series", "list_series", "read_dicom", "series_files",
 
 logger = logging.getLogger(__name__)
 
+HOUNSFIELD = ("HU", "US", "")  # Rescale Types of CT in Hounsfield units; "US" is what scanners write that do not say it
+
 
 @dataclasses.dataclass(frozen=True)
 class Series:
@@ -158,6 +160,9 @@ def read_dicom(path: str | Path, series: str | None = None) -> nibabel.Nifti1Ima
     first = stack.frames[0]
     if first.constant["Modality"] == "CT" and first.rescale is None:
         logger.warning("%s: a CT without Rescale Slope and Intercept; its values are taken for Hounsfield units", path)
+    kind = str(first.constant["RescaleType"] or "").strip()
+    if first.constant["Modality"] == "CT" and kind.upper() not in HOUNSFIELD:
+        logger.warning("%s: a CT whose values are %s by its Rescale Type, not Hounsfield units", path, kind)
     data, affine = frame_values(stack.frames), stack.affine
     if stack.tilt:
         logger.warning("%s: the gantry was tilted by %.1f degrees; resampled to right angles", path, stack.tilt)

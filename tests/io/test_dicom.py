@@ -539,6 +539,24 @@ def test_a_ct_without_a_rescale_says_what_its_values_are_taken_for(
     assert "its values are taken for Hounsfield units" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "is_said"), [("Z_EFF", True), ("HU", False), ("US", False), (None, False)])
+def test_a_ct_of_other_values_than_hounsfield_units_is_said(
+    kind: str | None, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the maps of a spectral CT are."""
+    read_image(write_slices(tmp_path / "a", stored(), RescaleType=kind))
+    assert ("values are Z_EFF by its Rescale Type, not Hounsfield units" in caplog.text) == is_said
+    caplog.clear()
+    if kind == "Z_EFF":
+        path = write_multiframe(tmp_path / "b.dcm", stored(), HEIGHTS, Modality="CT")
+        frames = pydicom.dcmread(path)
+        for frame in frames.PerFrameFunctionalGroupsSequence:
+            frame.PixelValueTransformationSequence[0].RescaleType = kind
+        frames.save_as(path)
+        read_image(path)
+        assert "values are Z_EFF" in caplog.text
+
+
 def test_a_folder_of_other_images_is_told_from_one_of_a_series(tmp_path: Path) -> None:
     (tmp_path / "b.nii.gz").touch()
     with pytest.raises(InputError, match=r"no DICOM series .* Name the images in it, such as .*b\.nii\.gz"):
