@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from monai_iunet.planning.plan import (
     ChoosesActivations,
     TrainingPlan,
+    images_for,
     plan_inference_pass,
     plan_training,
     rehearse,
@@ -337,7 +338,7 @@ def _operations_of_levels(network: Any, image_shape: Sequence[int], levels: int)
             handles.append(coupling.register_forward_pre_hook(partial(add, level, -1)))
             handles.append(coupling.register_forward_hook(partial(add, level, 1)))
     with torch.no_grad(), counter:
-        network(torch.empty(*image_shape, device=next(network.parameters()).device))
+        network(images_for(network, image_shape))
     for handle in handles:
         handle.remove()
     return operations

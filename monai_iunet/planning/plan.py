@@ -34,6 +34,7 @@ __all__ = [
     "Loss",
     "MakeOptimizer",
     "TrainingPlan",
+    "images_for",
     "plan_inference_pass",
     "plan_training",
     "rehearse",
@@ -235,11 +236,22 @@ def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+def images_for(network: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Return images for a network in `rehearse`, where it is and of the type that its parameters have.
+
+    Example:
+        >>> images_for(nn.Conv1d(1, 1, 1).bfloat16(), (1, 1, 100)).dtype
+        torch.bfloat16
+    """
+    types = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return torch.empty(*shape, dtype=next(types, None), device=_device(network))
+
+
 def _count_step(
     network: nn.Module, shape: Sequence[int], dtype: torch.dtype, optimizer: MakeOptimizer | None, loss: Loss | None
 ) -> dict[str, int]:
     device = _device(network)
-    images, target = torch.empty(*shape, device=device), torch.zeros(shape[0], 1, *shape[2:], device=device)
+    images, target = images_for(network, shape), torch.zeros(shape[0], 1, *shape[2:], device=device)
     fixed = [*network.parameters(), *network.buffers()]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with LiveBytes(ignore=[*fixed, target]) as live:
@@ -280,9 +292,8 @@ def _count_optimizer(optimizer: torch.optim.Optimizer, others: list[Tensor]) -> 
 
 def _count_inference(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> int:
     fixed = [*network.parameters(), *network.buffers()]
-    device = _device(network)
-    with LiveBytes(ignore=fixed) as live, torch.no_grad(), _autocast(device, dtype):
-        network(torch.empty(*shape, device=device))
+    with LiveBytes(ignore=fixed) as live, torch.no_grad(), _autocast(_device(network), dtype):
+        network(images_for(network, shape))
     return live.peak + _bytes(fixed)
 
 

@@ -93,6 +93,16 @@ def test_a_network_on_meta_is_planned_as_on_a_cpu() -> None:
     assert all(parameter.is_meta for parameter in without_values.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_network_of_another_type_is_planned_for_images_of_that_type(dtype: torch.dtype) -> None:
+    network = SegIUNet(2, 1, 2, (8, 16), couplings=1, activations="auto", memory_budget="1 MiB").to(dtype)
+    images, target = torch.randn(1, 1, 32, 32, dtype=dtype), torch.zeros(1, 1, 32, 32)
+    plan = plan_training(network, images.shape[2:])
+    measured = peak_with_optimizer(network, images, target, torch.float32, lambda output, _: output.square().mean())
+    assert network.chosen_activations == ("store", "store")
+    assert plan.training_peak == pytest.approx(measured, rel=TOLERANCE)
+
+
 def test_a_network_is_left_as_it_was() -> None:
     network = seg()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
