@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from monai_iunet import IUNet, SegIUNet
 from monai_iunet.planning import budget
@@ -115,6 +119,41 @@ def test_auto_gives_the_gradients_of_plain_autograd() -> None:
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def _checkpointed(network: IUNet, x: Tensor) -> dict[str, Tensor]:
+    checkpoint(network, x, use_reentrant=False).square().mean().backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("gradients", [_checkpointed])
+def test_auto_in_other_ways_to_gradients(gradients: Callable[[IUNet, Tensor], dict[str, Tensor]]) -> None:
+    network, x = (
+        IUNet(2, (4, 8), couplings=1, activations="auto", memory_budget="100 KiB").double(),
+        torch.rand(1, 4, 8, 8),
+    )
+    found = gradients(network, x.double())
+    network.activations = "store"
+    expected = gradients(network, x.double())
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_nobody_sees_that_auto_chooses() -> None:
+    network = IUNet(2, (4, 8), couplings=1, activations="auto", memory_budget="100 KiB")
+    x, counts, kinds = torch.rand(1, 4, 8, 8), [], set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kinds.add(type(tensor))
+        return tensor
+
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert kinds <= {Tensor, torch.nn.Parameter}
 
 
 def test_auto_without_a_budget_is_refused() -> None:

@@ -15,6 +15,7 @@ A level is the cheaper, the coarser it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -114,5 +115,9 @@ class ChosenActivations(nn.Module):
         dtype = autocast_type(x.device) or torch.float32
         key = (tuple(x.shape), dtype, self.memory_budget)
         if key != self._chosen_for:
-            self._choose(self.activations_for(x.shape, dtype))
+            # In a thread of its own no mode and no hook of the user, such as a counter of operations or a checkpoint,
+            # takes what is only planned for a part of the step.
+            with ThreadPoolExecutor(1) as thread:
+                choice = thread.submit(self.activations_for, x.shape, dtype).result()
+            self._choose(choice)
             self._chosen_for = key
