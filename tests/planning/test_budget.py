@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,7 +127,13 @@ def _checkpointed(network: IUNet, x: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("gradients", [_checkpointed])
+def _functional(network: IUNet, x: Tensor) -> dict[str, Tensor]:
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    found: dict[str, Tensor] = grad(lambda now: functional_call(network, now, x).square().mean())(weights)
+    return found
+
+
+@pytest.mark.parametrize("gradients", [_checkpointed, _functional])
 def test_auto_in_other_ways_to_gradients(gradients: Callable[[IUNet, Tensor], dict[str, Tensor]]) -> None:
     network, x = (
         IUNet(2, (4, 8), couplings=1, activations="auto", memory_budget="100 KiB").double(),
@@ -154,6 +161,12 @@ def test_nobody_sees_that_auto_chooses() -> None:
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
     assert kinds <= {Tensor, torch.nn.Parameter}
+
+
+def test_auto_is_exported_with_gradients_enabled() -> None:
+    network = IUNet(2, (4, 8), couplings=1, activations="auto", memory_budget="100 KiB").eval()
+    x = torch.rand(1, 4, 8, 8)
+    torch.testing.assert_close(torch.export.export(network, (x,)).module()(x), network(x))
 
 
 def test_auto_without_a_budget_is_refused() -> None:

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.engine.pytorch_private import is_exporting
+from monai_iunet.engine.reversible import is_transformed
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.planning.budget import WAYS, best_activations, parse_bytes
 
@@ -107,11 +109,13 @@ class ChosenActivations(nn.Module):
 
     def _fit(self, x: Tensor) -> None:
         """Choose for images like these, once for each shape and precision, if the choice is "auto"."""
-        if self._automatic and torch.is_grad_enabled() and not torch.jit.is_tracing():
+        if self._automatic and torch.is_grad_enabled() and not (torch.jit.is_tracing() or is_exporting()):
             self._fit_uncompiled(x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fit_uncompiled(self, x: Tensor) -> None:
+        if is_transformed(x):  # where plain autograd stores activations, whatever is chosen
+            return
         dtype = autocast_type(x.device) or torch.float32
         key = (tuple(x.shape), dtype, self.memory_budget)
         if key != self._chosen_for:
