@@ -287,6 +287,8 @@ def best_activations(
     levels = network.levels
     module = cast(nn.Module, network)
     with rehearse(module, image_shape, dtype, _of_ways([0] * levels)) as fake:
+        if not any(parameter.requires_grad for parameter in fake.parameters()):
+            fake.requires_grad_()  # for the gradient of the images, which may be wanted, takes no more
 
         def peak(ways: Sequence[int]) -> int:
             fake.activations = _of_ways(ways)

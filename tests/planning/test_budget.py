@@ -133,7 +133,12 @@ def _functional(network: IUNet, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("gradients", [_checkpointed, _functional])
+def _of_the_image(network: IUNet, x: Tensor) -> dict[str, Tensor]:
+    network.requires_grad_(False)
+    return {"x": torch.autograd.grad(network(x.requires_grad_()).square().mean(), x)[0]}
+
+
+@pytest.mark.parametrize("gradients", [_checkpointed, _functional, _of_the_image])
 def test_auto_in_other_ways_to_gradients(gradients: Callable[[IUNet, Tensor], dict[str, Tensor]]) -> None:
     network, x = (
         IUNet(2, (4, 8), couplings=1, activations="auto", memory_budget="100 KiB").double(),
@@ -145,6 +150,12 @@ def test_auto_in_other_ways_to_gradients(gradients: Callable[[IUNet, Tensor], di
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name])
+
+
+def test_auto_does_not_budget_for_a_frozen_network_as_if_nothing_was_kept() -> None:
+    network, shape = IUNet(2, (4, 8), couplings=1), (1, 4, 32, 32)
+    chosen = [best_activations(network.requires_grad_(trained), "150 KiB", shape) for trained in (True, False)]
+    assert chosen[0] == chosen[1] != ("store", "store")
 
 
 def test_nobody_sees_that_auto_chooses() -> None:
