@@ -9,6 +9,7 @@ counted.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from monai_iunet.engine.pytorch_private import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    hooks_of,
     tree_leaves,
     without_modes,
 )
@@ -223,9 +225,17 @@ class _WithValues(TorchDispatchMode):
 def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Copy a network so that its parameters and buffers have no values; the network's own are not touched.
 
-    One that was built on meta is copied as to a CPU.
+    One that was built on meta is copied as to a CPU. Hooks of a user, who is to see the network itself alone, are left
+    out, but not those of PyTorch, as of weights that are pruned or normalized.
     """
     memo: dict[int, Any] = {}
+    for module in network.modules():
+        for name, hooks in hooks_of(module).items():
+            kept = ((key, hook) for key, hook in hooks.items() if not callable(hook) or _is_of_pytorch(hook))
+            memo[id(getattr(module, name))] = OrderedDict(kept)
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as such weights are, which cannot be copied
+                memo[id(value)] = mode.from_tensor(value.detach())
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_meta:
             with mode:
@@ -234,6 +244,10 @@ def _without_values(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
             fake = mode.from_tensor(tensor.detach())
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(network, memo)
+
+
+def _is_of_pytorch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "torch"
 
 
 def images_for(network: nn.Module, shape: Sequence[int]) -> Tensor:

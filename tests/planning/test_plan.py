@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from monai_iunet import SegIUNet
 from monai_iunet.benchmark.measure import peak_with_optimizer
@@ -110,6 +112,25 @@ def test_a_network_is_left_as_it_was() -> None:
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_hooks_of_a_user_see_nothing_of_a_plan() -> None:
+    network = SegIUNet(2, 1, 2, (4, 8), couplings=1, activations="auto", memory_budget="1 MiB")
+    seen = []
+    network.stem.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    network(torch.rand(1, 1, 8, 8))
+    plan_training(network, (8, 8))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", [partial(prune.l1_unstructured, amount=0.5), weight_norm, spectral_norm])
+def test_weights_that_hooks_compute_are_planned(change: Callable[..., object]) -> None:
+    plain, changed = (SegIUNet(2, 1, 2, (4, 8), couplings=1) for _ in range(2))
+    changed(torch.rand(1, 1, 8, 8))
+    change(changed.head, name="weight")
+    changed(torch.rand(1, 1, 8, 8))
+    plans = [plan_training(network, (8, 8)) for network in (plain, changed)]
+    assert plans[0].training_peak < plans[1].training_peak < 1.1 * plans[0].training_peak
 
 
 def test_a_volume_that_no_machine_holds_is_planned_all_the_same() -> None:
