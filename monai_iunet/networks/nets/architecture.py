@@ -115,21 +115,22 @@ class Architecture:
         """Return the channels of the two halves behind the last coupling of a level."""
         return self.halves(level, self.couplings[level])
 
-    def check_images(self, x: Any, name: str, channels: int) -> None:
+    def check_images(self, x: Any, name: str, channels: int | None) -> None:
         """Check that a tensor holds images that the network takes.
 
         Args:
             x: the images.
             name: name of the argument in errors.
-            channels: number of channels that the images must have.
+            channels: number of channels that the images must have; None for any.
 
         Raises:
             ValueError: when the tensor has another shape or type.
         """
         if torch.jit.is_tracing():  # would be of the example alone
             return
-        expected = f"(batch, {channels}, {', '.join(['size'] * self.spatial_dims)})"
-        if not isinstance(x, Tensor) or x.ndim != self.spatial_dims + 2 or x.shape[1] != channels:
+        expected = f"(batch, {channels or 'channels'}, {', '.join(['size'] * self.spatial_dims)})"
+        is_batch = isinstance(x, Tensor) and x.ndim == self.spatial_dims + 2
+        if not is_batch or channels not in (None, x.shape[1]):
             came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor of shape {expected}, got {came}.")
         if not x.is_floating_point():

@@ -20,11 +20,11 @@ class Traced(nn.Module):
 
     Args:
         network: from a tensor to a tensor; has parameters.
-        in_channels: of its images.
+        in_channels: of its images; None if unknown.
         factors: per axis, what the network downsamples by.
 
     Raises:
-        RuntimeError: when the network is in training mode.
+        RuntimeError: when the network is in training mode, or its channels are unknown.
 
     Example:
         >>> from monai_iunet import IUNet
@@ -33,12 +33,17 @@ class Traced(nn.Module):
         torch.Size([1, 4, 9, 11])
     """
 
-    def __init__(self, network: nn.Module, in_channels: int, factors: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, in_channels: int | None, factors: Sequence[int]) -> None:
         super().__init__()
         name = type(network).__name__
         if network.training:
             raise RuntimeError(
                 f"{name} cannot be scripted in training mode. Call eval(), or use torch.jit.trace(network, example)."
+            )
+        if in_channels is None:
+            raise RuntimeError(
+                f"{name} cannot be scripted, because its stem does not say how many channels images have. Set the "
+                "attribute in_channels of the stem, or use torch.jit.trace(network, example)."
             )
         # More than one voxel at the coarsest level, where a normalization may need them.
         weight = next(network.parameters())

@@ -73,7 +73,7 @@ class SegEnsemble(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         # The whole of it, since PyTorch would put a trace in the place of each member, in this ensemble itself.
         first: Any = self.members[0]
-        return Traced(self, first.stem.in_channels, first.iunet.factors)
+        return Traced(self, first.in_channels, first.iunet.factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the ensemble, `(batch, classes, *spatial)`, float32."""

@@ -140,16 +140,21 @@ class SegIUNet(ChosenActivations):
     def exact(self, value: bool) -> None:
         self.iunet.exact = value
 
+    @property
+    def in_channels(self) -> int | None:
+        """Channels of the image; None where what was put in the place of the stem does not say so."""
+        return getattr(self.stem, "in_channels", None)
+
     def __prepare_scriptable__(self) -> nn.Module:
-        return Traced(self, self.stem.in_channels, self.iunet.factors)
+        return Traced(self, self.in_channels, self.iunet.factors)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits `(batch, out_channels, *spatial)` of images `(batch, in_channels, *spatial)`.
 
         With `deep_supervision`, in training, a list of them, finest first.
         """
-        self.iunet.design.check_images(x, "x", self.stem.in_channels)
-        most = max(self.iunet.channels[0], self.head.out_channels)
+        self.iunet.design.check_images(x, "x", self.in_channels)
+        most = max(self.iunet.channels[0], getattr(self.head, "out_channels", 0))  # a head of one's own need not say
         self.iunet.design.check_number(x.shape, most, "Features or logits")
         self._fit(x)
         image, x = x, without_metadata(x)

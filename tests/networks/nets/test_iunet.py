@@ -384,6 +384,20 @@ def test_seg_iunet_checks_its_input() -> None:
         SegIUNet(3, 0, 4, (4, 16))
 
 
+def test_a_stem_and_a_head_of_ones_own() -> None:
+    """Of the usual kinds, which do not say how many channels they take or give."""
+    net, x = SegIUNet(2, 1, 2, (4, 8), couplings=1).eval(), torch.rand(1, 3, 8, 8)
+    net.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())  # type: ignore[assignment]
+    net.head = nn.Identity()  # type: ignore[assignment] # for its features
+    torch.testing.assert_close(net(x), net.iunet(net.stem(x)))
+    with pytest.raises(ValueError, match=r"must be a tensor of shape \(batch, channels, size, size\), got \(3, 8, 8\)"):
+        net(x[0])
+    with pytest.raises(RuntimeError, match="Set the attribute in_channels of the stem"):
+        torch.jit.script(net)
+    net.stem.in_channels = 3  # type: ignore[assignment]
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x))
+
+
 @pytest.mark.parametrize("channels", [(4,), (4, 16), (4, 16, 32, 64)])
 def test_deep_supervision(channels: tuple[int, ...]) -> None:
     net = randomize(SegIUNet(3, 1, 3, channels, couplings=2, deep_supervision=True)).double()
