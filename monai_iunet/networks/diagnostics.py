@@ -22,7 +22,8 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
     autocast if that is used.
 
     Args:
-        network: examined as if all its levels were inverted; a copy is run, so that it stays as it is.
+        network: examined as if all its levels were inverted, and all parameters trained; a copy is run, so that it
+            stays as it is.
         input: what the network takes, `(batch, channels, *spatial)`.
 
     Returns:
@@ -37,7 +38,7 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         >>> len(errors), max(errors) < 1e-4
         (2, True)
     """
-    network = copy.deepcopy(network)
+    network = copy.deepcopy(network).requires_grad_()
     network.activations = "invert"
     invertible = network.iunet if isinstance(network, SegIUNet) else network
     errors = [0.0] * invertible.levels
@@ -48,8 +49,7 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         output = network(input.detach())
         outputs = [output] if isinstance(output, Tensor) else output
         loss = torch.stack([part.float().square().mean() for part in outputs]).sum()
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        torch.autograd.grad(loss, [*network.parameters()], allow_unused=True)
     if not np.isfinite(errors).all():
         raise ValueError("input or weights give activations that are not finite, whose error cannot be told.")
     return errors

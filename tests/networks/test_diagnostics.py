@@ -54,3 +54,14 @@ def test_no_error_is_told_of_activations_that_are_not_finite(value: float) -> No
     x[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match="not finite"):
         reconstruction_error(IUNet(2, (4, 8), couplings=1), x)
+
+
+@pytest.mark.parametrize("trained", [(), ("head",), ("head", "iunet.decoder")])
+def test_frozen_parts_are_examined_as_trained_ones(trained: tuple[str, ...]) -> None:
+    network, x = SegIUNet(2, 1, 2, (4, 8), couplings=2), torch.randn(1, 1, 8, 8)
+    expected = reconstruction_error(network, x)
+    network.requires_grad_(False)
+    for name in trained:
+        network.get_submodule(name).requires_grad_()
+    assert reconstruction_error(network, x) == expected
+    assert not network.iunet.encoder[0][0].branch[0].weight.requires_grad
