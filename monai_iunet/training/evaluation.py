@@ -229,9 +229,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows, which have the same columns, as a CSV file; floats with four digits behind the point."""
-    lines = [[f"{value:.4f}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    """Write rows, which have the same columns, as a CSV file; floats with four digits behind the point.
+
+    Small ones, as volumes of voxels of micrometers are in mm³, have four digits that count.
+    """
+    lines = [[_number(value) if isinstance(value, float) else value for value in row.values()] for row in rows]
     write_text(path, csv_text([rows[0], *lines]))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if 0 < abs(value) < 0.1 else f"{value:.4f}"
 
 
 def _as_text(summary: Sequence[Row]) -> str:

@@ -12,7 +12,8 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from monai_iunet.training.evaluation import CaseReport, compare, mean_dice_of_cases, read_rows
+from monai_iunet.fitting.cross_validation import read_scores
+from monai_iunet.training.evaluation import CaseReport, compare, mean_dice_of_cases, read_rows, write_rows
 
 
 def boxes(start: int) -> torch.Tensor:
@@ -88,6 +89,18 @@ def test_the_report_counts_contoured_structures_only(tmp_path: Path, caplog: pyt
     assert [row["cases"] for row in summary] == ["2", "1"]
     assert float(summary[0]["dice_mean"]) == pytest.approx(0.875)
     assert "slab      1  1.000" in caplog.text
+
+
+def test_volumes_of_voxels_of_micrometers_are_written_with_their_digits(tmp_path: Path) -> None:
+    """Those of nothing would not count in a cross-validation."""
+    truth, prediction = torch.zeros(16, 16, 16), torch.zeros(16, 16, 16)
+    truth[4:12, 4:12, 4:12], prediction[5:12, 4:12, 4:12] = 1, 1
+    (row,) = compare(prediction, truth, (0.0026,) * 3, ["cell"])
+    write_rows(tmp_path / "cases.csv", [{"case": "a", **row}])
+    (written,) = read_rows(tmp_path / "cases.csv")
+    for name in ("dice", "hausdorff95_mm", "surface_distance_mm", "volume_mm3", "reference_mm3"):
+        assert float(written[name]) == pytest.approx(row[name], rel=1e-3)
+    assert len(read_scores([tmp_path / "cases.csv"])) == 1
 
 
 def test_cases_whose_files_have_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
