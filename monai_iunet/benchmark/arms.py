@@ -31,6 +31,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
 from monai_iunet.fitting.plan import largest_image, read_plan
 from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.text import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import plan_training
@@ -152,9 +153,20 @@ def _test_cases(dataset_dir: str | Path, listed: Path, count: int) -> list[str]:
     """Return the file names of the test cases: those that are listed, or some that are drawn and then listed."""
     cases = sorted(Path(case["image"]).name for case in list_cases(dataset_dir))
     if listed.is_file():
-        names = json.loads(listed.read_text(encoding="utf-8"))
+        try:
+            names = json.loads(listed.read_text(encoding="utf-8"))
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("no list of texts")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{listed}: must list file names of images, such as {json.dumps(cases[:1])}; {first_line(error)}."
+            ) from error
         if missing := set(names) - set(cases):
             raise InputError(f"{listed}: {dataset_dir} has no image {', '.join(sorted(missing))}.")
+        if not 0 < len(set(names)) < len(cases):
+            raise InputError(
+                f"{listed}: lists {len(set(names))} of {len(cases)} cases, some are needed to train and some to test."
+            )
     else:
         if not 0 < count < len(cases):
             raise InputError(f"--tests {count}: of {len(cases)} cases, some are needed to train and some to test.")

@@ -123,6 +123,25 @@ def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_pa
         arms._test_cases(data, tmp_path / "other.json", 6)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case_05.nii.gz", "must list file names of images, such as .*case_00"),
+        ('"case_05.nii.gz"', "must list file names of images, such as .*case_00"),
+        ('[{"image": "case_05.nii.gz"}]', "must list file names of images, such as .*case_00"),
+        ("[]", "lists 0 of 6 cases"),
+        (json.dumps([f"case_{number:02}.nii.gz" for number in range(6)]), "lists 6 of 6 cases"),
+    ],
+)
+def test_lists_that_leave_no_comparison_are_refused(
+    text: str, message: str, planned: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, _ = planned
+    (tmp_path / "test_cases.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        arms._test_cases(data, tmp_path / "test_cases.json", 2)
+
+
 def test_a_plan_of_whole_images_has_no_patch_to_compare(planned: tuple[Path, Path], tmp_path: Path) -> None:
     data, plan = planned
     content = json.loads((plan / "docs" / "plan.json").read_text())
