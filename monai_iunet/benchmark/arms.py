@@ -117,7 +117,7 @@ def compare_arms(
     values = None if task.label_values is None else (0, *task.label_values)
     check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
     check_asked(output, {"dataset": str(Path(dataset_dir).resolve())})
-    test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests)
+    test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests, task.left_out)
     timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
     task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)
     extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)
@@ -149,9 +149,12 @@ def compare_arms(
     return result
 
 
-def _test_cases(dataset_dir: str | Path, listed: Path, count: int) -> list[str]:
-    """Return the file names of the test cases: those that are listed, or some that are drawn and then listed."""
-    cases = sorted(Path(case["image"]).name for case in list_cases(dataset_dir))
+def _test_cases(dataset_dir: str | Path, listed: Path, count: int, left_out: Sequence[str] = ()) -> list[str]:
+    """Return the file names of the test cases: those that are listed, or some that are drawn and then listed.
+
+    Of the cases that a plan has left out there is none: they are not evaluated.
+    """
+    cases = sorted(Path(case["image"]).name for case in list_cases(dataset_dir, without=left_out))
     if listed.is_file():
         try:
             names = json.loads(listed.read_text(encoding="utf-8"))
@@ -162,7 +165,9 @@ def _test_cases(dataset_dir: str | Path, listed: Path, count: int) -> list[str]:
                 f"{listed}: must list file names of images, such as {json.dumps(cases[:1])}; {first_line(error)}."
             ) from error
         if missing := set(names) - set(cases):
-            raise InputError(f"{listed}: {dataset_dir} has no image {', '.join(sorted(missing))}.")
+            raise InputError(
+                f"{listed}: {dataset_dir} has no image {', '.join(sorted(missing))}, or the plan leaves it out."
+            )
         if not 0 < len(set(names)) < len(cases):
             raise InputError(
                 f"{listed}: lists {len(set(names))} of {len(cases)} cases, some are needed to train and some to test."

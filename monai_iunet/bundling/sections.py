@@ -221,14 +221,15 @@ def datalist(task: Task, validation: str = "validation") -> Config:
         values += "" if task.in_channels == 1 else f", channels={task.in_channels}"
         return f"$monai_iunet.check_cases({cases}, @num_classes, @check_data, @skip_bad_cases{values})"
 
+    lists = {"left_out": list(task.left_out)} if without else {}
+    lists |= {"judges": list(task.judges)} if task.judges else {}
     if not task.validation_cases:
         sections = {"training": check(section("training")), "validation": check(section(validation))}
-        left_out = {"left_out": list(task.left_out)} if without else {}
-        judges = {"judges": list(task.judges)} if task.judges else {}
-        return {"fold": task.fold, "folds": task.folds, **left_out, **judges, "datalist": sections}
+        return {"fold": task.fold, "folds": task.folds, **lists, "datalist": sections}
     names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
     kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
     return {
+        **lists,
         "validation_cases": f"${names}",
         "cases": f"${section(None)}",
         "datalist": {"training": check(kept.format("not in")), "validation": check(kept.format("in"))},

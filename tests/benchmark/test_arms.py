@@ -19,9 +19,11 @@ from monai_iunet import BundleSegmenter, InputError, bundle_folder, fit, read_im
 from monai_iunet.benchmark import arms
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
 from monai_iunet.benchmark.arms_figure import draw_arms
+from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.bundling.task import HIPPOCAMPUS
 from monai_iunet.cli import app
 from monai_iunet.fitting.plan import read_plan
+from monai_iunet.io.bundles import read_config
 from tests.bundles.helpers import run
 from tests.fitting.made_sets import make_set
 
@@ -121,6 +123,27 @@ def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_pa
         arms._test_cases(data, listed, 2)
     with pytest.raises(InputError, match="--tests 6"):
         arms._test_cases(data, tmp_path / "other.json", 6)
+
+
+def test_what_a_plan_leaves_out_is_neither_trained_nor_tested_on(planned: tuple[Path, Path], tmp_path: Path) -> None:
+    data, plan = planned
+    listed, left_out = tmp_path / "test_cases.json", ("case_01.nii.gz", "case_05.nii.gz")
+    drawn = arms._test_cases(data, listed, 3, left_out)
+    assert len(drawn) == 3
+    task = replace(read_plan(plan / "docs" / "plan.json").task, validation_cases=True, left_out=left_out)
+    bundle = write_bundle(task, tmp_path / "bundle")
+    (bundle / "configs" / "validation_cases.json").write_text(json.dumps(drawn))
+    parser = read_config(bundle / "configs" / "train.json")
+    parser.update({"bundle_root": str(bundle), "dataset_dir": str(data)})
+    found = {
+        name: {Path(case["image"]).name for case in cases}
+        for name, cases in parser.get_parsed_content("datalist").items()
+    }
+    assert found["validation"] == {*drawn}
+    assert found["training"] == {f"case_{number:02}.nii.gz" for number in range(6)} - {*drawn, *left_out}
+    listed.write_text('["case_01.nii.gz"]')
+    with pytest.raises(InputError, match=r"no image case_01\.nii\.gz, or the plan leaves it out"):
+        arms._test_cases(data, listed, 3, left_out)
 
 
 @pytest.mark.parametrize(
