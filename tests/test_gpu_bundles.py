@@ -65,7 +65,7 @@ def test_a_network_gives_what_it_gives_on_the_cpu(task: Task) -> None:
 
 
 def test_whole_heads_are_segmented_as_on_the_cpu() -> None:
-    """The example that comes with the package: both hippocampi of a template, in crops that a registration finds."""
+    """The example that comes with the package: both hippocampi of a template, in crops."""
     found = []
     for device in ("cpu", DEVICE):
         segmenter = BundleSegmenter(HIPPOCAMPUS, device=device)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from monai_iunet.segmentation.regions import CoarseSegmenter, RegionFinder
-from monai_iunet.segmentation.segmented_head import SegmentedHead
 from monai_iunet.segmentation.whole_head import WholeHead
 
-__all__ = ["BY_BRAIN", "REGION_FINDERS"]
+__all__ = ["REGION_FINDERS"]
 
-# Each is made from the names of a crop's labels, and what opens the brain bundle.
+# Each is made from the names of a crop's labels, and what opens the brain bundle, on whose weights regions depend.
 REGION_FINDERS: Mapping[str, Callable[[dict[int, str], Callable[[], CoarseSegmenter]], RegionFinder]] = {
-    "whole_head": lambda parts, open_brain: WholeHead(parts),
-    "segmented_head": SegmentedHead,
+    "whole_head": WholeHead,
 }
-BY_BRAIN = ("segmented_head",)  # those whose regions depend on the weights of the brain bundle

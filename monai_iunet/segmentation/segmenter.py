@@ -32,7 +32,7 @@ from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab
-from monai_iunet.segmentation.region_finders import BY_BRAIN, REGION_FINDERS
+from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.system import available_memory
@@ -119,7 +119,7 @@ class BundleSegmenter:
         used = [weights] if self.second is None else [weights, self.second.weights]
         self.digests = {name: weights_digest(self.folder, name) for name in used}
         brain = installed_bundles().get(BRAIN)
-        if brain is not None and self.metadata.get("region_finder") in BY_BRAIN:
+        if brain is not None and "region_finder" in self.metadata:
             self.digests["brain bundle"] = weights_digest(brain)
 
     def _read_metadata(self) -> dict[str, Any]:

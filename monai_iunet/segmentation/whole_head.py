@@ -1,41 +1,37 @@
-"""Both hippocampi in a whole head: registration finds them, the network, which has only seen crops, segments them.
+"""Both hippocampi in a whole head of any contrast: one network finds them, another, which has only seen crops, segments
+them.
 
-The MNI152 template is registered to the image by mutual information, which needs no equal contrast: from several
-orientations at a coarse resolution, then rigid, then affine from coarse to fine. The template is skull-stripped, so
-only its brain, somewhat dilated, is compared. A box around where each hippocampus of the template lies is then cut out
-of the image in the template's orientation and the head's own size, segmented, the right one in the mirror image, and
-pasted back.
-
-Source of the metric: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
+The brain bundle segments the head at 2 mm. The centers of its structures beside those of the MNI152 template give the
+affine map from the template to the image, which takes the place of a registration. A box around where each hippocampus
+of the template lies is then cut out of the image in the template's orientation and the head's own size, segmented, the
+right one in the mirror image, and pasted back.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import nibabel
 import numpy as np
-import SimpleITK
 from scipy import ndimage
 from scipy.linalg import polar
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.geometry import RAS_TO_LPS, to_simpleitk
-from monai_iunet.segmentation.regions import Labels, SegmentCrop
+from monai_iunet.segmentation.landmarks import check_sides, locate_head, structure_centers
+from monai_iunet.segmentation.regions import CoarseSegmenter, Labels, SegmentCrop
 
-__all__ = ["WholeHead", "load_template", "register_template"]
+__all__ = ["WholeHead", "load_template"]
 
 # Around the left hippocampus, in mm of MNI space, about as large as the images of the training data.
 LEFT_BOX = ((-44.0, -46.0, -31.0), (-7.0, 5.0, 8.0))
 
-START_ANGLES = (-25.0, 25.0)  # degrees about each axis, beside none
-LEAST_SIMILARITY = 0.5
-
 
 def load_template(resolution: int = 1) -> nibabel.Nifti1Image:
     """Return the skull-stripped T1 template ICBM 152 2009, which nilearn ships: no download.
+
+    Args:
+        resolution: size of a voxel in mm, a whole number.
 
     Example:
         >>> load_template(resolution=2).shape
@@ -51,14 +47,16 @@ class WholeHead:
 
     Args:
         parts: name of each label of one hippocampus; those of the right one are counted on.
+        open_brain: opens the brain bundle, when it is needed.
 
     Example:
-        >>> WholeHead({1: "front", 2: "back"}).names
+        >>> WholeHead({1: "front", 2: "back"}, open_brain=lambda: None).names
         {1: 'left front', 2: 'left back', 3: 'right front', 4: 'right back'}
     """
 
-    def __init__(self, parts: dict[int, str]) -> None:
+    def __init__(self, parts: dict[int, str], open_brain: Callable[[], CoarseSegmenter]) -> None:
         self.parts = parts
+        self.open_brain = open_brain
         self.names = {
             **{value: f"left {name}" for value, name in parts.items()},
             **{value + len(parts): f"right {name}" for value, name in parts.items()},
@@ -68,9 +66,20 @@ class WholeHead:
         """Return the 4 x 4 matrix from millimeters of MNI space to those of an image of a head.
 
         Raises:
-            InputError: when the image is not like the template anywhere.
+            InputError: when the image does not show a head with both hippocampi.
         """
-        return register_template(image)
+        brain = self.open_brain()
+        labels, affine = brain.segment_coarsely(image)
+        centers = structure_centers(labels, affine, brain.labels)
+        matrix = locate_head(centers)
+        check_sides(labels, brain.labels)
+        missing = [side for side in ("left", "right") if f"{side} hippocampus" not in centers]
+        if missing:
+            raise InputError(
+                f"the {' and the '.join(missing)} hippocampus is not seen in this head. Use an image that shows both, "
+                "or crop it around the other one."
+            )
+        return matrix
 
     def example(self) -> tuple[nibabel.Nifti1Image, np.ndarray]:
         """Return the template, and the matrix to it, which is the identity."""
@@ -148,87 +157,3 @@ def _bounds(matrix: np.ndarray, shape: Sequence[int], within: Sequence[int]) -> 
     low = np.clip(np.floor(reached.min(0)).astype(int), 0, np.array(within) - 1)
     high = np.clip(np.ceil(reached.max(0)).astype(int) + 1, low + 1, within)
     return tuple(map(slice, low.tolist(), high.tolist()))
-
-
-def register_template(image: nibabel.Nifti1Image) -> np.ndarray:
-    """Return the 4 x 4 matrix from millimeters of MNI space to those of an image of a head.
-
-    Raises:
-        InputError: when the image is not like the template anywhere.
-    """
-    fixed, moving = to_simpleitk(load_template(resolution=2)), to_simpleitk(image)
-    brain = SimpleITK.BinaryDilate(SimpleITK.Cast(fixed > 0.01, SimpleITK.sitkUInt8), [3, 3, 3])
-    try:
-        affine = _align(fixed, moving, brain)
-    except RuntimeError as error:  # nothing to compare: a constant image, or no overlap
-        raise InputError("registration failed: the image does not look like a head at all.") from error
-    resampled = SimpleITK.Resample(moving, fixed, affine, SimpleITK.sitkLinear, 0.0)
-    similarity = _similarity(fixed, resampled, brain)
-    if similarity < LEAST_SIMILARITY:
-        raise InputError(
-            f"registration failed: the correlation of the image with the MNI152 template is {similarity:.2f}, at least "
-            f"{LEAST_SIMILARITY} is needed. Use a T1-weighted MRI of a whole head, or crop it around a hippocampus."
-        )
-    matrix = np.array(affine.GetMatrix()).reshape(3, 3)
-    center, translation = np.array(affine.GetCenter()), np.array(affine.GetTranslation())
-    return RAS_TO_LPS @ nibabel.affines.from_matvec(matrix, center + translation - matrix @ center) @ RAS_TO_LPS
-
-
-def _align(fixed: Any, moving: Any, brain: Any) -> Any:
-    """Return the affine transform from the fixed to the moving image."""
-    coarse = _method(brain, shrink=[4], smoothing=[6], sampled=0.3)
-    starts: list[tuple[float, int, Any]] = []
-    for start in _starts(fixed, moving):
-        coarse.SetInitialTransform(start, inPlace=True)
-        starts.append((coarse.MetricEvaluate(fixed, moving), len(starts), start))
-    results = []
-    for _, number, start in sorted(starts)[:4]:
-        coarse.SetInitialTransform(start, inPlace=True)
-        coarse.Execute(fixed, moving)
-        results.append((coarse.GetMetricValue(), number, start))
-    rigid = min(results)[2]
-    affine = SimpleITK.AffineTransform(rigid.GetMatrix(), rigid.GetTranslation(), rigid.GetCenter())
-    fine = _method(brain, shrink=[4, 2, 1], smoothing=[6, 3, 1], sampled=0.1)
-    fine.SetInitialTransform(affine, inPlace=True)
-    fine.Execute(fixed, moving)
-    return affine
-
-
-def _starts(fixed: Any, moving: Any) -> list[Any]:
-    """Return rigid transforms to begin from: two ways to align the centers, seven orientations each."""
-    angles = [np.zeros(3)]
-    angles += [np.deg2rad(angle) * np.eye(3)[axis] for axis, angle in itertools.product(range(3), START_ANGLES)]
-    kinds = SimpleITK.CenteredTransformInitializerFilter
-    starts = []
-    for kind, angle in itertools.product((kinds.MOMENTS, kinds.GEOMETRY), angles):
-        centered = SimpleITK.CenteredTransformInitializer(fixed, moving, SimpleITK.Euler3DTransform(), kind)
-        start = SimpleITK.Euler3DTransform(centered)
-        start.SetRotation(*angle.tolist())
-        starts.append(start)
-    return starts
-
-
-def _method(brain: Any, shrink: list[int], smoothing: list[int], sampled: float) -> Any:
-    method = SimpleITK.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(32)
-    method.SetMetricFixedMask(brain)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(sampled, 7)  # a fixed seed
-    method.SetInterpolator(SimpleITK.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(2.0, 0.02, 150, 0.6, 1e-6)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(shrink)
-    method.SetSmoothingSigmasPerLevel(smoothing)  # mm
-    return method
-
-
-def _similarity(fixed: Any, resampled: Any, brain: Any) -> float:
-    """Return the correlation within the brain of both images, smoothed so that noise does not count."""
-    inside = SimpleITK.GetArrayFromImage(brain) > 0
-    template_values, image_values = (
-        SimpleITK.GetArrayFromImage(SimpleITK.SmoothingRecursiveGaussian(image, 3.0))[inside]
-        for image in (fixed, resampled)
-    )
-    if image_values.std() == 0:
-        return 0.0
-    return float(np.corrcoef(template_values, image_values)[0, 1])

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from scipy import ndimage
 
 from monai_iunet import BundleSegmenter
 from monai_iunet.errors import InputError
+from monai_iunet.segmentation.whole_head import load_template
 from monai_iunet.training.record import trained_value
 from monai_iunet.transforms.head_labels import STRUCTURES
 from tests.bundles.helpers import losses, run
@@ -113,3 +115,16 @@ def test_an_image_smaller_than_two_voxels_of_the_coarsest_level_is_segmented(sha
     image = nibabel.Nifti1Image(np.random.default_rng(0).random(shape, np.float32), np.eye(4))
     segmenter = BundleSegmenter(BUNDLE, "cpu")
     assert segmenter.segment_crop(image).labels.shape == shape
+
+
+def test_the_template_is_registered_to_heads_and_to_nothing_else() -> None:
+    register = script("place_landmarks").register_template
+    template = load_template(resolution=2)
+    turned = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(0.1, -0.15, 0.2), [5.0, -8.0, 10.0])
+    moved = nibabel.Nifti1Image(template.get_fdata(dtype=np.float32), turned @ template.affine)
+    points = np.array([[0.0, 0, 0], [-25, -20, -15], [25, -20, -15], [0, 40, 30]])
+    found, true = (nibabel.affines.apply_affine(matrix, points) for matrix in (register(moved), turned))
+    assert np.abs(found - true).max() < 1  # mm
+    blobs = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(60, 70, 60)), 4).astype(np.float32)
+    with pytest.raises(InputError, match="registration failed"):
+        register(nibabel.Nifti1Image(blobs, np.diag([3.0, 3, 3, 1])))

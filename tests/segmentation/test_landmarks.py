@@ -10,7 +10,7 @@ import pytest
 
 from monai_iunet.errors import InputError
 from monai_iunet.segmentation.landmarks import LANDMARKS, check_sides, locate_head, structure_centers
-from monai_iunet.segmentation.segmented_head import SegmentedHead
+from monai_iunet.segmentation.whole_head import WholeHead
 from monai_iunet.transforms.head_labels import STRUCTURES, structure_labels
 
 POINTS = np.array([center for center, _ in LANDMARKS.values()])
@@ -117,7 +117,7 @@ def test_a_segmented_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     small_landmarks(monkeypatch)
     wanted = turned((5, -5, 8))
     wanted[:3, 3] = [3.0, 4.0, 5.0]
-    finder = SegmentedHead({1: "hippocampus"}, lambda: Painted(wanted))
+    finder = WholeHead({1: "hippocampus"}, lambda: Painted(wanted))
     found = finder.find(nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4)))
     moved, true = (POINTS @ matrix[:3, :3].T + matrix[:3, 3] for matrix in (found, wanted))
     assert np.abs(moved - true).max() < 3
@@ -125,7 +125,7 @@ def test_a_segmented_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hippocampus_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     small_landmarks(monkeypatch)
-    finder = SegmentedHead({1: "hippocampus"}, lambda: Painted(np.eye(4), left_out="right hippocampus"))
+    finder = WholeHead({1: "hippocampus"}, lambda: Painted(np.eye(4), left_out="right hippocampus"))
     with pytest.raises(InputError, match="the right hippocampus is not seen"):
         finder.find(nibabel.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4)))
 
