@@ -130,10 +130,11 @@ if TYPE_CHECKING:
     from monai_iunet.training.autocast import AutocastInferer
     from monai_iunet.training.average import WeightAverage
     from monai_iunet.training.cases import check_cases, check_images, images_to_segment
-    from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
+    from monai_iunet.training.checkpoints import Checkpoints
     from monai_iunet.training.dataset import list_cases
     from monai_iunet.training.early_stop import EarlyStop
     from monai_iunet.training.evaluation import CaseReport
+    from monai_iunet.training.fine_tuning import StartFrom, start_from
     from monai_iunet.training.growing import GrowingPatches
     from monai_iunet.training.handler_group import HandlerGroup
     from monai_iunet.training.overrides import check_overrides
@@ -277,10 +278,11 @@ _NAMES = {
     "training.autocast": ("AutocastInferer",),
     "training.average": ("WeightAverage",),
     "training.cases": ("check_cases", "check_images", "images_to_segment"),
-    "training.checkpoints": ("Checkpoints", "StartFrom", "start_from"),
+    "training.checkpoints": ("Checkpoints",),
     "training.dataset": ("list_cases",),
     "training.early_stop": ("EarlyStop",),
     "training.evaluation": ("CaseReport",),
+    "training.fine_tuning": ("StartFrom", "start_from"),
     "training.growing": ("GrowingPatches",),
     "training.handler_group": ("HandlerGroup",),
     "training.overrides": ("check_overrides",),

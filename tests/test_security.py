@@ -21,7 +21,7 @@ from monai_iunet.io.bundles import bundle_folder
 from monai_iunet.io.weights import read_weights
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.training.cases import images_to_segment
-from monai_iunet.training.checkpoints import start_from
+from monai_iunet.training.fine_tuning import start_from
 from tests.bundles.helpers import command
 from tests.bundles.made_data import HIPPOCAMPUS, make_hippocampus_data
 from tests.io.dicom_files import write_series

@@ -31,7 +31,7 @@ from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import TrainingPlan, plan_training
 from monai_iunet.segmentation.sides import side_pairs
-from monai_iunet.training.dataset import patients_of
+from monai_iunet.training.dataset import FOLDS, patients_of
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
@@ -69,7 +69,6 @@ WITHOUT_INSTRUCTIONS = 0.5  # times as fast as float32 is bfloat16 at most on a 
 MEASURED, TINY = 48, 16  # voxels along an axis of patches whose training is timed
 THICK = 2.0  # slices, times the size of voxels in them
 GROWTH = (0.5, 0.75)  # of the length of the patch along each axis, before the patch itself
-FOLDS = 5
 JUDGED_FROM = 50  # cases: a tenth of fewer would not tell networks apart
 JUDGES = 10  # every so many cases
 

@@ -23,7 +23,7 @@ from monai_iunet.io.channels import channel_files
 from monai_iunet.io.files import SUFFIXES, image_name
 from monai_iunet.training.cases import image_of
 
-__all__ = ["LabeledData", "list_cases", "patients_of", "read_labeled_data", "split_cases"]
+__all__ = ["FOLDS", "LabeledData", "list_cases", "patients_of", "read_labeled_data", "split_cases"]
 
 logger = logging.getLogger(__name__)
 

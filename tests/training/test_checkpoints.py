@@ -23,7 +23,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from monai_iunet import SegIUNet
 from monai_iunet.errors import InputError
-from monai_iunet.training.checkpoints import Checkpoints, StartFrom, start_from
+from monai_iunet.training.checkpoints import Checkpoints
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.time_limit import TimedDecay
 
@@ -377,27 +377,6 @@ def test_a_training_goes_on_with_the_cases_that_it_has_learned(others: list[int]
         with_files(others, resume=True)
 
 
-def test_starting_from_weights_takes_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    one, other, average = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, classes)) for classes in (4, 5, 5))
-    torch.save(one.state_dict(), tmp_path / "model.pt")
-    before = other[1].weight.clone()
-    start_from(tmp_path / "model.pt", other, average)
-    for network in (other, average):
-        assert torch.equal(network[0].weight, one[0].weight)
-    assert torch.equal(other[1].weight, before)
-    assert "new are: 1.bias, 1.weight" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("saved", "message"), [({"a": torch.zeros(1)}, "nothing in it fits. It holds a"), ([1], "not the weights")]
-)
-def test_weights_of_something_else_are_refused(saved: object, message: str, tmp_path: Path) -> None:
-    torch.save(saved, tmp_path / "model.pt")
-    with pytest.raises(InputError, match=message):
-        start_from(tmp_path / "model.pt", nn.Linear(2, 3))
-
-
 class Constant(Metric):
     """A metric that is always the same."""
 
@@ -522,25 +501,6 @@ def test_an_early_stop_that_is_attached_twice_counts_a_validation_once() -> None
     assert early_stop.counter == 2
 
 
-def test_weights_must_fit_each_of_the_networks(tmp_path: Path) -> None:
-    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(InputError, match="nothing in it fits"):
-        start_from(tmp_path / "model.pt", nn.Linear(5, 7), nn.Linear(2, 3))
-
-
-def test_weights_of_another_orthogonal_map_are_refused(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "channels": (4, 8)}
-    one, other, wider = (
-        SegIUNet(out_channels=classes, orthogonal_map=kind, **options)
-        for classes, kind in ((2, "cayley"), (2, "matrix_exp"), (3, "cayley"))
-    )
-    torch.save(one.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"model\.pt: weights of another network: .* orthogonal_map='cayley'"):
-        start_from(tmp_path / "model.pt", other)
-    start_from(tmp_path / "model.pt", wider)
-    assert torch.equal(weights(wider.iunet), weights(one.iunet))
-
-
 def test_weights_of_a_training_know_their_orthogonal_map(tmp_path: Path) -> None:
     options: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": (4, 8)}
     trainer, _ = training(tmp_path, max_epochs=1, network=SegIUNet(orthogonal_map="cayley", **options))
@@ -550,11 +510,3 @@ def test_weights_of_a_training_know_their_orthogonal_map(tmp_path: Path) -> None
         SegIUNet(orthogonal_map="cayley", **options).load_state_dict(saved)
         with pytest.raises(RuntimeError, match="was saved with orthogonal_map='cayley'"):
             SegIUNet(orthogonal_map="matrix_exp", **options).load_state_dict(saved)
-
-
-def test_a_training_that_goes_on_is_not_started_from_other_weights(tmp_path: Path) -> None:
-    trainer, network = training(tmp_path, max_epochs=1)
-    trainer.run()
-    resumed, network = training(tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"a training that goes on after epoch 1\. Attach StartFrom before"):
-        StartFrom(tmp_path / "model_final.pt", [network]).attach(resumed)
