@@ -55,6 +55,13 @@ def write_configs(task: Task, bundle: str | Path) -> None:
 def write_bundle(task: Task, folder: str | Path) -> Path:
     """Write a new bundle, without weights: configs, metadata, logging, license and a README to complete.
 
+    Args:
+        task: what the bundle segments.
+        folder: is created.
+
+    Returns:
+        The folder.
+
     Raises:
         InputError: when the folder exists and is not empty.
 

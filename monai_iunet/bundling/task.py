@@ -88,6 +88,10 @@ class Task:
         members: networks that segment together, as a `SegEnsemble`; 1 for one alone. They are evaluated on the judges,
             or on the data set's own validation cases.
 
+    Raises:
+        InputError: for values that no bundle can be made of, such as equal names of classes, a patch that the network
+            does not divide, or a number that is not positive.
+
     Example:
         >>> task = Task("iunet_liver_ct", "CT", ("liver",), "data", spacing=(1.5, 1.5, 2.0), roi_size=(96, 96, 64))
         >>> from monai_iunet.bundling.new_bundle import bundle_configs

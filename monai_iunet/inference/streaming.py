@@ -117,6 +117,10 @@ class StreamingInferer(SlidingWindowInferer):
         options: of MONAI's `SlidingWindowInferer`. What is about buffers and caches has no effect; `with_coord` is
             refused.
 
+    Raises:
+        ValueError: when `roi_size` is not a size, `sw_batch_size` is less than 1, a part of `sigma_scale` is not
+            positive, or `with_coord` is asked for.
+
     Example:
         >>> inferer = StreamingInferer(roi_size=(8, 8), overlap=0.5, mode="gaussian", argmax=True)
         >>> images = torch.rand(1, 1, 40, 9)

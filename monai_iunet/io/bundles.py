@@ -78,20 +78,24 @@ def bundle_folder(bundle: str | Path | None = None) -> Path:
     )
 
 
-def bundle_facts(folder: Path) -> dict[str, Any]:
+def bundle_facts(bundle: str | Path) -> dict[str, Any]:
     """Return the main facts of a bundle from its metadata.
+
+    Args:
+        bundle: a folder or a name, see `bundle_folder`.
 
     Returns:
         "task", "modality", "classes" (a list), "dice" (mean over the validation cases) and "training_mib" (a step's
         memory beside parameters and gradients); the last two are None where they have not been measured.
 
     Raises:
-        InputError: when the metadata cannot be read.
+        InputError: when there is no such bundle, or its metadata cannot be read.
 
     Example:
-        >>> bundle_facts(bundle_folder("hippocampus"))["classes"]
+        >>> bundle_facts("hippocampus")["classes"]
         ['anterior hippocampus', 'posterior hippocampus']
     """
+    folder = bundle if isinstance(bundle, Path) else bundle_folder(bundle)
     path = folder / "configs" / "metadata.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))

@@ -51,14 +51,19 @@ def list_series(folder: str | Path) -> list[Series]:
 
     Of empty files, which may have been slices, the log says that they are left out.
 
+    Args:
+        folder: with the files of the series.
+
     Raises:
-        InputError: when a file is damaged, or a link leads to none.
+        InputError: when there is no such folder, a file is damaged, or a link leads to none.
 
     Example:
         >>> import tempfile
         >>> list_series(tempfile.mkdtemp())
         []
     """
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: not a folder. Name the folder of the DICOM files.")
     headers: dict[str, list[tuple[str, Any]]] = {}
     empty: list[Path] = []
     for file in sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and not path.is_dir()):

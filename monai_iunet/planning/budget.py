@@ -65,7 +65,7 @@ def largest_patch(
         options: of `plan_training`, without the size.
 
     Raises:
-        ValueError: when not even the smallest patch fits, or the limits leave none.
+        ValueError: when not even the smallest patch fits, the limits leave none, or `memory_budget` is not a size.
 
     Example:
         >>> from monai_iunet import SegIUNet
@@ -217,7 +217,7 @@ def most_couplings(
         options: of `plan_training`, without the size.
 
     Raises:
-        ValueError: when not even one coupling fits.
+        ValueError: when not even one coupling fits, or `memory_budget` is not a size.
 
     Example:
         >>> from monai_iunet import SegIUNet

@@ -21,11 +21,14 @@ class RandIntensityCurved(RandomizableTransform, MapTransform):
     something like T2-weighted ones, proton density or FLAIR, or into what no scanner makes.
 
     Args:
-        keys: images; what is changed of integers is float32.
+        keys: images, of any shape; what is changed of integers is float32.
         prob: probability of a change.
         max_knots: the curve has from 2 to so many points, the ends among them.
         prob_monotone: probability of a curve that keeps the order of intensities or, as often, turns it round;
             otherwise it may be any.
+
+    Raises:
+        ValueError: when `max_knots` is less than 2.
 
     Example:
         >>> change = RandIntensityCurved("image", prob=1.0).set_random_state(0)

@@ -14,6 +14,9 @@ def is_scanned(image: torch.Tensor) -> torch.Tensor:
 
     It is a named function because data loaders pickle what they hand to other processes.
 
+    Args:
+        image: of any shape.
+
     Example:
         >>> is_scanned(torch.tensor([-1024.0, -1000.0, -500.0, 40.0])).tolist()
         [False, False, True, True]

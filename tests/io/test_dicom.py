@@ -321,6 +321,11 @@ def test_a_whole_uid_is_not_the_beginning_of_another(tmp_path: Path) -> None:
         read_image(tmp_path, UID)
 
 
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing: not a folder"):
+        list_series(tmp_path / "missing")
+
+
 def test_slices_with_a_series_of_their_own_are_one_volume(tmp_path: Path) -> None:
     changed = {index: {"SeriesInstanceUID": f"{UID}.9.{index}"} for index in range(6)}
     folder = write_slices(tmp_path / "a", stored(), changed)

@@ -121,6 +121,9 @@ class Branch(nn.Sequential):
     What is compiled gets a copy of the input, contiguous and no view of something else, so that the backward pass,
     which evaluates a branch again on a rebuilt input, meets the same conditions and is not compiled once more.
 
+    Args:
+        args: the layers, see `torch.nn.Sequential`.
+
     Example:
         >>> import torch
         >>> branch = Branch(nn.Conv2d(3, 2, 3, padding=1), nn.LeakyReLU())

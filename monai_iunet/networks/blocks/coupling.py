@@ -44,10 +44,15 @@ class AdditiveCoupling(InvertibleLayer):
     """Couples a pair of tensors additively.
 
     Args:
-        branch: the network F, from tensors like the second of the pair to tensors like the first.
+        branch: the network F, from `(batch, channels of the second, *spatial)` to `(batch, channels of the first,
+            *spatial)`.
 
     Attributes:
         keeps_convolutions: whether outputs of convolutions are kept, so that the second evaluation is quick.
+
+    Raises:
+        ValueError: from a call, when the branch returns another shape than that of the first.
+        RuntimeError: from a call, when the branch changes its input.
 
     Example:
         >>> coupling = AdditiveCoupling(nn.Conv2d(2, 1, 3, padding=1))

@@ -51,6 +51,9 @@ class SegEnsemble(nn.Module):
     def state_of(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return the state of an ensemble, from those of its members, with what their modules note in theirs.
 
+        Args:
+            members: state of each network.
+
         Example:
             >>> sorted(SegEnsemble.state_of([{"bias": torch.zeros(1)}] * 2))
             ['members.0.bias', 'members.1.bias']
