@@ -1,7 +1,7 @@
 """A module for 3D Slicer: the description that Slicer makes a dialog of, and the program that it runs.
 
 Slicer asks a program for `--xml`, then runs it with files of the volumes that the user chose (the command-line modules
-of Slicer; schema: commontk.org, "CTK XML schema for command line modules"). The program is a script of one line that
+of Slicer; schema: commontk.org, "CTK XML schema for command line modules"). The program is a short script that
 runs in the environment in which this package is installed, so nothing is installed into Slicer.
 """
 
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+import monai_iunet
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import DEFAULT_BUNDLE, bundle_folder, installed_bundles
 from monai_iunet.io.files import check_folder, write_atomically, write_text
@@ -24,21 +25,23 @@ from monai_iunet.io.files import check_folder, write_atomically, write_text
 __all__ = ["module_description", "run_module", "write_module"]
 
 NAME = "SegmentIUNet"
-SCRIPT = """#!{python}
+# Slicer sets variables for a Python of its own, PYTHONHOME among them, with which no other starts: -E passes over them.
+SCRIPT = """#!{python} -E
 # Segments the volume that 3D Slicer hands over; written by "monai-iunet slicer".
-import runpy
-
-runpy.run_module("monai_iunet.interop.slicer", run_name="__main__")
-"""
+{code}"""
 # Where the system would not find the interpreter, whose path ends at a space, or is cut.
 SHELL_SCRIPT = """#!/bin/sh
 # Segments the volume that 3D Slicer hands over; written by "monai-iunet slicer".
-exec {python} -c 'import runpy, sys
-sys.path[:] = filter(None, sys.path)
-runpy.run_module("monai_iunet.interop.slicer", run_name="__main__")' "$@"
+exec {python} -E -c {code} "$@"
 """
-LONGEST_INTERPRETER = 125  # characters, of a line that Linux cut after 127
-BATCH = '@"{python}" -m monai_iunet.interop.slicer %*\n'
+CODE = """import runpy, sys
+sys.path[:] = filter(None, sys.path)
+if {folder!r} not in sys.path:
+    sys.path.insert(0, {folder!r})
+runpy.run_module("monai_iunet.interop.slicer", run_name="__main__")
+"""
+LONGEST_INTERPRETER = 122  # characters, of a line that Linux cut after 127
+BATCH = '@"{python}" -E -m monai_iunet.interop.slicer %*\n'
 
 
 def module_description() -> str:
@@ -179,9 +182,10 @@ def write_module(folder: Path) -> Path:
     windows = os.name == "nt"
     path = folder / (f"{NAME}.bat" if windows else NAME)
     python, script = sys.executable, BATCH if windows else SCRIPT
+    code = CODE.format(folder=str(Path(monai_iunet.__file__).resolve().parents[1]))
     if not windows and (len(os.fsencode(python)) > LONGEST_INTERPRETER or any(map(str.isspace, python))):
-        python, script = shlex.quote(python), SHELL_SCRIPT
-    write_text(path, script.format(python=python))
+        python, code, script = shlex.quote(python), shlex.quote(code), SHELL_SCRIPT
+    write_text(path, script.format(python=python, code=code))
     path.chmod(0o755)
     return path
 

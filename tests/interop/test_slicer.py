@@ -111,7 +111,25 @@ def test_labels_that_cannot_be_written_are_one_line(tmp_path: Path, capfd: pytes
 
 
 def test_the_program_is_written_for_this_environment(tmp_path: Path) -> None:
-    assert write_module(tmp_path).read_text().splitlines()[0] == f"#!{sys.executable}"
+    assert write_module(tmp_path).read_text().splitlines()[0] == f"#!{sys.executable} -E"
+
+
+@pytest.mark.parametrize("name", ["env", "my env"])
+def test_the_program_runs_among_the_variables_of_slicer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slicer sets them for its own Python, and no other starts with them."""
+    if " " in name:
+        python = tmp_path / name / "python"
+        python.parent.mkdir()
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+    program = write_module(tmp_path / "modules")
+    for variable in ("PYTHONHOME", "PYTHONPATH"):
+        monkeypatch.setenv(variable, "/opt/Slicer/lib/Python")
+    described = subprocess.run([program, "--xml"], capture_output=True, text=True, check=False)
+    assert (described.returncode, described.stdout) == (0, module_description()), described.stderr
 
 
 @pytest.mark.parametrize("name", ["my environment's $HOME", pytest.param("a" * 130, marks=pytest.mark.long)])
