@@ -13,7 +13,7 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import Inferer
 from monai.transforms import Invertd, InvertibleTransform
-from monai.utils import MetaKeys
+from monai.utils import MetaKeys, SpaceKeys
 from numpy.typing import DTypeLike
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from monai_iunet.inference.mirror import MirrorInferer
 from monai_iunet.inference.streaming import Slab, StreamingInferer
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.files import check_folder, check_target, write_atomically
+from monai_iunet.io.geometry import RAS_TO_LPS
 from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
 from monai_iunet.transforms.outputs import LabelsOnImageGridd, check_numbers
@@ -108,6 +109,7 @@ class LabelInferer(Inferer):
                     "ApplyPendingd, or preprocess without `lazy`."
                 )
             path = self._probabilities_file(image)
+            space = str(image.meta.get(MetaKeys.SPACE) or SpaceKeys.RAS)
             labels, probabilities = self.segment(
                 WholeImage(image.as_tensor()),
                 image,
@@ -117,10 +119,12 @@ class LabelInferer(Inferer):
             )
             if path is not None and probabilities is not None:
                 check_folder(path.parent)
-                write_atomically(path, partial(write_probability_image, probabilities, image.meta["original_affine"]))
+                to_ras = RAS_TO_LPS if space == SpaceKeys.LPS else np.eye(4)
+                affine = to_ras @ np.asarray(image.meta[MetaKeys.ORIGINAL_AFFINE])
+                write_atomically(path, partial(write_probability_image, probabilities, affine))
             affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
             affine = None if affine is None else torch.as_tensor(affine)
-            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine))
+            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine, meta={MetaKeys.SPACE: space}))
         sizes = sorted({tuple(labels.shape[1:]) for labels in results})
         if len(sizes) > 1:
             raise ValueError(f"LabelInferer: the files of a batch have {sizes} voxels. Pass images one by one.")

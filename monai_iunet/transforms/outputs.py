@@ -12,11 +12,13 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Invertd, InvertibleTransform, MapTransform, SaveImaged
+from monai.utils import MetaKeys, SpaceKeys
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import result_name
 from monai_iunet.io.checks import grids_apart
 from monai_iunet.io.files import NIFTI, check_folder, check_target
+from monai_iunet.io.geometry import RAS_TO_LPS
 from monai_iunet.io.labels import write_labels
 from monai_iunet.losses.class_numbers import check_one_channel
 
@@ -157,7 +159,9 @@ def _check_place(labels: Any, image: Any, key: str, source: str) -> None:
     if not isinstance(labels, MetaTensor) or labels.shape[1:] != image.shape[:3]:  # which `write_labels` refuses
         return
     affine = np.asarray(labels.affine, dtype=float)
-    if not np.array_equal(affine, np.eye(4)) and grids_apart(affine, image.affine, image.shape[:3]) > 0:
+    is_said = not np.array_equal(affine, np.eye(4))
+    affine = RAS_TO_LPS @ affine if labels.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS else affine
+    if is_said and grids_apart(affine, image.affine, image.shape[:3]) > 0:
         raise InputError(
             f"{key}: the labels are on another grid than {source}, as one that was turned or resampled. Bring them "
             "back first, by LabelsOnImageGridd or MONAI's Invertd."

@@ -23,7 +23,7 @@ from monai.transforms import (
 )
 from torch import Tensor, nn
 
-from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, is_scanned
+from monai_iunet import LabelInferer, LargestComponentsd, LiveBytes, MirrorInferer, SaveImageLabelsd, is_scanned
 from monai_iunet.errors import InputError
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import WholeImage
@@ -197,6 +197,31 @@ def test_probabilities_of_images_of_one_name_are_not_one_file(tmp_path: Path) ->
     assert (tmp_path / "case_prob.nii.gz").read_bytes() == before
     with pytest.raises(ValueError, match="whose meta data name their file"):
         infer()
+
+
+@torch.no_grad()
+def test_left_and_right_stay_of_an_image_in_lps(tmp_path: Path) -> None:
+    """As readers of MONAI give it with `affine_lps_to_ras=False`."""
+    affine = np.array([[0, 0, 1.1, -20], [1.2, 0, 0, 7], [0, 0.9, 0, 3], [0, 0, 0, 1]])
+    network, found = Network(), {}
+    nibabel.save(nibabel.Nifti1Image(scan(affine)[0].numpy(), affine), tmp_path / "LPS.nii.gz")
+    for space, to_space in (("RAS", np.eye(4)), ("LPS", np.diag([-1.0, -1, 1, 1]))):
+        image = scan(to_space @ affine)
+        image.meta.update({"space": space, "filename_or_obj": str(tmp_path / f"{space}.nii.gz")})
+        transform = Compose([Spacingd("image", (2.0, 1.0, 1.7))])
+        batch = list_data_collate([transform({"image": image.float()})])["image"]
+        (found[space],) = decollate_batch(LabelInferer(transform, tmp_path, **WINDOWS)(batch, network))
+        assert found[space].meta["space"] == space
+        np.testing.assert_allclose(found[space].affine, to_space @ affine)
+    assert torch.equal(found["RAS"].as_tensor(), found["LPS"].as_tensor())
+    SaveImageLabelsd("pred", tmp_path)({"image": batch[0], "pred": found["LPS"]})
+    labels = nibabel.load(tmp_path / "LPS_seg.nii.gz")
+    np.testing.assert_allclose(labels.affine, affine)
+    np.testing.assert_array_equal(labels.dataobj, found["RAS"][0])
+    written = [nibabel.load(tmp_path / f"{space}_prob.nii.gz") for space in found]
+    np.testing.assert_allclose(written[0].affine, affine)
+    np.testing.assert_allclose(written[1].affine, affine)
+    np.testing.assert_allclose(written[0].get_fdata(), written[1].get_fdata(), atol=1e-6)
 
 
 def test_windows_of_the_raw_image_are_those_of_the_preprocessed_one() -> None:
