@@ -306,7 +306,8 @@ class _Planner:
     def plan(self, name: str, dataset: str, folds: int | None, fold: int | None, validation_cases: int) -> FitPlan:
         """Make all choices."""
         has_validation = validation_cases > 0
-        parts = count_parts(len(self.data.cases) - validation_cases, folds, fold, has_validation)
+        training_cases = len(self.data.cases) - validation_cases
+        parts = count_parts(training_cases, folds, fold, has_validation)
         trained = self._folds(parts, folds, fold, has_validation)
         judges = self._judges(len(trained), has_validation)
         in_a_row = math.ceil(len(trained) / self.limits.at_once)
@@ -315,7 +316,7 @@ class _Planner:
         size = self.extent / spacing
         strides = self._strides(spacing, size)
         is_whole = self.wishes.roi_size == WHOLE
-        batch = self._batch(size, len(self.data.cases))
+        batch = self._batch(size, training_cases)
         patch, least = self._patch(spacing, size, strides, batch, seconds)
         growing = self._growing(np.minimum(patch, size) if is_whole else np.array(patch), strides)
         step, activations = self._memory(least, patch, strides, batch)
@@ -329,7 +330,7 @@ class _Planner:
         elastic = self._deformation(patch, in_plane)
         uniform = all(stride == (2, 2, 2) for stride in strides)
         values = self.data.label_values
-        interval, epochs = _epochs(len(self.data.cases) - len(judges), parts, batch)
+        interval, epochs = _epochs(training_cases - len(judges), 0 if trained == (None,) else parts, batch)
         task = Task(
             name=name,
             modality=self.data.modality,  # type: ignore[arg-type] # it checks
@@ -793,8 +794,14 @@ def _sides(centers: Sequence[float | None]) -> str:
 
 
 def _epochs(cases: int, parts: int, batch: int) -> tuple[int, int]:
-    """Return after how many epochs to validate, and how many there are without a limit of time."""
-    per_epoch = max(1, (cases - math.ceil(cases / parts)) // batch)
+    """Return after how many epochs to validate, and how many there are without a limit of time.
+
+    Args:
+        cases: that can be trained on.
+        parts: into which they are split, one to validate on; 0 where other cases are for that.
+        batch: cases per step.
+    """
+    per_epoch = max(1, (cases - (math.ceil(cases / parts) if parts else 0)) // batch)
     interval = max(5, math.ceil(STEPS_TO_VALIDATION / per_epoch))
     return interval, math.ceil(LONG_STEPS / per_epoch / interval) * interval
 

@@ -298,6 +298,20 @@ def test_few_cases_have_few_folds() -> None:
 
 
 @pytest.mark.parametrize(
+    ("validation_cases", "options", "trained"),
+    [(0, {}, 32), (8, {}, 32), (30, {}, 10), (36, {}, 4), (20, {"folds": 4}, 15), (38, {"folds": 2}, 1)],
+)
+def test_so_many_epochs_are_planned_that_there_are_10_000_steps(
+    validation_cases: int, options: dict[str, Any], trained: int
+) -> None:
+    task = plan(fingerprint(count=40, shape=(16, 16, 16)), validation_cases=validation_cases, **options).task
+    per_epoch = max(1, trained // task.batch_size)
+    assert task.max_epochs * per_epoch == pytest.approx(10_000, rel=0.02)
+    assert task.val_interval * per_epoch == pytest.approx(100, rel=0.1)
+    assert task.batch_size <= max(1, trained)
+
+
+@pytest.mark.parametrize(
     ("count", "options"),
     [
         (2, {"folds": 5}),
