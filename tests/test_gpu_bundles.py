@@ -97,8 +97,8 @@ def test_a_bundle_trains_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_fit_makes_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16, 32))
-    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 150)
+    monkeypatch.setattr("monai_iunet.fitting.planner.CHANNELS", (8, 16, 32))
+    monkeypatch.setattr("monai_iunet.fitting.planner.LONG_STEPS", 150)
     data = make_set(tmp_path / "data", count=6)
     fit(data, tmp_path / "bundle", fold=0, device=DEVICE)
     assert [check for check in verify_bundle(tmp_path / "bundle") if check.problem] == []

@@ -29,7 +29,8 @@ from monai_iunet.bundling.report import mean_parts, read_log
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
-from monai_iunet.fitting.plan import largest_image, read_plan
+from monai_iunet.fitting.plan import read_plan
+from monai_iunet.fitting.planner import largest_image
 from monai_iunet.io.files import check_folder, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss

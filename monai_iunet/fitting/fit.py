@@ -51,16 +51,10 @@ from monai_iunet.fitting.fingerprint import (
     take_fingerprint,
     write_fingerprint,
 )
+from monai_iunet.fitting.limits import measure_limits
 from monai_iunet.fitting.page import write_page, write_results
-from monai_iunet.fitting.plan import (
-    FitPlan,
-    Wishes,
-    count_parts,
-    make_plan,
-    measure_limits,
-    plan_table,
-    read_plan,
-)
+from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
+from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
 from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, describe_file, hold_folder, is_as_before, write_text
 from monai_iunet.io.text import first_line

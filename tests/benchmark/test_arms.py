@@ -34,7 +34,8 @@ def plan_of_patches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     folder = tmp_path_factory.mktemp("arms")
     data = make_set(folder / "data", shape=(32, 40, 32), count=6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("monai_iunet.fitting.plan.CHANNELS", (4, 8, 16))
+        patch.setattr("monai_iunet.fitting.planner.CHANNELS", (4, 8, 16))
+        patch.setattr("monai_iunet.fitting.limits.measure_speed", lambda *_: 1e6)
         options: dict[str, Any] = {"roi_size": (16, 16, 16), "spacing": (1, 1, 1), "plan_only": True, "device": "cpu"}
         return data, fit(data, folder / "plan", **options)
 
@@ -42,7 +43,7 @@ def plan_of_patches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 @pytest.fixture
 def planned(plan_of_patches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The same, where other networks are small too, and trainings run in this process."""
-    monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (4, 8, 16))
+    monkeypatch.setattr("monai_iunet.fitting.planner.CHANNELS", (4, 8, 16))
     small = {**arms.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(arms, "NETWORKS", {"SegResNet": small})
     monkeypatch.setattr(arms, "run_config", lambda bundle, config, settings: run(bundle, config, **settings))

@@ -40,7 +40,8 @@ def test_a_folder_may_begin_with_what_monai_evaluates(
 
 def test_a_fit_may_be_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16))
+    monkeypatch.setattr("monai_iunet.fitting.planner.CHANNELS", (8, 16))
+    monkeypatch.setattr("monai_iunet.fitting.limits.measure_speed", lambda *_: 1e6)
     data = unnamed_set("$data")
     output = fit(data, "@fit", gpu_memory="1 GiB", device="cpu", fold=0, plan_only=True)
     run = fitting._Fit(data, output, fitting.FitOptions(for_a_step("1 GiB"), device="cpu", fold=0), Console(quiet=True))

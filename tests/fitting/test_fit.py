@@ -41,9 +41,9 @@ from tests.fitting.made_sets import make_set, number_labels
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network, planned for a machine of a given speed."""
-    monkeypatch.setattr("monai_iunet.fitting.plan.CHANNELS", (8, 16, 32))
-    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 150)
-    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda *_: 1e6)
+    monkeypatch.setattr("monai_iunet.fitting.planner.CHANNELS", (8, 16, 32))
+    monkeypatch.setattr("monai_iunet.fitting.planner.LONG_STEPS", 150)
+    monkeypatch.setattr("monai_iunet.fitting.limits.measure_speed", lambda *_: 1e6)
 
 
 # Fits a small network, noting its steps; arguments are the data set and the bundle.
@@ -111,9 +111,9 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("better", [True, False])
 def test_the_ensemble_is_used_where_it_is_better(better: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monai_iunet.fitting.plan.JUDGED_FROM", 8)
-    monkeypatch.setattr("monai_iunet.fitting.plan.JUDGES", 3)
-    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 40)
+    monkeypatch.setattr("monai_iunet.fitting.planner.JUDGED_FROM", 8)
+    monkeypatch.setattr("monai_iunet.fitting.planner.JUDGES", 3)
+    monkeypatch.setattr("monai_iunet.fitting.planner.LONG_STEPS", 40)
     monkeypatch.setattr(Comparison, "ensemble_is_better", better)
     data, folder = make_set(tmp_path / "data", shape=(16, 16, 16), count=8, channels=2), tmp_path / "bundle"
     fit(data, folder, folds=2, gpu_memory="1 GiB", device="cpu")
@@ -216,7 +216,7 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
 def test_data_sets_of_every_kind_become_bundles(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, least = KINDS[kind]
     data = make_set(tmp_path / "data", **options)
-    monkeypatch.setattr("monai_iunet.fitting.plan.LONG_STEPS", 2000 if "30" in kind else 300)
+    monkeypatch.setattr("monai_iunet.fitting.planner.LONG_STEPS", 2000 if "30" in kind else 300)
     if "gaps" in kind:  # labels 3 and 7
         number_labels(data, {1: 3, 2: 7})
         description = json.loads((data / "dataset.json").read_text())

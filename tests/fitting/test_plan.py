@@ -15,8 +15,10 @@ from monai.losses import DiceCELoss
 from monai_iunet import InputError, LiveBytes, SegIUNet
 from monai_iunet.bundling.new_bundle import bundle_configs
 from monai_iunet.fitting.fingerprint import Fingerprint
+from monai_iunet.fitting.limits import Limits, measure_limits
 from monai_iunet.fitting.nnunet_rules import plan_like_nnunet
-from monai_iunet.fitting.plan import FitPlan, Limits, Wishes, make_plan, measure_limits, plan_table, read_plan
+from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
+from monai_iunet.fitting.planner import Wishes, make_plan
 from monai_iunet.planning.plan import TrainingPlan
 from tests.fitting.made_sets import facts, fingerprint
 
@@ -31,7 +33,7 @@ def fewer_rehearsals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return TrainingPlan(tuple(spatial_size), batch_size, *[0] * 5, 1000 * math.prod(spatial_size), 0)
 
     if "memory" not in request.node.name and "large" not in request.node.name:
-        monkeypatch.setattr("monai_iunet.fitting.plan.plan_training", count)
+        monkeypatch.setattr("monai_iunet.fitting.planner.plan_training", count)
 
 
 def plan(data: Fingerprint, limits: Limits = LARGE, **options: Any) -> FitPlan:
@@ -93,11 +95,11 @@ def test_images_of_more_values_than_convolutions_take_are_cut_too(monkeypatch: p
     def cut(*_: Any, largest: Any, **__: Any) -> TrainingPlan:
         return TrainingPlan(tuple(extent // 2 for extent in largest), 2, *[0] * 5, 1000, 0)
 
-    monkeypatch.setattr("monai_iunet.fitting.plan.plan_training", refuse)
+    monkeypatch.setattr("monai_iunet.fitting.planner.plan_training", refuse)
     with pytest.raises(InputError, match=r"roi_size whole: SegIUNet cannot be planned .* \(--roi-size\)"):
         plan(fingerprint(shape=(608, 608, 608)), wishes=Wishes(roi_size="whole"))
-    monkeypatch.setattr("monai_iunet.fitting.plan.largest_patch", cut)
-    monkeypatch.setattr("monai_iunet.fitting.plan._Planner._memory", lambda _, least, *__: (least, ("store",) * 5))
+    monkeypatch.setattr("monai_iunet.fitting.planner.largest_patch", cut)
+    monkeypatch.setattr("monai_iunet.fitting.planner._Planner._memory", lambda _, least, *__: (least, ("store",) * 5))
     found = plan(fingerprint(shape=(608, 608, 608)))
     assert found.task.roi_size == (304, 304, 304)
     assert reason(found, "patch").endswith("in tensors of fewer than 2^31 values, which convolutions take")
@@ -176,7 +178,7 @@ def test_a_cpu_trains_in_bfloat16_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, gain: float, faster: bool
 ) -> None:
     speeds = {torch.float32: 100_000.0, torch.bfloat16: 100_000.0 * gain}
-    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda _, dtype, size=48: speeds[dtype])
+    monkeypatch.setattr("monai_iunet.fitting.limits.measure_speed", lambda _, dtype, size=48: speeds[dtype])
     limits = measure_limits(torch.device("cpu"), 2**36, 3600)
     assert limits.speed == max(100_000.0, 100_000.0 * gain * faster)
     task = plan(fingerprint(), limits).task
@@ -193,7 +195,7 @@ def test_bfloat16_that_a_cpu_must_emulate_is_timed_on_a_tiny_patch_alone(monkeyp
         timed.append((dtype, size))
         return 100_000.0 if dtype == torch.float32 else 4000.0
 
-    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", speed)
+    monkeypatch.setattr("monai_iunet.fitting.limits.measure_speed", speed)
     limits = measure_limits(torch.device("cpu"), 2**36, 3600)
     assert (limits.dtype, limits.gain, limits.speed) == (torch.float32, 0.04, 100_000.0)
     assert max(size for dtype, size in timed if dtype == torch.bfloat16) <= 16
@@ -206,7 +208,7 @@ def test_a_gpu_trains_with_mixed_precision_of_monai() -> None:
 
 
 def test_another_device_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monai_iunet.fitting.plan.measure_speed", lambda *_: 1e5)
+    monkeypatch.setattr("monai_iunet.fitting.limits.measure_speed", lambda *_: 1e5)
     limits = measure_limits(torch.device("mps"), 2**36, 3600)
     assert limits.dtype == torch.float32
     assert "CPUs and CUDA" in reason(plan(fingerprint(), limits), "arithmetic")
