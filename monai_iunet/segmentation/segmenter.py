@@ -27,7 +27,7 @@ from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
 from monai_iunet.io.bundles import bundle_folder, installed_bundles, read_config
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
-from monai_iunet.io.checks import check_extent, check_not_constant, raw_voxels
+from monai_iunet.io.checks import check_extent, check_image, check_not_constant, raw_voxels
 from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
@@ -265,10 +265,7 @@ class BundleSegmenter:
             InputError: when the image has other channels, or is constant; when an axis is longer than the metadata
                 allow, and they name no way to find the region, or it was not found.
         """
-        count = 1 if image.ndim == 3 else image.shape[3]
-        if count != self.channels:
-            found = f"{count} channel{'s' if count > 1 else ''}"
-            raise InputError(f"{name}: has {found}, {self.folder.name} takes {self.channels}: {CHANNEL_FILES}")
+        self._check_channels(image, name)
         check_not_constant(image, name)
         limit = self.metadata.get("max_field_of_view_mm")
         if limit is None or (voxel_sizes(image.affine) * image.shape[:3]).max() <= limit:
@@ -280,6 +277,24 @@ class BundleSegmenter:
             return self.region_finder.find(image)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+    def _check_channels(self, image: nibabel.Nifti1Image, name: str) -> None:
+        count = image.shape[3] if image.ndim == 4 else 1
+        if count != self.channels:
+            found = f"{count} channel{'s' if count > 1 else ''}"
+            raise InputError(f"{name}: has {found}, {self.folder.name} takes {self.channels}: {CHANNEL_FILES}")
+
+    def _checked(self, image: nibabel.Nifti1Image, name: str) -> nibabel.Nifti1Image:
+        """Return an image as `read_image` does, of which left, right and size are known, with its voxels in memory."""
+        if not isinstance(image, nibabel.spatialimages.SpatialImage):
+            raise InputError(
+                f"{name}: a nibabel image is needed, got {type(image).__name__}. Read it by read_image, or call "
+                "monai_iunet.segment, which takes other kinds of images."
+            )
+        image = image if isinstance(image, nibabel.Nifti1Image) else nibabel.Nifti1Image.from_image(image)
+        self._check_channels(image, name)
+        image = first_channel(image) if image.shape[3:] == (1,) else image
+        return check_image(image, name, self.channels)
 
     def segment(
         self,
@@ -298,8 +313,9 @@ class BundleSegmenter:
             region: where the structures are, if that is known; None to locate them.
 
         Raises:
-            InputError: see `locate`.
+            InputError: when `read_image` would refuse the image, and see `locate`.
         """
+        image = self._checked(image, name)
         region = self.locate(image, name) if region is None else region
         finder = self.region_finder
         if region is None or finder is None:

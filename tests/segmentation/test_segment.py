@@ -107,6 +107,41 @@ def test_what_cannot_be_segmented_is_refused(
         monai_iunet.segment(image, segmenter, **options)
 
 
+def without_codes(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    image.set_qform(None, 0)
+    image.set_sform(None, 0)
+    return image
+
+
+def in_meters(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    image.header.set_xyzt_units("meter")
+    return image
+
+
+def with_nan(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
+    return nibabel.Nifti1Image(np.where(np.arange(image.shape[2]) > 0, image.get_fdata(), np.nan), image.affine)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_codes, "scan: has no orientation"),
+        (in_meters, "scan: its header gives voxels .* in the unit meter"),
+        (with_nan, "scan: .* voxels are NaN or infinite"),
+        (lambda image: image.slicer[..., :1], "scan: all voxels have the same value"),
+        (lambda image: image.get_fdata(), "scan: a nibabel image is needed, got ndarray"),
+        (lambda _: "scan.nii.gz", "scan: a nibabel image is needed, got str"),
+    ],
+)
+def test_a_segmenter_refuses_what_a_file_of_it_would_be_refused_for(
+    change: Any, message: str, segmenter: BundleSegmenter
+) -> None:
+    data = np.zeros((8, 9, 10), np.float32)
+    data[2:5, 2:5, 2:5] = 1
+    with pytest.raises(InputError, match=message):
+        segmenter.segment(change(nibabel.Nifti1Image(data, np.diag([1, 1, 2, 1]))), "scan")
+
+
 @pytest.mark.parametrize("shape", [(35, 51, 1), (1, 51, 36), (1, 2, 1)])
 def test_thin_volumes_are_segmented(shape: tuple[int, ...], segmenter: BundleSegmenter) -> None:
     image = np.random.default_rng(0).random(shape) > 0.5
