@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def named_branch(
         raise ValueError(f"branch {name!r}: must be one of {', '.join(BRANCHES)}.")
     if options.keys() - {"expansion"} or (options and name != "mednext"):
         raise ValueError(f'branch {name!r} with {options}: only "mednext" has an option, its expansion.')
-    if not isinstance(options.get("expansion", 1), int) or options.get("expansion", 1) < 1:
+    if not isinstance(options.get("expansion", 1), Integral) or options.get("expansion", 1) < 1:
         raise ValueError(f"branch {name!r}: expansion must be a positive int, got {options['expansion']!r}.")
     widths = [in_channels, *[max(in_channels, out_channels)] * (convs - 1), out_channels]
     layers: list[nn.Module] = []

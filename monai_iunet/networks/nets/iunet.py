@@ -6,7 +6,7 @@ Source: Etmann, Ke, Schönlieb, iUNets: Learnable Invertible Up- and Downsamplin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -143,7 +143,7 @@ class IUNet(ChosenActivations):
         self.upsamplings: Any = nn.ModuleList()  # downsamplings used backwards
         resampling = (resampling_init, orthogonal_map, learnable_resampling)
         for level in range(self.levels):
-            every = channel_mixing if isinstance(channel_mixing, int) else None
+            every = None if channel_mixing == "split" else channel_mixing
             for stage, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
                 levels.append(self._make_couplings(stage, level, make_branch or own_branch, every, mix))
             if level < len(self.strides):
@@ -554,7 +554,7 @@ def _branches(
     name, options = (branch, {}) if isinstance(branch, str) else branch
     if not is_positive_int(convs_per_coupling):
         raise ValueError(f"convs_per_coupling must be a positive int, got {convs_per_coupling!r}.")
-    kernel = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
+    kernel = tuple(kernel_size) if isinstance(kernel_size, Iterable) else (kernel_size,) * spatial_dims
     if len(kernel) != spatial_dims or not all(is_positive_int(extent) and extent % 2 for extent in kernel):
         raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")
 

@@ -6,6 +6,7 @@ import itertools
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -281,6 +282,20 @@ def test_branches_and_layers_of_ones_own() -> None:
     inverted = gradients(net, x)
     net.activations = "store"
     assert max(relative_errors(inverted, gradients(net, x))) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"channel_mixing": 1}, {"kernel_size": 5}, {"convs_per_coupling": 2}, {"strides": 4}, {"expansion": 2}],
+)
+def test_numbers_of_numpy_are_taken_as_others_are(arguments: dict[str, int]) -> None:
+    def shapes(kind: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {name: kind(number) for name, number in arguments.items()}
+        if "expansion" in options:
+            options = {"branch": ("mednext", options)}
+        return {name: tensor.shape for name, tensor in IUNet(1, (4, 4), **options).state_dict().items()}
+
+    assert shapes(np.int64) == shapes(int)
 
 
 @pytest.mark.parametrize(
