@@ -554,6 +554,8 @@ def _branches(
     name, options = (branch, {}) if isinstance(branch, str) else branch
     if not is_positive_int(convs_per_coupling):
         raise ValueError(f"convs_per_coupling must be a positive int, got {convs_per_coupling!r}.")
+    if isinstance(dropout, bool) and dropout:  # which would count as a rate of 1, where nothing is left
+        raise ValueError(f"dropout must be a rate such as 0.1, or a kind with options, got {dropout!r}.")
     kernel = tuple(kernel_size) if isinstance(kernel_size, Iterable) else (kernel_size,) * spatial_dims
     if len(kernel) != spatial_dims or not all(is_positive_int(extent) and extent % 2 for extent in kernel):
         raise ValueError(f"kernel_size must be odd, an int or {spatial_dims} of them, got {kernel_size!r}.")

@@ -315,6 +315,7 @@ def test_numbers_of_numpy_are_taken_as_others_are(arguments: dict[str, int]) -> 
         ({"couplings": (1, 2, 3)}, "couplings must be a positive int or 2"),
         ({"convs_per_coupling": 0}, "convs_per_coupling must be"),
         ({"kernel_size": 2}, "kernel_size must be odd"),
+        ({"dropout": True}, "dropout must be a rate"),
         ({"channel_mixing": "always"}, "channel_mixing must be"),
         ({"channel_mixing": 0}, "channel_mixing must be"),
         ({"orthogonal_map": "givens"}, "orthogonal_map must be one of"),
