@@ -550,7 +550,7 @@ def plan(
     with _input_errors("memory"):
         from rich.console import Console
 
-        from monai_iunet.bundling.plan import BundleTraining, inference_table, read_dtype
+        from monai_iunet.bundling.plan import BundleTraining, inference_table, read_budget, read_dtype
         from monai_iunet.io.bundles import bundle_folder
 
         of_segmentation = {"--spacing": spacing != "1,1,1", "--measure": measure}
@@ -572,13 +572,14 @@ def plan(
             console.print(table)
             return
         patch_size = _numbers(patch, int, "--patch") if patch else None
+        budget = None if gpu_memory is None else read_budget(gpu_memory)
         training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), patch_size, batch_size)
         with console.status("counting the bytes of a step"):
             table = training.parts()
         console.print(table)
-        if gpu_memory is not None:
+        if budget is not None:
             with console.status("looking for the largest patch and the most couplings"):
-                table = training.fitting(gpu_memory)
+                table = training.fitting(budget)
             console.print(table)
 
 

@@ -24,7 +24,7 @@ from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.system import available_memory
 from monai_iunet.transforms.patches import read_size
 
-__all__ = ["BundleTraining", "inference_table", "read_dtype"]
+__all__ = ["BundleTraining", "inference_table", "read_budget", "read_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_COUPLINGS = 16  # more say little: each further one takes longer to plan
@@ -38,6 +38,14 @@ PARTS = {
     "inference_peak": "peak of an inference pass",
 }
 MOST_VOXELS = 2**48  # of an image, beyond which nothing could be counted
+
+
+def read_budget(gpu_memory: str) -> int:
+    """Return the bytes that a step may hold on a GPU of this memory."""
+    try:
+        return for_a_step(gpu_memory)
+    except ValueError as error:
+        raise InputError(f"--gpu-memory {gpu_memory}: {error}") from error
 
 
 def read_dtype(name: str) -> torch.dtype:
@@ -107,12 +115,8 @@ class BundleTraining:
             table.add_row(name, *(f"{getattr(plan, field) / 2**20:.1f}" for plan in plans.values()))
         return table
 
-    def fitting(self, memory: int | str) -> Table:
+    def fitting(self, budget: int) -> Table:
         """Return a table of what fits a GPU: largest patch of the same proportions, most couplings with this patch."""
-        try:
-            budget = for_a_step(memory)
-        except ValueError as error:
-            raise InputError(f"--gpu-memory {memory}: {error}") from error
         title = f"What fits in {budget / 2**30:.1f} GiB, nine tenths of the GPU, batch {self.batch_size}, {self._kind}"
         table = Table("activations", "largest patch", "its peak, MiB", "most couplings per level", title=title)
         for activations in track(WAYS, "Planning", transient=True):

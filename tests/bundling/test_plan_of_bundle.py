@@ -74,6 +74,7 @@ def test_what_cannot_be_planned_is_said(bundle: Path, options: list[str], messag
     code, printed = plan("--bundle", bundle, *options)
     assert code == 2
     assert message in printed
+    assert ("One step" in printed) == (message == "Use fewer channels")  # what cannot be read is refused at once
 
 
 def test_a_folder_that_is_no_bundle_is_said(tmp_path: Path) -> None:
