@@ -18,7 +18,7 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
     """Return a label volume as a uint8 NIfTI image in the geometry of an image.
 
     Args:
-        labels: of the shape of the image, whole numbers from 0 to 255.
+        labels: of the shape of the image, whole numbers from 0 to 255; an array, or a tensor on the CPU.
         like: the image whose affine, codes and units it gets; of another format of nibabel, such as MGH, its affine.
 
     Raises:
@@ -40,11 +40,12 @@ def label_image(labels: np.ndarray, like: nibabel.Nifti1Image) -> nibabel.Nifti1
 
 
 def label_bytes(labels: np.ndarray) -> np.ndarray:
-    """Return labels as uint8.
+    """Return labels as an array of uint8.
 
     Raises:
         InputError: when they are not whole numbers from 0 to 255.
     """
+    labels = np.asarray(labels)  # of a tensor, too
     is_numeric = labels.dtype.kind in "buif"
     if not is_numeric or (labels.dtype not in (np.uint8, bool) and not all(map(_are_bytes, planes(labels)))):
         raise InputError("labels must be whole numbers from 0 to 255, but there are others. Map them first.")

@@ -8,8 +8,11 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+import torch
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
 
-from monai_iunet import InputError, label_image, to_simpleitk
+from monai_iunet import InputError, Segmentation, draw_overlay, label_image, to_simpleitk
 
 LIKE = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 1.0, 2.0, 1.0]))
 
@@ -43,6 +46,18 @@ def test_an_image_of_another_format_gives_its_affine() -> None:
     image = label_image(np.ones((4, 5, 6), np.uint8), nibabel.MGHImage(np.zeros((4, 5, 6), np.float32), affine))
     np.testing.assert_allclose(image.affine, affine)
     assert int(image.header["sform_code"]) > 0
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, MetaTensor])
+def test_labels_may_be_a_tensor(kind: type) -> None:
+    tensor = kind(torch.arange(120).reshape(4, 5, 6).float())
+    expected = np.arange(120).reshape(4, 5, 6)
+    np.testing.assert_array_equal(np.asarray(label_image(tensor, LIKE).dataobj), expected)
+    segmentation = Segmentation(LIKE, tensor.to(torch.uint8), {number: f"{number}" for number in range(1, 120)})
+    assert segmentation.volumes()["7"] == 2
+    figure = Figure()
+    draw_overlay(figure, LIKE, tensor > 50, {1: "high"})
+    assert len(figure.axes) == 3
 
 
 def test_another_grid_is_refused() -> None:
