@@ -5,6 +5,7 @@ Source: DICOM PS3.3, A.51 Segmentation IOD; highdicom writes it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +47,8 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
         path: file to write.
 
     Raises:
-        InputError: when highdicom is not installed, the labels are on another grid, the standard allows no such name of
-            a structure, or the series lacks what it asks for.
+        InputError: when highdicom is not installed, no list of files is given, the labels are on another grid, the
+            standard allows no such name of a structure, or the series lacks what it asks for.
 
     Example:
         >>> write_dicom_seg(series_files("folder"), segmentation, Path("labels.dcm"))  # doctest: +SKIP
@@ -58,6 +59,9 @@ def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path
         raise InputError(
             "DICOM SEG needs highdicom: pip install highdicom, or leave --format out for NIfTI."
         ) from error
+    if isinstance(files, (str, os.PathLike)) or not files:
+        given = files or "no files"
+        raise InputError(f"{given}: the files of a series are needed, as series_files(folder) returns them.")
     _check_names(segmentation.names)
     frames = _frames(files, segmentation.image)
     files = list(dict.fromkeys(frame.file for frame in frames))

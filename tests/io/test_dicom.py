@@ -499,6 +499,17 @@ def test_names_that_dicom_does_not_allow_are_refused(names: dict[int, str], mess
         write_dicom_seg(["a.dcm"], found, tmp_path / "seg.dcm")
 
 
+def test_a_folder_is_no_list_of_its_files(tmp_path: Path) -> None:
+    folder = write_slices(tmp_path / "series", stored())
+    image = read_image(folder)
+    segmentation = Segmentation(image, np.ones(image.shape, np.uint8), {1: "liver"})
+    wrong: Any
+    for wrong in (folder, str(folder), []):
+        with pytest.raises(InputError, match=r"the files of a series are needed, as series_files\(folder\) returns"):
+            write_dicom_seg(wrong, segmentation, tmp_path / "labels.dcm")
+    write_dicom_seg(series_files(folder), segmentation, tmp_path / "labels.dcm")
+
+
 def test_labels_of_a_tilted_gantry_are_no_dicom_seg(tmp_path: Path) -> None:
     path = write_multiframe(tmp_path / "a.dcm", stored(), HEIGHTS, shift=0.4)
     image = read_image(path)
