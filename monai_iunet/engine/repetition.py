@@ -97,6 +97,11 @@ class Conditions:
         buffers = {id(buffer) for part in self._parts for buffer in part.own_buffers()}
         unmoved -= {id(tensor) for tensor, value in values if id(tensor) in buffers and _may_differ(tensor, value)}
         self._moved = [(tensor, value) for tensor, value in values if id(tensor) not in unmoved]
+        # What the evaluation has replaced, such as an output that is kept as an attribute, is not needed again; with it
+        # the graph of the step before would stay, and so of all before that.
+        needed = {id(tensor) for part in self._parts for tensor in part.tensors()}
+        self._versions = [(tensor, before) for tensor, before in self._versions if id(tensor) in needed]
+        self._places = [(tensor, place) for tensor, place in self._places if id(tensor) in needed]
 
     @contextmanager
     def repeated(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -284,3 +286,26 @@ def test_a_stand_in_is_taken_for_no_tensor_that_gets_the_memory_of_the_one_it_st
         torch.testing.assert_close(stand_in.tensor(), tensor, rtol=0, atol=0)
         del tensor
         assert not stand_in.is_of(source.bfloat16())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_graphs_do_not_pile_up_where_a_branch_keeps_its_output(backward: bool) -> None:
+    """As attention keeps its map, in the place of that of the step before."""
+
+    class Keeping(nn.Conv1d):
+        kept: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    layer, x = AdditiveCoupling(Keeping(2, 2, 1)), torch.rand(1, 2, 8)
+    kept = []
+    for _ in range(5):
+        outputs = layer(x, x, keep=True)
+        if backward:
+            outputs[1].sum().backward()
+        kept.append(weakref.ref(layer.branch.kept))
+        del outputs
+    gc.collect()
+    assert [reference() is not None for reference in kept] == [False] * 4 + [True]
