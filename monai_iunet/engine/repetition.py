@@ -225,9 +225,8 @@ class _Part:
         self.children = dict(module._modules)
 
     def tensors(self) -> Iterator[Tensor]:
-        for tensor in (*self.parameters.values(), *self.buffers.values(), *self.settings.values()):
-            if isinstance(tensor, Tensor):
-                yield tensor
+        for value in (*self.parameters.values(), *self.buffers.values(), *self.settings.values()):
+            yield from _tensors_in(value)
 
     def own_buffers(self) -> Iterator[Tensor]:
         return (buffer for buffer in self.buffers.values() if buffer is not None)
@@ -314,6 +313,15 @@ class _Part:
         replica = object.__new__(self.kind)
         replica.__dict__.update(attributes)
         return replica
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield a tensor itself, and those in tuples, lists, dictionaries and sets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (tuple, list, dict, set):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
 
 
 def _is_setting(value: Any) -> bool:

@@ -521,9 +521,11 @@ def test_settings_of_any_kind_that_change_between_the_passes(change: Any) -> Non
     assert largest_error(found) < 1e-10
 
 
-def test_a_tensor_that_is_a_setting_and_changes_in_place_is_noticed() -> None:
+@pytest.mark.parametrize("tensor", [lambda branch: branch.condition, lambda branch: branch.offsets["first"]])
+def test_a_tensor_that_is_a_setting_and_changes_in_place_is_noticed(tensor: Callable[[Any], Tensor]) -> None:
+    """Also in a list or a dictionary."""
     with pytest.raises(RuntimeError, match=r"attribute of shape .* has been modified by an inplace operation"):
-        gradients_of_a_branch(Adjusted(), lambda branch: branch.condition.mul_(2), rebuilds=True)
+        gradients_of_a_branch(Adjusted(), lambda branch: tensor(branch).mul_(2), rebuilds=True)
 
 
 @pytest.mark.parametrize("before", [True, False])
