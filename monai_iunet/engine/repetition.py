@@ -4,7 +4,8 @@ A result depends on more than the inputs: on the autocast setting, modes of the 
 the random numbers (see `random_numbers.py`), the parameters, the buffers, which an evaluation may change, the hooks,
 and the settings of each part: attributes that are numbers, texts or switches, such as the mode (training or evaluation)
 and the rate of a dropout, or arrays, lists, dictionaries and sets of them. Other attributes, such as functions, tensors
-and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place.
+and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place; of these,
+tensors that it may have read before, as a state that goes on from call to call, are there again if they have no graph.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
@@ -243,12 +244,18 @@ class _Part:
             return
         self._objects = None
         self.attributes |= {name for name, value in now.items() if not _is_setting(value)}
-        self.settings = {
-            name: value
-            for name, value in self.settings.items()
-            if _is_setting(value)
-            or (name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value))))
-        }
+        before, self.settings = self.settings, {}
+        for name, value in before.items():
+            stays = name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value)))
+            if stays or _is_setting(value):
+                self.settings[name] = value
+            elif not self.is_compiled and (isinstance(value, Tensor) or type(value) in (tuple, list, dict)):
+                self.settings[name] = _without_graphs(value)  # a state, which an evaluation reads and replaces
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call runs something else than the `forward` of the class, which a replica cannot."""
+        return "forward" in self.module.__dict__ or self.module._compiled_call_impl is not None
 
     def is_as_it_was(self) -> bool:
         return (
@@ -313,6 +320,39 @@ class _Part:
         replica = object.__new__(self.kind)
         replica.__dict__.update(attributes)
         return replica
+
+
+class _LetGo:
+    """Stands for a tensor with a graph that an evaluation has replaced: to keep it would keep all steps before.
+
+    An evaluation that only puts something in its place, such as an output that is looked at later, does not use it.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "A module reads a tensor of its former evaluation, with the graph of that, which is not there when it is "
+            "evaluated once more in the backward pass. Let it keep what is detached from the graph, or store "
+            'activations (activations="store").'
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__torch_function__()
+
+    def __bool__(self) -> bool:
+        return bool(self.__torch_function__())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__torch_function__()
+
+
+def _without_graphs(value: Any) -> Any:
+    """Return an attribute with stand-ins for the tensors in it that have a graph."""
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else _LetGo()
+    if type(value) in (tuple, list):
+        return type(value)(_without_graphs(part) for part in value)
+    return {name: _without_graphs(part) for name, part in value.items()} if type(value) is dict else value
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

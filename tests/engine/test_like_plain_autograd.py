@@ -521,6 +521,53 @@ def test_settings_of_any_kind_that_change_between_the_passes(change: Any) -> Non
     assert largest_error(found) < 1e-10
 
 
+class Remembering(nn.Conv1d):
+    """Reads what its former call has left, and replaces it."""
+
+    def __init__(self, kind: str, detach: bool = True) -> None:
+        super().__init__(2, 2, 1)
+        self.kind, self.detach = kind, detach
+        start = torch.ones(1, 2, 1, dtype=torch.double)
+        self.state: Any = {"tensor": start, "list": [start], "dictionary": {"last": start}}[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = {"tensor": ..., "list": -1, "dictionary": "last"}[self.kind]
+        y = torch.tanh(super().forward(x)) * self.state[key]
+        left = 1 + y.mean((0, 2), keepdim=True)
+        left = left.detach() if self.detach else left
+        if self.kind == "list":
+            self.state.append(left)
+        else:
+            self.state = left if self.kind == "tensor" else {"last": left}
+        return y
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "dictionary"])
+def test_a_state_that_goes_on_from_call_to_call(kind: str) -> None:
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        layer = AdditiveCoupling(Remembering(kind)).double()
+        layer.rebuilds = rebuilds
+        inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+        value = sum(sum(map(loss, layer(*inputs))) for _ in range(3))
+        gradients = list(torch.autograd.grad(value, [*inputs, *layer.parameters()]))
+        state = layer.branch.state
+        gradients += [state] if kind == "tensor" else [*state] if kind == "list" else [*state.values()]
+        found.append(gradients)
+    assert len(found[0]) == len(found[1])  # a list that the second evaluation had added to would be longer
+    assert largest_error(found) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "dictionary"])
+def test_a_state_with_the_graph_of_the_former_call_is_refused(kind: str) -> None:
+    layer = AdditiveCoupling(Remembering(kind, detach=False)).double()
+    inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    value = sum(sum(map(loss, layer(*inputs))) for _ in range(3))
+    with pytest.raises(RuntimeError, match="Let it keep what is detached"):
+        value.backward()
+
+
 @pytest.mark.parametrize("tensor", [lambda branch: branch.condition, lambda branch: branch.offsets["first"]])
 def test_a_tensor_that_is_a_setting_and_changes_in_place_is_noticed(tensor: Callable[[Any], Tensor]) -> None:
     """Also in a list or a dictionary."""
