@@ -3,9 +3,10 @@
 A result depends on more than the inputs: on the autocast setting, modes of the user that change functions of PyTorch,
 the random numbers (see `random_numbers.py`), the parameters, the buffers, which an evaluation may change, the hooks,
 and the settings of each part: attributes that are numbers, texts or switches, such as the mode (training or evaluation)
-and the rate of a dropout, or arrays, lists, dictionaries and sets of them. Other attributes, such as functions, tensors
-and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place; of these,
-tensors that it may have read before, as a state that goes on from call to call, are there again if they have no graph.
+and the rate of a dropout, or arrays, lists, tuples, dictionaries and sets of them. Other attributes, such as functions,
+tensors and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place; of
+these, tensors that it may have read before, as a state that goes on from call to call, are there again if they have no
+graph.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
@@ -17,7 +18,9 @@ the second evaluation, and afterwards.
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -43,7 +46,7 @@ __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
-COPIED = (np.ndarray, list, dict, set)  # what may change inside
+CONTAINERS = (list, tuple, deque, set, dict, OrderedDict, defaultdict)  # what may change inside, as arrays do
 # Attributes of every module, which are looked at in their own ways, and what `module.compile()` sets.
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"} | {"_compiled_call_impl"}
 
@@ -219,7 +222,7 @@ class _Part:
         self.settings = {name: _noted(value) for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
         # Its attributes until an evaluation has put another object in the place of one, and which of them were copied.
         self._objects: dict[str, Any] | None = module.__dict__.copy()
-        self._copied = [name for name, value in self.settings.items() if type(value) in COPIED]
+        self._copied = [name for name, value in self.settings.items() if value is not module.__dict__[name]]
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
         self.buffers = dict(module._buffers)
@@ -249,8 +252,10 @@ class _Part:
             stays = name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value)))
             if stays or _is_setting(value):
                 self.settings[name] = value
-            elif not self.is_compiled and (isinstance(value, Tensor) or type(value) in (tuple, list, dict)):
-                self.settings[name] = _without_graphs(value)  # a state, which an evaluation reads and replaces
+            elif not self.is_compiled and (isinstance(value, Tensor) or type(value) in CONTAINERS):
+                self.settings[name] = _noted(
+                    value, with_graphs=False
+                )  # a state, which an evaluation reads and replaces
 
     @property
     def is_compiled(self) -> bool:
@@ -346,20 +351,11 @@ class _LetGo:
         return self.__torch_function__()
 
 
-def _without_graphs(value: Any) -> Any:
-    """Return an attribute with stand-ins for the tensors in it that have a graph."""
-    if isinstance(value, Tensor):
-        return value if value.is_leaf else _LetGo()
-    if type(value) in (tuple, list):
-        return type(value)(_without_graphs(part) for part in value)
-    return {name: _without_graphs(part) for name, part in value.items()} if type(value) is dict else value
-
-
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield a tensor itself, and those in tuples, lists, dictionaries and sets."""
+    """Yield a tensor itself, and those in containers."""
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in (tuple, list, dict, set):
+    elif type(value) in CONTAINERS:
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(part)
 
@@ -370,28 +366,41 @@ def _is_setting(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a setting, an array, or a list, dictionary or set is made of settings all through."""
-    if type(value) in (list, dict, set):
+    """Return whether a setting, an array or a container is made of settings all through."""
+    if type(value) in CONTAINERS:
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return _is_setting(value) or type(value) is np.ndarray
 
 
-def _noted(value: Any) -> Any:
-    """Return copies of arrays, lists, dictionaries and sets, also of those in them, and anything else as it is."""
+def _noted(value: Any, with_graphs: bool = True) -> Any:
+    """Return copies of arrays and containers, also of those in them, and anything else as it is.
+
+    Args:
+        value: an attribute.
+        with_graphs: whether tensors that have a graph are kept, too; stand-ins if not.
+    """
+    if isinstance(value, Tensor):
+        return value if with_graphs or value.is_leaf else _LetGo()
     if type(value) is np.ndarray:
         return value.copy()
-    if type(value) is list:
-        return [_noted(part) for part in value]
-    if type(value) is dict:
-        return {name: _noted(part) for name, part in value.items()}
-    return set(value) if type(value) is set else value
+    if type(value) is tuple:
+        parts = tuple(_noted(part, with_graphs) for part in value)
+        return value if all(map(operator.is_, parts, value)) else parts
+    if type(value) not in CONTAINERS:
+        return value
+    if isinstance(value, set):
+        return {_noted(part, with_graphs) for part in value}
+    noted = copy.copy(value)
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        noted[name] = _noted(part, with_graphs)
+    return noted
 
 
 def _is_equal(now: Any, then: Any) -> bool:
     """Return whether a setting has the same value, or is the same object; what it became need not be a setting."""
     if type(now) is type(then) is np.ndarray:
         return (now.dtype, now.shape, now.tobytes()) == (then.dtype, then.shape, then.tobytes())
-    if type(now) is not type(then) or type(now) not in (list, dict, set):
+    if type(now) is not type(then) or type(now) not in CONTAINERS:
         return now is then or (_is_setting(now) and _is_setting(then) and bool(now == then))
     if isinstance(now, set):
         return bool(now == then)
