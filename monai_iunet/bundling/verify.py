@@ -120,22 +120,7 @@ def verify_bundle(folder: str | Path) -> list[Check]:
     folder = Path(folder)
     if not (folder / "configs").is_dir():
         raise InputError(f"{folder}: not a bundle, it has no folder `configs`. Name the folder of a bundle.")
-    checks: list[tuple[str, Callable[[Path], str]]] = [
-        ("files", _files),
-        ("size of files", _sizes),
-        ("metadata.json", _metadata),
-        ("sections of docs/README.md", _readme),
-        ("links of docs/README.md", _links),
-        ("no paths of a machine in configs", _paths),
-        *((f"entries of {config}", partial(_entries, config)) for config in ENTRIES),
-        ("evaluate.json over train.json", _overlay),
-        ("transforms can be sent to workers", _pickled),
-        ("the weights fit the network", _weights),
-        ("the network gives the classes of the metadata", _classes),
-        ("the network can be exported", _exportable),
-        ("monai-iunet segment can open it", _opened),
-    ]
-    return [Check(name, _problem_of(check, folder)) for name, check in checks]
+    return [Check(name, _problem_of(check, folder)) for name, check in _checks().items()]
 
 
 def as_table(checks: list[Check], title: str) -> Table:
@@ -146,6 +131,25 @@ def as_table(checks: list[Check], title: str) -> Table:
     for check in checks:
         table.add_row(check.name, check.problem or "passed")
     return table
+
+
+def _checks() -> dict[str, Callable[[Path], str]]:
+    """Return what tells the problem of a bundle, empty if there is none, by the name of each check."""
+    return {
+        "files": _files,
+        "size of files": _sizes,
+        "metadata.json": _metadata,
+        "sections of docs/README.md": _readme,
+        "links of docs/README.md": _links,
+        "no paths of a machine in configs": _paths,
+        **{f"entries of {config}": partial(_entries, config) for config in ENTRIES},
+        "evaluate.json over train.json": _overlay,
+        "transforms can be sent to workers": _pickled,
+        "the weights fit the network": _weights,
+        "the network gives the classes of the metadata": _classes,
+        "the network can be exported": _exportable,
+        "monai-iunet segment can open it": _opened,
+    }
 
 
 def _problem_of(check: Callable[[Path], str], folder: Path) -> str:

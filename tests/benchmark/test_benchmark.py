@@ -348,6 +348,7 @@ def test_a_whole_volume_is_as_planned(tmp_path: Path) -> None:
         assert row["planned_over_allocated"] == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.long
 def test_the_memory_of_a_process_is_not_that_of_the_one_that_has_started_it() -> None:
     ballast = torch.ones(2**28)  # 1 GiB, more than the process that measures will have
     found = inference._in_a_process(name=OURS, classes=3, size=[24, 20, 30], window=16)

@@ -117,6 +117,7 @@ def test_an_image_smaller_than_two_voxels_of_the_coarsest_level_is_segmented(sha
     assert segmenter.segment_crop(image).labels.shape == shape
 
 
+@pytest.mark.long
 def test_the_template_is_registered_to_heads_and_to_nothing_else() -> None:
     register = script("place_landmarks").register_template
     template = load_template(resolution=2)

@@ -57,6 +57,7 @@ def evaluate(data: Path, output: Path, **options: object) -> dict[str, float]:
         return {row["structure"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_the_committed_weights_segment_a_real_patient(headneck_data: Path, tmp_path: Path) -> None:
     listed = json.loads((headneck_data / "dataset.json").read_text())["validation"]
     (tmp_path / "dataset.json").write_text(json.dumps({"training": [], "validation": listed[:1]}))

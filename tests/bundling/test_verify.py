@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from monai_iunet import Task, verify_bundle, write_bundle
+from monai_iunet.bundling import verify
 from tests.bundles.helpers import BUNDLES, TRAINED
 from tests.bundles.made_data import HIPPOCAMPUS
 from tests.test_cli import call
@@ -151,7 +152,7 @@ def test_each_check_can_fail(name: str, pristine: Path, tmp_path: Path) -> None:
     damage, check, problem = BROKEN[name]
     folder = shutil.copytree(pristine, tmp_path / "bundle")
     damage(folder)
-    assert problem in problems(folder)[check]
+    assert problem in verify._problem_of(verify._checks()[check], folder)
 
 
 def test_the_command_prints_a_table_and_tells_by_its_exit_code(tmp_path: Path) -> None:

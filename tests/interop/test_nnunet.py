@@ -154,7 +154,7 @@ THICK = {
 @pytest.mark.parametrize(
     ("patch", "median", "channels"),
     [
-        ([20, 64, 64], [18.0, 80.0, 80.0], 1),
+        pytest.param([20, 64, 64], [18.0, 80.0, 80.0], 1, marks=pytest.mark.long),
         pytest.param([8, 64, 32], [30.0, 200.0, 40.0], 4, marks=pytest.mark.slow),
     ],
 )

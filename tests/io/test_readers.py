@@ -453,13 +453,13 @@ def test_simpleitk_images_that_are_no_volume_of_scalars_are_refused(shape: tuple
         from_simpleitk(image)
 
 
-def test_a_label_map_of_simpleitk_does_not_end_the_process() -> None:
+@pytest.mark.parametrize("call", ["from_simpleitk(image)", pytest.param("segment(image)", marks=pytest.mark.long)])
+def test_a_label_map_of_simpleitk_does_not_end_the_process(call: str) -> None:
     convert = "SimpleITK.LabelImageToLabelMap(SimpleITK.Image([4, 5, 6], SimpleITK.sitkUInt8))"
-    for call in ("from_simpleitk(image)", "segment(image)"):
-        code = f"import SimpleITK, monai_iunet; image = {convert}; monai_iunet.{call}"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert result.returncode == 1, result.stderr
-        assert "InputError: a SimpleITK label map: an image is needed" in result.stderr.splitlines()[-1]
+    code = f"import SimpleITK, monai_iunet; image = {convert}; monai_iunet.{call}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "InputError: a SimpleITK label map: an image is needed" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)"])

@@ -407,7 +407,9 @@ def test_programs_read_lines_of_json(images: list[Path], tmp_path: Path) -> None
     assert (code, printed) == (0, "")
 
 
-@pytest.mark.parametrize("encoding", [pytest.param("gbk", marks=pytest.mark.slow), "ascii"])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param("gbk", marks=pytest.mark.slow), pytest.param("ascii", marks=pytest.mark.long)]
+)
 def test_every_encoding_of_the_output_will_do(encoding: str, images: list[Path], tmp_path: Path) -> None:
     words = [sys.executable, "-c", MAIN, "segment", *images[:2], "--output", tmp_path / "out", "--device", "cpu"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -537,6 +539,7 @@ def test_images_that_are_left_out_are_said(images: list[Path], tmp_path: Path) -
     assert "Left out: 1 of 3 images, whose results are there." in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", ["inference", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_a_folder_whose_name_is_a_number(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line of MONAI makes numbers of such names."""

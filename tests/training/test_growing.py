@@ -81,6 +81,7 @@ def test_a_training_without_such_patches_is_refused() -> None:
         GrowingPatches([(8, 8)])
 
 
+@pytest.mark.long
 def test_a_bundle_whose_patches_grow_goes_on_as_if_it_had_not_been_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
