@@ -252,15 +252,10 @@ class _Part:
             stays = name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value)))
             if stays or _is_setting(value):
                 self.settings[name] = value
-            elif not self.is_compiled and (isinstance(value, Tensor) or type(value) in CONTAINERS):
+            elif isinstance(value, Tensor) or type(value) in CONTAINERS:
                 self.settings[name] = _noted(
                     value, with_graphs=False
                 )  # a state, which an evaluation reads and replaces
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether a call runs something else than the `forward` of the class, which a replica cannot."""
-        return "forward" in self.module.__dict__ or self.module._compiled_call_impl is not None
 
     def is_as_it_was(self) -> bool:
         return (

@@ -543,13 +543,16 @@ class Remembering(nn.Conv1d):
         return y
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["tensor", "deque", "dictionary"])
-def test_a_state_that_goes_on_from_call_to_call(kind: str) -> None:
+def test_a_state_that_goes_on_from_call_to_call(kind: str, compiled: bool) -> None:
     found = []
     for rebuilds in (True, False):
         torch.manual_seed(0)
         layer = AdditiveCoupling(Remembering(kind)).double()
         layer.rebuilds = rebuilds
+        if compiled:
+            layer.branch.compile(backend="eager")
         inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
         value = sum(sum(map(loss, layer(*inputs))) for _ in range(3))
         gradients = list(torch.autograd.grad(value, [*inputs, *layer.parameters()]))
