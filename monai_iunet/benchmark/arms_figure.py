@@ -35,7 +35,7 @@ def draw_arms(result: Mapping[str, Any], figure: Figure) -> None:
         dice.plot(places, [found[name][case] for case in order], ".", label=name)
     losses.set(xlabel="steps of the training, %", ylabel="training loss", yscale="log")
     dice.set(xlabel=f"test case, in the order of {names[0]}", ylabel="Dice", xticks=range(len(order)))
-    dice.set_xticklabels([case.split(".")[0] for case in order], rotation=90, fontsize=7)
+    dice.set_xticklabels([case.split(".")[0] for case in order], rotation=90, fontsize=7, parse_math=False)
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
     losses.legend(frameon=False, fontsize=8)

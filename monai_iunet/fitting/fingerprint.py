@@ -425,6 +425,8 @@ def draw_fingerprint(fingerprint: Fingerprint, path: Path) -> None:
         ]
         axes[3].boxplot(volumes, tick_labels=fingerprint.structures, orientation="horizontal")
         axes[3].set(xlabel="volume, ml", xscale="log")
+        for label in axes[3].get_yticklabels():
+            label.set_parse_math(False)  # names of people, where "$" is no formula
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
     finally:
         plt.close(figure)

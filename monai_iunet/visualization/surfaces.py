@@ -74,4 +74,5 @@ def draw_surfaces(
     axes.set(xlabel="right, mm", ylabel="front, mm", zlabel="up, mm")
     if shown:
         axes.set_box_aspect(np.ptp(np.concatenate(shown), axis=0))
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.6), fontsize="small")
+        for text in axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.6), fontsize="small").get_texts():
+            text.set_parse_math(False)  # names of people, where "$" is no formula

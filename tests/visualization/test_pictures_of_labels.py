@@ -149,9 +149,10 @@ def test_structures_too_thin_to_be_smoothed_have_a_surface(extent: tuple[int, in
     labels = np.zeros((14, 14, 14), np.uint8)
     labels[tuple(slice(4, 4 + part) for part in extent)] = 1
     figure = Figure()
-    draw_surfaces(figure, labels, np.eye(4), {1: "nerve"})
+    draw_surfaces(figure, labels, np.eye(4), {1: "nerve $b^{$"})
+    figure.draw_without_rendering()  # the name is no formula
     axes: Any = figure.axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["nerve"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["nerve $b^{$"]
     drawn = [axes.xy_dataLim.intervalx, axes.xy_dataLim.intervaly, axes.zz_dataLim.intervalx]
     np.testing.assert_allclose(drawn, [[3.5, 3.5 + part] for part in extent])
 
