@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from monai_iunet import IUNet, SegIUNet, reconstruction_error
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
@@ -65,3 +66,22 @@ def test_frozen_parts_are_examined_as_trained_ones(trained: tuple[str, ...]) -> 
         network.get_submodule(name).requires_grad_()
     assert reconstruction_error(network, x) == expected
     assert not network.iunet.encoder[0][0].branch[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_branch_that_does_not_repeat_itself_shows(grows: bool) -> None:
+    """As one does that depends on something outside of it that it changes, of which the engine knows nothing."""
+    calls: list[None] = []
+
+    def count(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return output * (1 + 0.1 * grows * len(calls))
+
+    def make_branch(_: int, before: int, after: int, *place: Any) -> nn.Module:
+        branch = nn.Conv2d(before, after, 3, padding=1)
+        branch.register_forward_hook(count)
+        return branch
+
+    network = IUNet(2, (4, 8), couplings=2, make_branch=make_branch)
+    error = max(reconstruction_error(network, torch.randn(1, 4, 16, 16)))
+    assert (error > 0.1) if grows else (error < 1e-5)
