@@ -236,9 +236,10 @@ class _Part:
         return (buffer for buffer in self.buffers.values() if buffer is not None)
 
     def own_tensors(self) -> Iterator[Tensor]:
-        """Yield buffers, and attributes but those that autograd has computed."""
+        """Yield buffers, and tensors of attributes but those that autograd has computed."""
         yield from self.own_buffers()
-        yield from (value for value in self.settings.values() if isinstance(value, Tensor) and not value.requires_grad)
+        for value in self.settings.values():
+            yield from (tensor for tensor in _tensors_in(value) if not tensor.requires_grad)
 
     def forget_what_it_changed(self) -> None:
         """Count as settings, behind the evaluation, what it has left as it was, and numbers, texts and switches."""
@@ -253,9 +254,8 @@ class _Part:
             if stays or _is_setting(value):
                 self.settings[name] = value
             elif isinstance(value, Tensor) or type(value) in CONTAINERS:
-                self.settings[name] = _noted(
-                    value, with_graphs=False
-                )  # a state, which an evaluation reads and replaces
+                # A state, which an evaluation reads and replaces.
+                self.settings[name] = _noted(value, with_graphs=False)
 
     def is_as_it_was(self) -> bool:
         return (

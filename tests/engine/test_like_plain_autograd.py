@@ -563,6 +563,30 @@ def test_a_state_that_goes_on_from_call_to_call(kind: str, compiled: bool) -> No
     assert largest_error(found) < 1e-10
 
 
+@pytest.mark.parametrize("keep", [lambda state: [state], lambda state: {"first": (state,)}], ids=["list", "nested"])
+def test_a_state_in_a_container_that_a_branch_changes_in_place(keep: Callable[[Tensor], Any]) -> None:
+    class Moving(nn.Conv1d):
+        state: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = self.state[0] if isinstance(self.state, list) else self.state["first"][0]
+            y = torch.tanh(super().forward(x)) * state.clone()
+            state.mul_(0.5).add_(y.detach().mean((0, 2), keepdim=True))
+            return y
+
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        layer = AdditiveCoupling(Moving(2, 2, 1)).double()
+        layer.rebuilds = rebuilds
+        state = torch.ones(1, 2, 1, dtype=torch.double)
+        layer.branch.state = keep(state)
+        inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+        value = sum(sum(map(loss, layer(*inputs))) for _ in range(3))
+        found.append([*torch.autograd.grad(value, [*inputs, *layer.parameters()]), state])
+    assert largest_error(found) < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["tensor", "deque", "dictionary"])
 def test_a_state_with_the_graph_of_the_former_call_is_refused(kind: str) -> None:
     layer = AdditiveCoupling(Remembering(kind, detach=False)).double()
