@@ -864,15 +864,10 @@ def _own_device() -> torch.device | None:
 
 
 def _device(name: str) -> torch.device:
-    """Return a device by its name, after checking that tensors can be made on it."""
-    import torch
+    """Return the device that `--device` names."""
+    from monai_iunet.system import usable_device
 
-    from monai_iunet.errors import InputError
-
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here. Use cpu.") from error
+    return usable_device(name, "--device")
 
 
 def main() -> None:

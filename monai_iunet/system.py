@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available_memory", "describe_system", "processor_name"]
+from monai_iunet.errors import InputError
+
+__all__ = ["available_memory", "describe_system", "processor_name", "usable_device"]
 
 PACKAGES = ("monai-iunet", "torch", "monai", "numpy", "nibabel", "SimpleITK", "pytorch-ignite", "nilearn", "highdicom")
 
@@ -34,6 +36,28 @@ def describe_system() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(number)
         facts[f"cuda:{number}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return facts
+
+
+def usable_device(name: str | torch.device, argument: str = "device") -> torch.device:
+    """Return a device, after checking that tensors can be made on it.
+
+    Args:
+        name: of the device, or the device.
+        argument: what named it, for the error.
+
+    Raises:
+        InputError: when it is not there.
+
+    Example:
+        >>> usable_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{argument} {name}: not available here. Use cpu.") from error
+    return device
 
 
 def processor_name() -> str:

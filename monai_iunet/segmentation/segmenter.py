@@ -35,7 +35,7 @@ from monai_iunet.segmentation.quality_features import Description, SlabBySlab
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
-from monai_iunet.system import available_memory
+from monai_iunet.system import available_memory, usable_device
 from monai_iunet.training.record import check_training, training_record
 from monai_iunet.transforms.outputs import check_numbers
 
@@ -91,7 +91,7 @@ class BundleSegmenter:
     ) -> None:
         self.folder = Path(folder)
         self.weights = weights
-        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
         self.probabilities_dtype = _probabilities_dtype(probabilities_dtype)
         self._check_files()
@@ -521,16 +521,6 @@ def _probabilities_dtype(dtype: Any) -> np.dtype[Any]:
     if kind not in (np.float32, np.float16):
         raise InputError(f"probabilities_dtype {dtype}: float32 or float16, of NumPy, is needed.")
     return kind
-
-
-def _usable_device(name: str | torch.device) -> torch.device:
-    """Return a device, after checking that tensors can be made on it."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name}: not available here. Use cpu.") from error
-    return device
 
 
 def _as_tensor(image: nibabel.Nifti1Image, mirrored: bool) -> MetaTensor:
