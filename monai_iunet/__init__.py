@@ -21,7 +21,8 @@ importing the package is light.
 - Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_structures`, `check_images`,
   `images_to_segment`, `Checkpoints`, `check_overrides`, `check_switches`, `StartFrom`, `start_from`, `EarlyStop`,
   `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
-- Know what weights were trained with: `training_record`, `trained_value`, `check_training`.
+- Know what weights were trained with: `training_record`, `trained_value`, `check_training`; and on which cases:
+  `check_unseen`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
   `LabelInferer`; in 16 bits: `AutocastInferer`; several networks as one: `SegEnsemble`.
 - Transform images and labels: `TrainingPatchd`, `CollatePadded`, `RandMirrord`, `NoteContouredd`, `OneHotContouredd`,
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from monai_iunet.training.overrides import check_overrides
     from monai_iunet.training.pictures import PictureHandler
     from monai_iunet.training.record import check_training, trained_value, training_record
+    from monai_iunet.training.seen_cases import check_unseen
     from monai_iunet.training.structures import check_structures
     from monai_iunet.training.switches import check_switches
     from monai_iunet.training.time_limit import TimedDecay
@@ -207,6 +209,7 @@ __all__ = [
     "check_structures",
     "check_switches",
     "check_training",
+    "check_unseen",
     "draw_overlay",
     "draw_slice",
     "draw_surfaces",
@@ -288,6 +291,7 @@ _NAMES = {
     "training.overrides": ("check_overrides",),
     "training.pictures": ("PictureHandler",),
     "training.record": ("check_training", "trained_value", "training_record"),
+    "training.seen_cases": ("check_unseen",),
     "training.structures": ("check_structures",),
     "training.switches": ("check_switches",),
     "training.time_limit": ("TimedDecay",),

@@ -40,6 +40,7 @@ from monai_iunet.io.files import (
     write_text,
 )
 from monai_iunet.io.text import csv_text, first_line
+from monai_iunet.io.weights import weights_file
 from monai_iunet.segmentation.quality import (
     FEATURES,
     QualityModel,
@@ -51,7 +52,8 @@ from monai_iunet.segmentation.quality import (
 )
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.sides import side_pairs
-from monai_iunet.training.cases import read_case
+from monai_iunet.training.cases import image_of, read_case
+from monai_iunet.training.seen_cases import seen_cases
 
 __all__ = ["as_markdown", "draw_quality", "evaluate_quality", "fit_quality"]
 
@@ -114,8 +116,8 @@ def evaluate_quality(
         The model; None if there is none.
 
     Raises:
-        InputError: when the bundle cannot segment; if `required`, when there are too few cases, images of several
-            channels, or label files with other values than 1, 2, ...
+        InputError: when the bundle cannot segment; if `required`, when there are too few cases, or some that the
+            network was trained on, images of several channels, or label files with other values than 1, 2, ...
 
     Example:
         >>> from monai_iunet import bundle_folder
@@ -135,6 +137,12 @@ def evaluate_quality(
             raise InputError(
                 f"{bundle}: its label files have the values {values}, a quality model is for 1, 2, ... To have one, "
                 "write the labels so and train again."
+            )
+        if seen := seen_cases(weights_file(bundle, weights), cases["validation"]):
+            raise InputError(
+                f"{bundle}: was trained on {len(seen)} of the {len(cases['validation'])} validation cases, such as "
+                f"{Path(image_of(seen[0])).name}. A quality model is fitted to cases that are new to the network: give "
+                "it others, by another fold or data set."
             )
         references, volumes = describe_training(segmenter, cases["training"])
         left_out = [

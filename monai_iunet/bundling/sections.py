@@ -62,8 +62,14 @@ def _trained(name: str, value: Any) -> str:
 
 
 def record(task: Task, transforms: str, *more: str) -> str:
-    """Return the expression of what a training is given, with more entries; see `monai_iunet.training.record`."""
-    values = ", ".join(f"{name}=@{name}" for name in ("num_classes", *given_values(task), *more))
+    """Return the expression of what a training is given; see `monai_iunet.training.record`.
+
+    Args:
+        task: the task.
+        transforms: reference to what images are preprocessed by.
+        more: entries beside the number of classes and `given_values`, each as NAME=EXPRESSION.
+    """
+    values = ", ".join([*(f"{name}=@{name}" for name in ("num_classes", *given_values(task))), *more])
     return f"monai_iunet.training_record(@network_def, {transforms}, {values})"
 
 

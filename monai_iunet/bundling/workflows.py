@@ -34,6 +34,9 @@ from monai_iunet.bundling.sections import (
 )
 from monai_iunet.bundling.task import Task
 
+# What the weights that a fine-tuning begins with were trained on.
+SEEN_BEFORE = "trained_on=@pretrained and monai_iunet.trained_value(@pretrained, 'trained_on', None)"
+
 __all__ = ["any_contrast_config", "evaluate_config", "inference_config", "train_config"]
 
 
@@ -240,7 +243,7 @@ def _saving(task: Task) -> Config:
             "writes": "$@rank == 0",
             "validator": "@validate#evaluator",
             "early_stop": "@early_stop",
-            "record": f"${record(task, '@deterministic_transforms', 'growing')}",
+            "record": f"${record(task, '@deterministic_transforms', 'growing=@growing', SEEN_BEFORE)}",
         },
     }
 
@@ -302,7 +305,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "$monai.utils.set_determinism(seed=0)",
             check_record(task, "@validate#preprocessing"),
         ],
-        "run": [_check_structures(task), "$@validate#evaluator.run()", _fit_quality()],
+        "run": [_check_structures(task), _check_unseen(), "$@validate#evaluator.run()", _fit_quality()],
         "finalize": end(distributed),
     }
 
@@ -311,6 +314,11 @@ def _check_structures(task: Task) -> str:
     """Return what refuses a data set of other structures."""
     values = "" if task.label_values is None else f", {list(task.label_values)}"
     return f"$monai_iunet.check_structures(@dataset_dir, @structures{values})"
+
+
+def _check_unseen() -> str:
+    """Return what says which cases the weights were trained on."""
+    return "$monai_iunet.check_unseen(@checkpoint, @datalist['validation']) if @rank == 0 else None"
 
 
 def _fit_quality() -> str:

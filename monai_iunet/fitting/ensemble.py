@@ -18,6 +18,7 @@ from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.weights import read_weights
 from monai_iunet.networks.nets.seg_ensemble import SegEnsemble
 from monai_iunet.training.record import record_file, training_record, write_record
+from monai_iunet.training.seen_cases import TRAINED_ON
 
 __all__ = ["Comparison", "Judged", "write_ensemble"]
 
@@ -121,7 +122,9 @@ def write_ensemble(members: Sequence[Path], task: Task, path: Path) -> None:
     check_folder(path.parent)
     parser = ConfigParser(inference_config(task))
     network = parser.get_parsed_content("network_def")
-    record = json.loads(record_file(members[0]).read_text(encoding="utf-8"))
-    write_record({**record, "network": training_record(network, [])["network"]}, path)
+    records = [json.loads(record_file(member).read_text(encoding="utf-8")) for member in members]
+    trained_on = sorted({digest for record in records for digest in record.get(TRAINED_ON, ())})
+    network_record = training_record(network, [])["network"]
+    write_record({**records[0], "network": network_record, TRAINED_ON: trained_on}, path)
     state = SegEnsemble.state_of([read_weights(member) for member in members])
     write_atomically(path, lambda temporary: torch.save(state, temporary))

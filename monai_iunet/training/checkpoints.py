@@ -28,13 +28,15 @@ from monai_iunet.io.files import check_folder, write_atomically
 from monai_iunet.io.text import first_line
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.record import differences, write_record
+from monai_iunet.training.seen_cases import TRAINED_ON, image_digests
 from monai_iunet.training.time_limit import TimedDecay
 
 __all__ = ["Checkpoints"]
 
 logger = logging.getLogger(__name__)
 
-TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given")  # names in the file of the last state
+# Names in the file of the last state.
+TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given", TRAINED_ON)
 GIVEN = ("base_lrs", "total_iters", "power")  # of a schedule, not its progress
 
 
@@ -54,13 +56,14 @@ class Checkpoints:
         folder: where the files go; created if need be.
         model: the network whose weights `model.pt` holds.
         state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say. It may
-            not be named "model", "epoch", "best", "scaler", "record", "cases" or "given".
+            not be named "model", "epoch", "best", "scaler", "record", "cases", "given" or "trained_on".
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
         validator: the evaluator that validates the network; may be named when attaching instead.
         early_stop: what stops the training early; gets its trainer, and its state is saved.
-        record: what the training is given, written beside the weights; see `training_record`.
+        record: what the training is given, written beside the weights with the digests of the images that it is
+            trained on; see `training_record`.
 
     Raises:
         InputError: when `last.pt` is of another training, or of one that was given something else or other cases.
@@ -99,6 +102,8 @@ class Checkpoints:
         self.resume = resume
         self.writes = writes
         self.record = dict(record or {})
+        # Digests of the images that the network is trained on, and was before this training.
+        self._trained_on = set(self.record.pop(TRAINED_ON, None) or ())
         self._given: dict[str, list[dict[str, Any]]] = {}  # options of optimizers, before a state is loaded
         self._best_before: tuple[Any, int] | None = None  # metric and epoch when a validation began
 
@@ -124,6 +129,8 @@ class Checkpoints:
                 unfinished.unlink(missing_ok=True)
         if self.writes:
             _check_readable(self.state)
+            if self.record:
+                self._trained_on.update(image_digests(_cases(trainer)))
         self._given = {
             name: _options(part, self.state.values())
             for name, part in self.state.items()
@@ -172,8 +179,9 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler is not None else {},
             "model": self.model.state_dict(),
             "record": self.record,
-            "cases": _image_names(trainer.data_loader),
+            "cases": _image_names(trainer),
             "given": self._given,
+            TRAINED_ON: sorted(self._trained_on),
             **{name: _with_plain_numbers(part.state_dict()) for name, part in self.state.items()},
         }
         _write(saved, self.last)
@@ -205,7 +213,7 @@ class Checkpoints:
 
     def _save_weights(self, path: Path) -> None:
         if self.record:
-            write_record(self.record, path)
+            write_record({**self.record, TRAINED_ON: sorted(self._trained_on)}, path)
         weights = self.model.state_dict()  # changed in place, since a copy would lose what modules note beside them
         weights.update({name: tensor.cpu() for name, tensor in weights.items()})
         _write(weights, path)
@@ -220,6 +228,7 @@ class Checkpoints:
             epoch, best, scaler = saved["epoch"], saved["best"], saved["scaler"]
             record, cases = saved.get("record", {}), set(saved.get("cases", ()))
             given_before = saved.get("given", {})
+            self._trained_on.update(saved.get(TRAINED_ON, ()))
         except Exception as error:
             raise InputError(
                 f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
@@ -230,7 +239,7 @@ class Checkpoints:
                 f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
                 "start without resuming."
             )
-        here = set(_image_names(trainer.data_loader))
+        here = set(_image_names(trainer))
         if cases and here and cases != here:
             other, change = min(cases - here or here - cases), "was" if cases - here else "was not"
             raise InputError(
@@ -346,10 +355,15 @@ def _go_on_with_options(
             logger.warning("%s. It goes on as it was saved; to change it, start without resuming.", change)
 
 
-def _image_names(loader: Any) -> list[str]:
-    """Return the names of the image files that a loader trains on; none where its data do not say them."""
-    cases = getattr(getattr(loader, "dataset", None), "data", None)
-    images = [case.get("image") if isinstance(case, Mapping) else None for case in cases or ()]
+def _cases(trainer: Any) -> Sequence[Any]:
+    """Return what a trainer's data set makes its items of; nothing where it does not say it."""
+    data = getattr(getattr(getattr(trainer, "data_loader", None), "dataset", None), "data", None)
+    return data if isinstance(data, Sequence) else ()
+
+
+def _image_names(trainer: Any) -> list[str]:
+    """Return the names of the image files that a trainer trains on; none where its data do not say them."""
+    images = [case.get("image") if isinstance(case, Mapping) else None for case in _cases(trainer)]
     firsts = [image[0] if isinstance(image, list) and image else image for image in images]
     return [Path(image).name for image in firsts if isinstance(image, (str, Path))]
 

@@ -50,11 +50,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL_FIT = """
 import sys
 import torch
-from monai_iunet.fitting import fit, plan
+from monai_iunet.fitting import fit, limits, planner
 from monai_iunet.training.checkpoints import Checkpoints
 
-plan.CHANNELS, plan.LONG_STEPS, plan.STEPS_TO_VALIDATION = (8, 16), {steps}, 10
-plan.measure_speed = lambda device, dtype, size=48: 1e5 if dtype == torch.float32 else 2e5  # the same in each process
+planner.CHANNELS, planner.LONG_STEPS, planner.STEPS_TO_VALIDATION = (8, 16), {steps}, 10
+limits.measure_speed = lambda device, dtype, size=48: 1e5 if dtype == torch.float32 else 2e5  # the same in each process
 check = Checkpoints._stop_at_nan
 
 
