@@ -689,6 +689,13 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    all_cases: Annotated[
+        bool,
+        typer.Option(
+            "--all-cases",
+            help="At the end train one more network, on all cases, for the bundle. Its figures are those of the folds.",
+        ),
+    ] = False,
     device: Device = "auto",
     skip_bad_cases: Annotated[
         bool,
@@ -714,6 +721,7 @@ def fit(
             roi_size=roi_size if roi_size in (None, "whole") else _numbers(roi_size, int, "--roi-size"),
             growing=growing,
             missing_labels=None if missing_labels is None else missing_labels.value,
+            all_cases=all_cases,
             device=None if device == "auto" else str(_device(device)),
             skip_bad_cases=skip_bad_cases,
             plan_only=plan_only,

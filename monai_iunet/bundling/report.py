@@ -30,19 +30,26 @@ def write_report(bundle: str | Path, dataset_dir: str | Path) -> list[Path]:
         bundle: folder of the bundle, with the logs in `train` and the tables in `eval`, or where `fit` keeps them.
         dataset_dir: folder with `dataset.json`.
 
+    Returns:
+        The files; without `cases.png` where a fit trained the network on all cases, so that none shows how good it is.
+
     Raises:
         InputError: when the training log or the evaluation is missing.
     """
     bundle = Path(bundle)
-    log, cases = bundle / "train", bundle / "eval" / "cases.csv"
+    log = bundle / "train"
+    cases: Path | None = bundle / "eval" / "cases.csv"
     if (bundle / "fit.json").is_file():
         kept = _kept_by_fit(bundle)
         log = log if any(log.glob("events.*")) else kept["log"]
-        cases = cases if cases.is_file() else kept["cases"]
+        cases = cases if cases is not None and cases.is_file() else kept.get("cases")
     docs = check_folder(bundle / "docs")
-    draw_training(log, docs / "training.png")
-    draw_cases(bundle, dataset_dir, cases, docs / "cases.png")
-    return [docs / "training.png", docs / "cases.png"]
+    pictures = [docs / "training.png"]
+    draw_training(log, pictures[0])
+    if cases is not None:
+        pictures.append(docs / "cases.png")
+        draw_cases(bundle, dataset_dir, cases, pictures[1])
+    return pictures
 
 
 def _kept_by_fit(bundle: Path) -> dict[str, Path]:
@@ -50,7 +57,7 @@ def _kept_by_fit(bundle: Path) -> dict[str, Path]:
     state = bundle / "fit.json"
     try:
         drawn = dict(json.loads(state.read_text(encoding="utf-8"))).get("drawn")
-        kept = None if drawn is None else {name: bundle / drawn[name] for name in ("log", "cases")}
+        kept = None if drawn is None else {name: bundle / drawn[name] for name in ("log", *drawn)}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{state}: not the state of a fit ({first_line(error)}). Remove it, or fit again.") from error
     if kept is None:

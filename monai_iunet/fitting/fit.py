@@ -1,5 +1,8 @@
 """From images and labels to a bundle: fingerprint, plan, folds, cross-validation, and the best of the networks.
 
+Asked for, one more network is trained on all cases, and is the bundle's: no case is left to judge it, so the figures
+are those of the folds' networks, which were trained alike.
+
 All state is in the folder of the bundle, so a fit that was killed goes on when it is called again: the fingerprint and
 the plan are read, folds that are done are left out, and the training of the others goes on after its last epoch. For
 the same reason several processes can share the folds: torchrun starts them, and each does its part.
@@ -59,6 +62,7 @@ from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, describe_file, hold_folder, is_as_before, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.planning.budget import for_a_step
+from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
@@ -73,10 +77,13 @@ logger = logging.getLogger(__name__)
 FINAL = "model_final.pt"  # which a training has when it is done
 TABLE = "cases.csv"  # which an evaluation has when it is done
 ENSEMBLE = "ensemble"
+ALL_CASES = "all_cases"  # in place of a fold
 WAIT = 1.0  # seconds between two looks for what another process writes
 MOST_RESTARTS = 3  # of a training that diverges, each with half of the learning rate
 MOST_WORKERS = 8  # of a data loader beside a GPU
 BYTES_PER_VOXEL = 8  # of a case in memory: image and label, float32
+
+Fold = int | str | None  # its number; None for the data set's own split; or ALL_CASES
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def fit(
     roi_size: Sequence[int] | str | None = None,
     growing: bool = False,
     missing_labels: str | None = None,
+    all_cases: bool = False,
     device: str | None = None,
     skip_bad_cases: bool = False,
     plan_only: bool = False,
@@ -137,6 +145,9 @@ def fit(
         growing: begin with smaller patches.
         missing_labels: what a structure is in a case whose label has no voxel of it: "background", it is absent, or
             "unlabeled", which is no part of the loss; by default unlabeled where it is of like size in other cases.
+        all_cases: train one more network at the end, on all labeled cases, for the bundle: its figures are those of the
+            folds, and folds are not made an ensemble. A fit that is finished can be asked for it, too; it then takes as
+            long again as a fold.
         device: where the network is trained; by default the first GPU, or the CPU if there is none.
         skip_bad_cases: leave out cases that cannot be learned from, saying so.
         plan_only: stop when the plan is made.
@@ -161,7 +172,8 @@ def fit(
         raise InputError(f"gpu_memory {gpu_memory}: {error}") from error
     seconds = None if time is None else parse_seconds(time)
     size = None if roi_size is None else read_size(roi_size)
-    wishes = Wishes(None if spacing is None else tuple(map(float, spacing)), size, growing, missing_labels)
+    voxels = None if spacing is None else tuple(map(float, spacing))
+    wishes = Wishes(voxels, size, growing, missing_labels, all_cases)
     options = FitOptions(memory, seconds, folds, fold, modality, device, skip_bad_cases, wishes)
     run = _Fit(Path(dataset), Path(output), options, console or Console(quiet=True))
     run.prepare()
@@ -253,6 +265,7 @@ class _Fit:
             before = self._state()["asked"]
             # A fit of an earlier version does not say which memory it was asked for.
             changed = [name for name, value in asked.items() if before.get(name) != value and name in before]
+            changed = [name for name in changed if name != ALL_CASES]  # which only adds a network
             if changed:
                 raise InputError(
                     f"{self.folder}: a fit with another {' and another '.join(changed)} is there. Ask for the same to "
@@ -346,18 +359,25 @@ class _Fit:
     @property
     def is_finished(self) -> bool:
         """Whether the bundle is complete."""
-        return bool(self._state().get("finished", False))
+        state = self._state()
+        return bool(state.get("finished")) and (not self._has_all_cases or bool(state.get(ALL_CASES)))
+
+    @property
+    def _has_all_cases(self) -> bool:
+        return self.options.wishes.all_cases
 
     def train(self) -> None:
-        """Train each fold that is not done, of several processes each its share of them."""
-        for fold in self._own_folds():
-            if not (self._models(fold) / FINAL).is_file():
+        """Train each fold that is not done, of several processes each its share of them; and so with all cases."""
+        for fold in self._own_trainings():
+            is_evaluated = fold != ALL_CASES and (self._evaluation(fold, True) / TABLE).is_file()
+            if not is_evaluated and not (self._models(fold) / FINAL).is_file():
                 self._train_fold(fold)
 
-    def _own_folds(self) -> Sequence[int | None]:
-        return self.plan.folds[self.share.index :: self.share.count]
+    def _own_trainings(self) -> Sequence[Fold]:
+        trainings: tuple[Fold, ...] = (*self.plan.folds, *([ALL_CASES] if self._has_all_cases else []))
+        return trainings[self.share.index :: self.share.count]
 
-    def _train_fold(self, fold: int | None) -> None:
+    def _train_fold(self, fold: Fold) -> None:
         noted = self._models(fold) / "learning_rate.json"
         for restart in range(MOST_RESTARTS + 1):
             factor = json.loads(noted.read_text(encoding="utf-8"))["factor"] if noted.is_file() else 1.0
@@ -370,7 +390,7 @@ class _Fit:
                 logger.warning("%s: %s It goes on with half of its learning rate.", _name(fold), error)
                 write_text(noted, json.dumps({"factor": factor / 2}) + "\n")
 
-    def _run_training(self, fold: int | None, factor: float) -> None:
+    def _run_training(self, fold: Fold, factor: float) -> None:
         parser = self._parser("train.json", fold)
         parser.update(
             {
@@ -385,6 +405,10 @@ class _Fit:
                 "num_workers": 0 if self.device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1),
             }
         )
+        if fold == ALL_CASES:
+            # No case is left to choose the best epoch by: the last one is used, and looked at with cases of a fold.
+            cases = {"training": self._cases(None, None), "validation": self._cases("validation", self.plan.folds[0])}
+            parser.update({"datalist": cases, "val_interval": parser["max_epochs"]})
         for handler in parser["train"]["handlers"]:
             if isinstance(handler, dict) and handler["_target_"].endswith("ProgressBar"):
                 handler["disable"] = not sys.stderr.isatty()
@@ -423,7 +447,9 @@ class _Fit:
 
     def evaluate(self) -> None:
         """Evaluate each fold on the cases that it was not trained on, with and without clean-up."""
-        for fold in self._own_folds():
+        for fold in self._own_trainings():
+            if fold == ALL_CASES:
+                continue
             for largest in (False, True):
                 folder = self._evaluation(fold, largest)
                 if not (folder / TABLE).is_file():
@@ -443,14 +469,15 @@ class _Fit:
         return clock() - begun
 
     def wait(self) -> None:
-        """Wait until all processes have evaluated their folds; where one fails, the launcher ends all."""
+        """Wait until all processes have done their part; where one fails, the launcher ends all."""
         missing = [self._evaluation(fold, True) / TABLE for fold in self.plan.folds]
+        missing += [self._models(ALL_CASES) / FINAL] if self._has_all_cases else []
         while missing := [table for table in missing if not table.is_file()]:
             sleep(WAIT)
 
     def _compare(self, best: int | None, kept: Sequence[int]) -> Comparison | None:
-        """Compare the best network and the ensemble of all folds; None if there is one fold."""
-        if len(self.plan.folds) < 2:
+        """Compare the best network and the ensemble of all folds; None if there is one, or the bundle gets another."""
+        if len(self.plan.folds) < 2 or self._has_all_cases:
             return None
         task = replace(self.plan.task, largest_component=tuple(kept), members=len(self.plan.folds))
         write_ensemble([self._models(fold) / "model.pt" for fold in self.plan.folds], task, self._ensemble / "model.pt")
@@ -497,22 +524,35 @@ class _Fit:
             task = replace(task, members=len(self.plan.folds), fold=best if task.judges else None)
             models, evaluation = self._ensemble, self.folder / "eval" / f"judged_{ENSEMBLE}"
         write_configs(task, self.folder)
-        for source in (models / "model.pt", record_file(models / "model.pt")):
-            shutil.copyfile(source, self.folder / "models" / source.name)
+        self._take_weights(models)
         write_rows(self.folder / "eval" / "cross_validation.csv", rows)
         docs = self.folder / "docs"
         log, cases = self.folder / "train" / _name(best), evaluation / TABLE
         draw_training(log, docs / "training.png")
         quality = self._fit_quality(task)
         draw_cases(self.folder, self.dataset, cases, docs / "cases.png")
+        if self._has_all_cases:
+            self._take_network_of_all_cases(quality)
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
         cleaned = [structures[label - 1] for label in kept]
         write_page(
-            self.folder, task, self.plan, self.fingerprint, rows, members, _name(best), comparison, cleaned, quality
+            self.folder,
+            task,
+            self.plan,
+            self.fingerprint,
+            rows,
+            members,
+            _name(best),
+            comparison,
+            cleaned,
+            "" if quality is None else as_markdown(quality),
+            self._has_all_cases,
         )
         write_results(self.folder, task, self.fingerprint.channels, rows)
-        drawn = {"log": log, "cases": cases}
-        self._note(finished=True, drawn={name: str(path.relative_to(self.folder)) for name, path in drawn.items()})
+        # From these the pictures can be drawn again; those of cases only by the network that was evaluated on them.
+        drawn = {"log": log} if self._has_all_cases else {"log": log, "cases": cases}
+        places = {name: str(path.relative_to(self.folder)) for name, path in drawn.items()}
+        self._note(finished=True, drawn=places, **{ALL_CASES: self._has_all_cases})
         self._remove_states()
         self.console.print(score_table(rows))
         if comparison is not None:
@@ -532,33 +572,42 @@ class _Fit:
             for fold in self.plan.folds
         }, kept
 
-    def _fit_quality(self, task: Task) -> str:
-        """Fit the model of the quality; return what judges it as a table in Markdown, empty if there is none."""
+    def _fit_quality(self, task: Task) -> QualityModel | None:
+        """Fit the model of the quality; return None if there is none."""
         if task.in_channels > 1 or task.label_values is not None:
             logger.warning("No quality model is fitted: that is for images of one channel and labels 1, 2, ... only")
-            return ""
-        lists = bundle_cases(self.folder, self.dataset)
-        quality = evaluate_quality(self.folder, lists, self.device, required=False)
-        return "" if quality is None else as_markdown(quality)
+            return None
+        return evaluate_quality(self.folder, bundle_cases(self.folder, self.dataset), self.device, required=False)
+
+    def _take_network_of_all_cases(self, quality: QualityModel | None) -> None:
+        """Put the network of all cases in the place of a fold's, whose model of the quality is its, too."""
+        self._take_weights(self._models(ALL_CASES))
+        if quality is not None:
+            write_quality(replace(quality, digest=weights_digest(self.folder)), self.folder)
+
+    def _take_weights(self, models: Path) -> None:
+        """Copy the weights of a folder, and what their training was given, to where the bundle has them."""
+        for source in (models / "model.pt", record_file(models / "model.pt")):
+            shutil.copyfile(source, self.folder / "models" / source.name)
 
     def _remove_states(self) -> None:
         """Remove what trainings would go on from, and what the bundle has a copy of."""
         shutil.rmtree(self._ensemble, ignore_errors=True)
-        for fold in self.plan.folds:
+        for fold in (*self.plan.folds, ALL_CASES):
             for name in ("last.pt", FINAL):
                 (self._models(fold) / name).unlink(missing_ok=True)
 
-    def _parser(self, config: str, fold: int | None) -> ConfigParser:
+    def _parser(self, config: str, fold: Fold) -> ConfigParser:
         return self._pointed(read_config(self.folder / "configs" / config), fold)
 
-    def _pointed(self, parser: ConfigParser, fold: int | None) -> ConfigParser:
+    def _pointed(self, parser: ConfigParser, fold: Fold) -> ConfigParser:
         """Point a config to the data set, and to a fold."""
         parser.update(
             {
                 "bundle_root": str(self.folder),
                 "dataset_dir": str(self.dataset),
                 "device": self.device,
-                "fold": fold,
+                "fold": None if fold == ALL_CASES else fold,
                 # They were checked for the fingerprint.
                 "check_data": False,
                 "skip_bad_cases": self.options.skip_bad_cases,
@@ -566,14 +615,16 @@ class _Fit:
         )
         return parser
 
-    def _models(self, fold: int | None) -> Path:
-        return check_folder(self.folder / "models" / _name(fold))
+    def _models(self, fold: Fold) -> Path:
+        return self.folder / "models" / _name(fold)
 
-    def _evaluation(self, fold: int | None, largest: bool) -> Path:
+    def _evaluation(self, fold: Fold, largest: bool) -> Path:
         return self.folder / "eval" / f"{_name(fold)}{'_largest' if largest else ''}"
 
 
-def _name(fold: int | None) -> str:
+def _name(fold: Fold) -> str:
+    if fold == ALL_CASES:
+        return ALL_CASES
     return "training" if fold is None else f"fold_{fold}"
 
 

@@ -57,6 +57,7 @@ def write_page(
     comparison: Comparison | None,
     cleaned: Sequence[str],
     quality: str,
+    all_cases: bool,
 ) -> None:
     """Write `docs/README.md`.
 
@@ -71,6 +72,7 @@ def write_page(
         comparison: of it and the ensemble; None if there is one fold.
         cleaned: structures of which the largest component alone is kept.
         quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
+        all_cases: whether the bundle has a network that was trained on all cases.
     """
     names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
     values = (
@@ -100,6 +102,12 @@ def write_page(
     )
     cases_picture = "\n![Best, median and worst case](cases.png)\n" if (folder / "docs" / "cases.png").is_file() else ""
     of_ensemble = f"The bundle has the network of {best}."
+    if all_cases:
+        of_ensemble = (
+            "The bundle has none of these networks, but one that was trained on all cases after them, in the same way. "
+            "No case is left that could judge it: the figures are those of the networks of the folds, the pictures "
+            f"those of {best}."
+        )
     if comparison is not None:
         kept = "all networks, as an ensemble" if task.members > 1 else f"the network of {best}"
         of_ensemble = f"### Best network and ensemble\n\nThe bundle has {kept}. {comparison.as_markdown()}"
@@ -109,7 +117,7 @@ def write_page(
 ### Quality of a segmentation
 
 `monai-iunet segment` predicts the Dice of each structure. The prediction was fitted to half of the validation cases of
-the network, as they are and damaged; the others judge it:
+{f"the network of {best}" if all_cases else "the network"}, as they are and damaged; the others judge it:
 
 {quality}
 

@@ -69,6 +69,7 @@ class Wishes:
         growing: whether the training begins with smaller patches.
         missing_labels: what a structure is in a case whose label has no voxel of it: "background", it is absent, or
             "unlabeled", which is no part of the loss.
+        all_cases: whether one more network is trained, on all cases, for the bundle.
 
     Example:
         >>> Wishes(roi_size="whole").growing
@@ -79,6 +80,7 @@ class Wishes:
     roi_size: tuple[int, ...] | str | None = None
     growing: bool = False
     missing_labels: str | None = None
+    all_cases: bool = False
 
     def __post_init__(self) -> None:
         if self.missing_labels not in (None, "background", "unlabeled"):
@@ -169,7 +171,9 @@ class _Planner:
         parts = count_parts(training_cases, folds, fold, has_validation)
         trained = self._folds(parts, folds, fold, has_validation)
         judges = self._judges(len(trained), has_validation)
-        in_a_row = math.ceil(len(trained) / self.limits.at_once)
+        if self.wishes.all_cases:
+            self._note("network", "one more, of all cases", "as asked; its figures are those of the folds", "fold all")
+        in_a_row = math.ceil((len(trained) + self.wishes.all_cases) / self.limits.at_once)
         seconds = None if self.limits.seconds is None else TRAINING_SHARE * self.limits.seconds / in_a_row
         spacing = self._spacing(seconds)
         size = self.extent / spacing
@@ -236,7 +240,8 @@ class _Planner:
             self._note("folds", f"fold {fold or 0} of {parts}", "as asked", 5)
             return (fold or 0,)
         if folds is None and self.limits.seconds is not None:
-            needed = WANTED_STEPS * self._voxels_of_step() * math.ceil(parts / self.limits.at_once)
+            trainings = parts + self.wishes.all_cases
+            needed = WANTED_STEPS * self._voxels_of_step() * math.ceil(trainings / self.limits.at_once)
             if needed > self._voxels_in(TRAINING_SHARE * self.limits.seconds):
                 self._note("folds", f"fold 0 of {parts}", f"the time is not enough for {parts} trainings", 5)
                 return (0,)
@@ -245,7 +250,7 @@ class _Planner:
 
     def _judges(self, trainings: int, has_validation: bool) -> tuple[str, ...]:
         """Choose cases that no network is trained on, which compare the best network of a fold and all together."""
-        if trainings < 2:
+        if trainings < 2 or self.wishes.all_cases:
             return ()
         if has_validation:
             self._note("judges", "validation cases", "the data set has cases that no fold is trained on", "none")

@@ -35,6 +35,8 @@ from monai_iunet.fitting.page import write_results
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.io.read import read_image
 from monai_iunet.training.dataset import list_cases
+from monai_iunet.training.record import trained_value
+from monai_iunet.training.seen_cases import image_digests
 from tests.fitting.made_sets import make_set, number_labels
 
 
@@ -105,6 +107,43 @@ def test_a_data_set_becomes_a_bundle(tmp_path: Path) -> None:
         fit(data, folder, folds=3, gpu_memory="1 GiB", device="cpu")
     with pytest.raises(InputError, match="a fit with another memory is there"):
         fit(data, folder, folds=2, device="cpu")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("quick")
+def test_one_more_network_is_trained_on_all_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("monai_iunet.fitting.planner.LONG_STEPS", 60)
+    data, folder = make_set(tmp_path / "data", shape=(16, 16, 16), count=6), tmp_path / "bundle"
+    options: dict[str, Any] = {"fold": 0, "gpu_memory": "1 GiB", "device": "cpu"}
+    fit(data, folder, **options)
+    models = folder / "models"
+    of_fold, table = ((folder / name).read_bytes() for name in ("models/fold_0/model.pt", "eval/cross_validation.csv"))
+    assert trained_value(models / "model.pt", "trained_on", None) == image_digests(list_cases(data, "training", 0))
+    # A fit that is finished goes on with it; nothing of it is trained again.
+    fit(data, folder, **options, all_cases=True)
+    assert (models / "fold_0" / "model.pt").read_bytes() == of_fold != (models / "model.pt").read_bytes()
+    assert (models / "all_cases" / "model.pt").read_bytes() == (models / "model.pt").read_bytes()
+    assert trained_value(models / "model.pt", "trained_on", None) == image_digests(list_cases(data))
+    assert not list(models.glob("*/last.pt"))
+    assert [check for check in verify_bundle(folder) if check.problem] == []
+    # The figures are those of the fold; what predicts the quality is the new network's.
+    assert (folder / "eval" / "cross_validation.csv").read_bytes() == table
+    assert "one that was trained on all cases after them" in (folder / "docs" / "README.md").read_text()
+    assert (models / "quality.json").is_file() == (BundleSegmenter(folder, "cpu").quality is not None)
+    image = nibabel.load(data / "imagesTr" / "case_00.nii.gz")
+    truth = np.asarray(nibabel.load(data / "labelsTr" / "case_00.nii.gz").dataobj)
+    assert dice_of(np.asarray(segment(image, folder, device="cpu").dataobj), truth) > 0.5
+    # No case is left to show it in a picture, or to evaluate it without a warning.
+    assert write_report(folder, data) == [folder / "docs" / "training.png"]
+    configs = {"config_file": str(folder / "configs" / "evaluate.json"), "bundle_root": str(folder)}
+    run(**configs, dataset_dir=str(data), output_dir=str(tmp_path / "eval"), fit_quality=False, logging_file=False)
+    assert "was trained on 2 of these 2 cases" in caplog.text
+    before = (models / "all_cases" / "model.pt").stat().st_mtime_ns
+    fit(data, folder, **options, all_cases=True)
+    fit(data, folder, **options)
+    assert (models / "all_cases" / "model.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -147,6 +147,18 @@ def test_folds_side_by_side_have_more_time_each() -> None:
         assert (len(found.folds), round(found.task.max_seconds or 0)) == (folds, seconds)
 
 
+def test_a_network_of_all_cases_takes_as_long_as_a_fold_and_needs_no_judges() -> None:
+    data, hour = fingerprint(shape=(64, 64, 64), count=60), dataclasses.replace(LARGE, seconds=3600, speed=1.2e7)
+    named = [dataclasses.replace(case, name=f"case_{number:02}.nii.gz") for number, case in enumerate(data.cases)]
+    data = dataclasses.replace(data, cases=tuple(named))
+    for at_once, asked, seconds in ((1, 1, 1530), (1, 5, 510), (2, 5, 1020), (2, 1, 3060)):
+        found = plan(data, dataclasses.replace(hour, at_once=at_once), folds=asked, wishes=Wishes(all_cases=True))
+        assert round(found.task.max_seconds or 0) == seconds
+        assert found.task.judges == ()
+        assert reason(found, "network") == "as asked; its figures are those of the folds"
+    assert len(plan(data, hour, folds=5).task.judges) == 6
+
+
 def test_a_short_time_is_said_in_seconds() -> None:
     for seconds, said in ((30, "26 s per fold"), (3600, "51 min per fold")):
         found = plan(fingerprint(), dataclasses.replace(LARGE, seconds=seconds, speed=1e6), fold=0)
