@@ -55,7 +55,7 @@ from monai_iunet.fitting.fingerprint import (
     write_fingerprint,
 )
 from monai_iunet.fitting.limits import measure_limits
-from monai_iunet.fitting.page import write_page, write_results
+from monai_iunet.fitting.page import Evaluated, write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
 from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
 from monai_iunet.io.bundles import parsed_content, read_config
@@ -378,7 +378,7 @@ class _Fit:
         return trainings[self.share.index :: self.share.count]
 
     def _train_fold(self, fold: Fold) -> None:
-        noted = self._models(fold) / "learning_rate.json"
+        noted = check_folder(self._models(fold)) / "learning_rate.json"
         for restart in range(MOST_RESTARTS + 1):
             factor = json.loads(noted.read_text(encoding="utf-8"))["factor"] if noted.is_file() else 1.0
             try:
@@ -534,20 +534,16 @@ class _Fit:
         if self._has_all_cases:
             self._take_network_of_all_cases(quality)
         members = {_name(fold): mean_dice(scores[fold], structures) for fold in self.plan.folds}
-        cleaned = [structures[label - 1] for label in kept]
-        write_page(
-            self.folder,
-            task,
-            self.plan,
-            self.fingerprint,
+        evaluated = Evaluated(
             rows,
             members,
             _name(best),
             comparison,
-            cleaned,
+            [structures[label - 1] for label in kept],
             "" if quality is None else as_markdown(quality),
             self._has_all_cases,
         )
+        write_page(self.folder, task, self.plan, self.fingerprint, evaluated)
         write_results(self.folder, task, self.fingerprint.channels, rows)
         # From these the pictures can be drawn again; those of cases only by the network that was evaluated on them.
         drawn = {"log": log} if self._has_all_cases else {"log": log, "cases": cases}

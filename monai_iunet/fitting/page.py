@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from monai_iunet.fitting.plan import FitPlan
 from monai_iunet.io.files import write_text
 from monai_iunet.io.text import times
 
-__all__ = ["write_page", "write_results"]
+__all__ = ["Evaluated", "write_page", "write_results"]
 
 
 def write_results(folder: Path, task: Task, channels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -46,19 +47,30 @@ def _key(structure: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in structure)
 
 
-def write_page(
-    folder: Path,
-    task: Task,
-    plan: FitPlan,
-    fingerprint: Fingerprint,
-    rows: Sequence[Mapping[str, Any]],
-    members: Mapping[str, float],
-    best: str,
-    comparison: Comparison | None,
-    cleaned: Sequence[str],
-    quality: str,
-    all_cases: bool,
-) -> None:
+@dataclass(frozen=True)
+class Evaluated:
+    """What is known of the networks of a fit.
+
+    Attributes:
+        rows: of the cross-validation, see `summarize`.
+        members: mean Dice of each fold's network on the cases that it was not trained on.
+        best: name of the best of these networks.
+        comparison: of it and the ensemble; None if there is none to compare.
+        cleaned: structures of which the largest component alone is kept.
+        quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
+        all_cases: whether the bundle has a network that was trained on all cases.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    members: Mapping[str, float]
+    best: str
+    comparison: Comparison | None
+    cleaned: Sequence[str]
+    quality: str
+    all_cases: bool
+
+
+def write_page(folder: Path, task: Task, plan: FitPlan, fingerprint: Fingerprint, evaluated: Evaluated) -> None:
     """Write `docs/README.md`.
 
     Args:
@@ -66,13 +78,7 @@ def write_page(
         task: of the bundle.
         plan: with the reasons of the choices.
         fingerprint: of the data set.
-        rows: of the cross-validation, see `summarize`.
-        members: mean Dice of each fold's network on the cases that it was not trained on.
-        best: name of the best network of a fold.
-        comparison: of it and the ensemble; None if there is one fold.
-        cleaned: structures of which the largest component alone is kept.
-        quality: what judges the prediction of quality, as a table in Markdown; empty if there is none.
-        all_cases: whether the bundle has a network that was trained on all cases.
+        evaluated: what is known of the networks.
     """
     names = ", ".join(f"{value} {name}" for value, name in enumerate(("background", *task.classes)))
     values = (
@@ -86,43 +92,9 @@ def write_page(
         np.median([getattr(case, name) for case in fingerprint.cases], axis=0) for name in ("shape", "spacing")
     )
     choices = "\n".join(f"| {choice.name} | {choice.value} | {choice.reason} |" for choice in plan.choices)
-    table = "\n".join(
-        f"| {row['structure']} | {row['cases']} | {row['dice']:.3f} | {row['dice_low']:.3f} to {row['dice_high']:.3f} "
-        f"| {row['hausdorff95_mm']:.2f} | "
-        f"{row['surface_distance_mm']:.2f} |"
-        for row in rows
-    )
     others = (task.members - 1) * plan.step.parameters
     training, inference = (held / 2**20 for held in (plan.step.training_peak, plan.step.inference_peak + others))
-    of_members = "\n".join(f"| {name} | {dice:.3f} |" for name, dice in members.items())
-    clean_up = (
-        f"Of {', '.join(cleaned)} the largest component alone is kept: in the validation this made them better."
-        if cleaned
-        else "Keeping the largest component of a structure alone made none better in the validation: all are kept."
-    )
-    cases_picture = "\n![Best, median and worst case](cases.png)\n" if (folder / "docs" / "cases.png").is_file() else ""
-    of_ensemble = f"The bundle has the network of {best}."
-    if all_cases:
-        of_ensemble = (
-            "The bundle has none of these networks, but one that was trained on all cases after them, in the same way. "
-            "No case is left that could judge it: the figures are those of the networks of the folds, the pictures "
-            f"those of {best}."
-        )
-    if comparison is not None:
-        kept = "all networks, as an ensemble" if task.members > 1 else f"the network of {best}"
-        of_ensemble = f"### Best network and ensemble\n\nThe bundle has {kept}. {comparison.as_markdown()}"
-    of_quality = ""
-    if quality:
-        of_quality = f"""
-### Quality of a segmentation
-
-`monai-iunet segment` predicts the Dice of each structure. The prediction was fitted to half of the validation cases of
-{f"the network of {best}" if all_cases else "the network"}, as they are and damaged; the others judge it:
-
-{quality}
-
-![Predicted beside true Dice](quality.png)
-"""
+    performance = _performance(task, evaluated, (folder / "docs" / "cases.png").is_file())
     page = f"""# {task.name}
 
 Segments {", ".join(task.classes)} in {task.modality} with an invertible U-Net, whose training rebuilds its
@@ -166,25 +138,7 @@ part by part.
 Images are brought to RAS and voxels of {times(task.spacing)} mm, and their intensities are normalized. What the
 training was given is in `models/training.json`, and is what evaluation, inference and `segment` use.
 
-## Performance
-
-Each network was evaluated on the cases that it was not trained on. The best of its validations was kept, so the figures
-are somewhat too good; the intervals are those of the mean over such cases.
-
-| structure | cases | Dice | 95 % interval | HD95, mm | surface, mm |
-|---|---|---|---|---|---|
-{table}
-
-{clean_up}
-
-| network | mean Dice |
-|---|---|
-{of_members}
-
-{of_ensemble}
-
-![Training](training.png)
-{cases_picture}{of_quality}
+{performance}
 ## Commands
 
 Install the package `monai-iunet`. In this folder:
@@ -213,3 +167,75 @@ Cite the paper that introduced the architecture, and the data set.
 Configs: Apache-2.0. For the data see `data_license.txt`.
 """
     write_text(folder / "docs" / "README.md", page)
+
+
+def _performance(task: Task, evaluated: Evaluated, has_cases: bool) -> str:
+    """Return the section on how good the networks are.
+
+    Args:
+        task: of the bundle.
+        evaluated: what is known of the networks.
+        has_cases: whether there is a picture of cases.
+    """
+    table = "\n".join(
+        f"| {row['structure']} | {row['cases']} | {row['dice']:.3f} | {row['dice_low']:.3f} to {row['dice_high']:.3f} "
+        f"| {row['hausdorff95_mm']:.2f} | {row['surface_distance_mm']:.2f} |"
+        for row in evaluated.rows
+    )
+    cleaned = (
+        f"Of {', '.join(evaluated.cleaned)} the largest component alone is kept: this made them better in validation."
+        if evaluated.cleaned
+        else "Keeping the largest component of a structure alone made none better in the validation: all are kept."
+    )
+    members = "\n".join(f"| {name} | {dice:.3f} |" for name, dice in evaluated.members.items())
+    cases = "\n![Best, median and worst case](cases.png)\n" if has_cases else ""
+    return f"""## Performance
+
+Each network was evaluated on the cases that it was not trained on. The best of its validations was kept, so the figures
+are somewhat too good; the intervals are those of the mean over such cases.
+
+| structure | cases | Dice | 95 % interval | HD95, mm | surface, mm |
+|---|---|---|---|---|---|
+{table}
+
+{cleaned}
+
+| network | mean Dice |
+|---|---|
+{members}
+
+{_of_the_network(task, evaluated)}
+
+![Training](training.png)
+{cases}{_of_quality(evaluated)}"""
+
+
+def _of_the_network(task: Task, evaluated: Evaluated) -> str:
+    """Say which network the bundle has, and why."""
+    if evaluated.all_cases:
+        return (
+            "The bundle has none of these networks, but one that was trained on all cases after them, in the same\n"
+            "way. No case is left that could judge it: the figures are those of the networks of the folds, the\n"
+            f"pictures those of {evaluated.best}."
+        )
+    if evaluated.comparison is None:
+        return f"The bundle has the network of {evaluated.best}."
+    kept = "all networks, as an ensemble" if task.members > 1 else f"the network of {evaluated.best}"
+    return f"### Best network and ensemble\n\nThe bundle has {kept}. {evaluated.comparison.as_markdown()}"
+
+
+def _of_quality(evaluated: Evaluated) -> str:
+    """Return the section on the prediction of quality; empty if there is none."""
+    if not evaluated.quality:
+        return ""
+    return f"""
+### Quality of a segmentation
+
+`monai-iunet segment` predicts the Dice of each structure. The prediction was fitted to half of the validation cases of
+{f"the network of {evaluated.best}" if evaluated.all_cases else "the network"}, as they are and damaged; the others
+judge it:
+
+{evaluated.quality}
+
+![Predicted beside true Dice](quality.png)
+"""
