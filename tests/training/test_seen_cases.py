@@ -30,6 +30,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return said
 
 
+@pytest.mark.long
 def test_an_evaluation_says_which_cases_were_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = make_hippocampus_data(tmp_path / "data", training=5, validation=0)
     bundle = write_bundle(SMALL_TASK, tmp_path / "small")
