@@ -44,7 +44,8 @@ class Checkpoints:
     """Saves `last.pt` after each epoch of a trainer, `model.pt` whenever its validator finds a better network, and
     `model_final.pt` at the end; where no validation has found a network, `model.pt` is that of the end, too.
 
-    A training whose loss is not finite is stopped with a `FloatingPointError`, before an epoch with it is saved.
+    A training whose loss or weights are not finite is stopped with a `FloatingPointError`, before an epoch with them is
+    saved.
 
     What others do at the end of an epoch is in what is saved, in whatever order handlers were attached.
 
@@ -143,7 +144,7 @@ class Checkpoints:
         trainer.add_event_handler(Events.EPOCH_STARTED, self._seed)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save, validator)
         trainer.add_event_handler(Events.COMPLETED, self._save_final, validator)
-        validator.add_event_handler(Events.STARTED, self._keep_best)
+        validator.add_event_handler(Events.STARTED, self._keep_best, trainer)
         validator.add_event_handler(Events.COMPLETED, self._save_best)
 
     def _save_last_of_all(self, trainer: Engine, validator: Engine) -> None:
@@ -158,10 +159,19 @@ class Checkpoints:
             return
         loss = float(from_engine("loss", first=True)(trainer.state.output))
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"Epoch {trainer.state.epoch}, iteration {trainer.state.iteration}: the loss is {loss}, the "
-                f"training has diverged. {self.last} is that of the epoch before. Go on with a lower learning rate."
-            )
+            raise self._diverged(trainer, f", iteration {trainer.state.iteration}: the loss is {loss}")
+
+    def _stop_at_ruined_weights(self, trainer: Engine) -> None:
+        """Stop a training whose last step had a finite loss, but a gradient that was none."""
+        networks = [self.model, *(part for part in self.state.values() if isinstance(part, nn.Module))]
+        if not all(parameter.isfinite().all() for network in networks for parameter in network.parameters()):
+            raise self._diverged(trainer, ": weights are NaN or infinite")
+
+    def _diverged(self, trainer: Engine, what: str) -> FloatingPointError:
+        goes_on = "Begin again" if trainer.state.epoch == 1 else f"{self.last} is that of the epoch before. Go on"
+        return FloatingPointError(
+            f"Epoch {trainer.state.epoch}{what}, the training has diverged. {goes_on} with a lower learning rate."
+        )
 
     def _seed(self, trainer: Any) -> None:
         seed = self.seed + trainer.state.epoch
@@ -170,6 +180,7 @@ class Checkpoints:
         set_rnd(getattr(trainer.data_loader, "dataset", None), seed)
 
     def _save(self, trainer: Any, validator: Any) -> None:
+        self._stop_at_ruined_weights(trainer)
         if not self.writes:
             return
         scaler = getattr(trainer, "scaler_", None) or getattr(trainer, "scaler", None)
@@ -186,7 +197,8 @@ class Checkpoints:
         }
         _write(saved, self.last)
 
-    def _keep_best(self, validator: Any) -> None:
+    def _keep_best(self, validator: Any, trainer: Any) -> None:
+        self._stop_at_ruined_weights(trainer)
         self._best_before = (validator.state.best_metric, validator.state.best_metric_epoch)
 
     def _save_best(self, validator: Any) -> None:

@@ -246,6 +246,27 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_state(tmp_path: Path)
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+@pytest.mark.parametrize("interval", [1, 100])
+@pytest.mark.parametrize("epoch", [2, EPOCHS])
+def test_weights_that_the_last_step_of_an_epoch_has_ruined_are_not_saved(
+    epoch: int, interval: int, tmp_path: Path
+) -> None:
+    trainer, network = training(tmp_path, interval=interval)
+    last = epoch * trainer.state.epoch_length
+    state = trainer.state
+    next(network.parameters()).register_hook(
+        lambda gradient: gradient * torch.nan if state.iteration == last else gradient
+    )
+    with pytest.raises(FloatingPointError, match=f"Epoch {epoch}: weights are NaN or infinite.*last.pt"):
+        trainer.run()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["epoch"] == epoch - 1
+    assert not (tmp_path / "model_final.pt").exists()
+    trainer, network = training(tmp_path, resume=True)
+    trainer.run()
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
 def test_what_a_kill_has_left_half_written_goes_when_it_goes_on(tmp_path: Path) -> None:
     trainer, _ = training(tmp_path, max_epochs=1)
     trainer.run()
