@@ -97,7 +97,10 @@ def draw_training(log_dir: str | Path, path: Path) -> None:
 
 
 def read_log(log_dir: str | Path, name: str) -> dict[int, float]:
-    """Return the values of a TensorBoard log by their steps; of steps that were done again, the last.
+    """Return the values of the last training in a TensorBoard log by their steps; of steps done again, the last.
+
+    One that begins at an earlier step than the one before has ended goes on from there, or is another: what the one
+    before had from that step on is no part of it.
 
     Args:
         log_dir: folder of the log that `train.json` writes.
@@ -112,9 +115,15 @@ def read_log(log_dir: str | Path, name: str) -> dict[int, float]:
     if Path(log_dir).is_dir():
         log.Reload()
     try:
-        return {event.step: event.value for event in log.Scalars(name)}
+        events = log.Scalars(name)
     except KeyError as error:
         raise InputError(f"{log_dir}: no log of a training with {name}. Train the bundle first.") from error
+    values: dict[int, float] = {}
+    for event in events:  # in the order in which they were written
+        while values and next(reversed(values)) >= event.step:
+            values.popitem()
+        values[event.step] = event.value
+    return values
 
 
 def mean_parts(values: Mapping[int, float], most: int) -> dict[int, float]:

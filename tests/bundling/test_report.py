@@ -16,7 +16,7 @@ from monai_iunet import InputError, SegIUNet
 from monai_iunet.bundling import report as report_module
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.bundling.new_bundle import write_bundle
-from monai_iunet.bundling.report import draw_cases
+from monai_iunet.bundling.report import draw_cases, read_log
 from monai_iunet.cli import app
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
@@ -51,6 +51,15 @@ def bundle(tmp_path: Path) -> Path:
 def report(bundle: Path, data: Path) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["report", "--bundle", str(bundle), "--dataset-dir", str(data)])
     return result.exit_code, result.output
+
+
+def test_a_log_is_that_of_the_last_training(tmp_path: Path) -> None:
+    # The second one was begun anew, and the third one goes on with it after a kill.
+    for number, steps in enumerate([range(1, 9), range(1, 5), range(4, 6)]):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{number}") as writer:
+            for step in steps:
+                writer.add_scalar("train_loss", number, step)
+    assert read_log(tmp_path, "train_loss") == {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0}
 
 
 def test_the_best_the_median_and_the_worst_case_are_drawn(
