@@ -166,7 +166,12 @@ class LabelInferer(Inferer):
         Returns:
             Labels, uint8, and probabilities of all classes, `(classes, *spatial)`, if asked for, on the grid of the
             file. Large ones lie in temporary files.
+
+        Raises:
+            InputError: when classes change places in a mirror image that is not that of left and right.
         """
+        if isinstance(self.inferer, MirrorInferer):
+            self.inferer.check_axis(meta)
         grid = ImageGrid.of(meta)
         if grid is None:
             return self._by_inversion(image, meta, network, probabilities, watch)

@@ -50,12 +50,23 @@ class MirrorInferer(StreamingInferer):
             InputError: when classes change places although the axis does not run between left and right, as far as a
                 `MetaTensor` says.
         """
-        if self.enabled and self.mirrored.swap and isinstance(inputs, MetaTensor):
-            image: Any
-            for image in inputs:
-                if self.mirrored.flipped[0] < image.ndim - 1:  # which is refused in other words
-                    check_sides(image, self.mirrored.flipped[0], "image")
+        image: Any
+        for image in inputs if isinstance(inputs, MetaTensor) else ():
+            self.check_axis(image)
         return super().__call__(inputs, network, *args, **kwargs)
+
+    def check_axis(self, image: MetaTensor) -> None:
+        """Check that classes change places along an axis that runs between left and right.
+
+        Args:
+            image: `(channels, *spatial)`, whose meta data say how it is turned.
+
+        Raises:
+            InputError: when the axis runs in another direction.
+        """
+        axis = self.mirrored.flipped[0]
+        if self.enabled and self.mirrored.swap and axis < image.ndim - 1:  # one too many is refused in other words
+            check_sides(image, axis, "image")
 
     @property
     def views(self) -> tuple[View, ...]:

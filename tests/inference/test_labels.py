@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,16 @@ def test_as_the_inferer_of_an_evaluator(longest: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(written.get_fdata(), probabilities.movedim(0, -1).numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="a MetaTensor is needed"):
         inferer(batch.as_tensor(), network)
+
+
+@pytest.mark.parametrize(("axcodes", "is_refused"), [("RAS", False), ("LPS", False), ("ASR", True)])
+def test_classes_change_places_only_in_the_mirror_image_of_left_and_right(axcodes: str, is_refused: bool) -> None:
+    transform = Compose([Orientationd("image", axcodes, labels=None)])
+    batch = list_data_collate([transform({"image": scan().float()})])["image"]
+    inferer = LabelInferer(transform, mirror={"swap": [[1, 3]]}, **WINDOWS)
+    message = f"image: is turned {axcodes}, so spatial_axis 0 does not run from left to right"
+    with pytest.raises(InputError, match=message) if is_refused else nullcontext():
+        assert inferer(batch, Network()).shape == (1, 1, *scan().shape[1:])
 
 
 @torch.no_grad()
