@@ -205,7 +205,7 @@ def segment_files(
     cases = [
         _case(files, segmenter, output, settings) for files in groups[settings.share.index :: settings.share.count]
     ]
-    check_outputs(cases, settings)
+    check_outputs(cases, settings, images)
     check_folder(output)
     yield from segment_cases(cases, segmenter, settings)
 
@@ -325,8 +325,13 @@ def _case(files: tuple[Path, ...], segmenter: BundleSegmenter, output: Path, set
     return Case(image, name, output / f"{name}_seg{suffix}", record, origin, write, beside, files, others)
 
 
-def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
+def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Path] = ()) -> None:
     """Check that no result replaces an image, another result, or a file that is there unless that is asked for.
+
+    Args:
+        cases: that this process segments.
+        settings: see there.
+        batch: images that are not to be replaced either, as those that other processes segment.
 
     Raises:
         InputError: when one would, or a result that is to be left out was made of something else.
@@ -340,8 +345,8 @@ def check_outputs(cases: Sequence[Case], settings: Settings) -> None:
                     f"{other} and {case.image}: both results would be {path}. Rename one of them, or choose one, in a "
                     "BIDS data set by --bids-filter-file."
                 )
-    images = [path for case in cases for path in case.files if path.exists()]
-    inputs = [file for path in images for file in files_in(path)]
+    images = {*batch, *(path for case in cases for path in case.files)}
+    inputs = [file for path in images if path.exists() for file in files_in(path)]
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
         for path in existing:

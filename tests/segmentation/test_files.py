@@ -58,7 +58,8 @@ def names(folder: Path) -> list[str]:
 def test_no_result_replaces_an_image(order: tuple[int, int], tmp_path: Path) -> None:
     paths = [save(tmp_path / "case.nii.gz"), save(tmp_path / "case_seg.nii.gz")]
     before = [path.read_bytes() for path in paths]
-    for extra in ([], ["--overwrite"], ["--skip-done"]):
+    share = ["--share", f"{1 + order.index(0)}/2"]  # in which the other image is that of another process
+    for extra in ([], ["--overwrite"], ["--skip-done"], ["--overwrite", *share]):
         code, _, error = call("segment", *(paths[index] for index in order), "--output", tmp_path, *extra)
         assert code == 2
         assert "case_seg.nii.gz: the result of" in error
