@@ -58,7 +58,7 @@ def segment(
         predicted Dice is low, the log has a warning; `BundleSegmenter.segment` gives the numbers.
 
     Raises:
-        InputError: when the image or the bundle cannot be used.
+        InputError: when the image or the bundle cannot be used, or a mirror image of one that tells left from right.
 
     Example:
         >>> import numpy

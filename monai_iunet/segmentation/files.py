@@ -198,7 +198,8 @@ def segment_files(
     Raises:
         InputError: before the first image is read, when a result would replace an image, another result or, without
             `overwrite`, a file that is there, or cannot be written, or, with `strict`, when the bundle has no quality
-            model; with `fail_fast` when an image cannot be segmented.
+            model, or, with `mirror`, when it tells left structures from right ones; with `fail_fast` when an image
+            cannot be segmented.
     """
     groups = group_channels(images, segmenter.channels)
     check_names(image_names([files[0] for files in groups], segmenter.channels))
@@ -217,7 +218,7 @@ def segment_cases(
 
     Of images whose files are small, several are in memory at once, see `images_at_once`.
     """
-    _check_strict(segmenter, settings)
+    _check_settings(segmenter, settings)
     left = [case for case in cases if not (settings.skip_done and case.is_done)]
     # A bar on a terminal, nothing elsewhere. No variable holds what is iterated: an error ends its threads at once.
     for case, result in tqdm(
@@ -287,7 +288,7 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     Raises:
         InputError: when the bundle does not segment it, or a file is there and `overwrite` is not set.
     """
-    _check_strict(segmenter, settings)
+    _check_settings(segmenter, settings)
     image, region = segmenter.example()
     case = _case((EXAMPLE_IMAGE,), segmenter, output, settings)
     check_outputs([case], settings)
@@ -297,7 +298,10 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     return _write(segmentation, case, settings.strict)
 
 
-def _check_strict(segmenter: BundleSegmenter, settings: Settings) -> None:
+def _check_settings(segmenter: BundleSegmenter, settings: Settings) -> None:
+    """Check before the first image is read that a bundle can do what is asked for."""
+    if settings.mirror:
+        segmenter.check_mirror()
     if settings.strict and segmenter.quality is None:
         raise InputError(
             f"{segmenter.folder}: has no quality model of its weights, which --strict needs. Fit one with `monai-iunet "

@@ -35,6 +35,7 @@ from monai_iunet.segmentation.quality_features import Description, SlabBySlab
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
 from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
+from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.system import available_memory, usable_device
 from monai_iunet.training.record import check_training, training_record
 from monai_iunet.transforms.outputs import check_numbers
@@ -251,6 +252,19 @@ class BundleSegmenter:
             raise InputError(f"{self.folder.name}: the example is a head, which it does not segment. Name images.")
         return self.region_finder.example()
 
+    def check_mirror(self) -> None:
+        """Check that labels stay what they are in a mirror image.
+
+        Raises:
+            InputError: when the network tells a left structure from a right one, which change places there.
+        """
+        structures = list(self.labels.values())
+        for first, second in side_pairs(structures)[0]:
+            raise InputError(
+                f"{self.folder.name}: tells {structures[first - 1]} from {structures[second - 1]}, whose labels would "
+                "change places in the mirror image. Segment the image as it is, without --mirror."
+            )
+
     def locate(self, image: nibabel.Nifti1Image, name: str) -> np.ndarray | None:
         """Find the region of the structures in an image that shows more than the network has learned from.
 
@@ -313,8 +327,10 @@ class BundleSegmenter:
             region: where the structures are, if that is known; None to locate them.
 
         Raises:
-            InputError: when `read_image` would refuse the image, and see `locate`.
+            InputError: when `read_image` would refuse the image, and see `locate` and `check_mirror`.
         """
+        if mirrored:
+            self.check_mirror()
         image = self._checked(image, name)
         region = self.locate(image, name) if region is None else region
         finder = self.region_finder

@@ -244,6 +244,18 @@ def test_probabilities_of_both_sides() -> None:
     np.testing.assert_allclose(rounded.probabilities, found.probabilities, atol=1e-3)
 
 
+def test_a_network_that_tells_left_from_right_sees_no_mirror_image(crop: nibabel.Nifti1Image, tmp_path: Path) -> None:
+    nibabel.save(crop, tmp_path / "crop.nii.gz")
+    words = ("--bundle", "headneck", "--mirror", "--output", tmp_path / "out")
+    code, _, error = call("segment", tmp_path / "crop.nii.gz", *words)
+    message = "tells right parotid from left parotid, whose labels would change places in the mirror image"
+    assert code == 2
+    assert message in error
+    assert not (tmp_path / "out" / "crop_seg.nii.gz").exists()
+    with pytest.raises(InputError, match=message):
+        monai_iunet.segment(crop, "headneck", mirrored=True, device="cpu")
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64, torch.float16, "half precision"])
 def test_types_that_probabilities_cannot_have_are_refused(dtype: Any) -> None:
     with pytest.raises(InputError, match=r"probabilities_dtype .*: float32 or float16, of NumPy, is needed"):
