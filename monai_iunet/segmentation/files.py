@@ -270,11 +270,18 @@ def _outcome(case: Case, result: Future[WrittenSegmentation], settings: Settings
         if _meets_every_image(error):
             raise
         logger.debug("%s", case.image, exc_info=True)
-        known = isinstance(error, InputError)
-        reason = str(error) if known else f"{case.image}: {type(error).__name__}: {first_line(error)}"
+        reason = _reason(case, error)
         if settings.fail_fast:
             raise InputError(reason) from error
         return Failure(case.image, reason)
+
+
+def _reason(case: Case, error: Exception) -> str:
+    """Return what went wrong with an image in a line that names it."""
+    if not isinstance(error, InputError):
+        return f"{case.image}: {type(error).__name__}: {first_line(error)}"
+    is_named = any(str(path) in str(error) for path in (case.image, *case.files))
+    return str(error) if is_named else f"{case.image}: {error}"
 
 
 def _meets_every_image(error: Exception) -> bool:

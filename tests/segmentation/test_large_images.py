@@ -18,6 +18,7 @@ from monai_iunet import BundleSegmenter, LiveBytes, bundle_folder
 from monai_iunet.errors import InputError
 from monai_iunet.io.read import read_image
 from monai_iunet.segmentation import segmenter as module
+from tests.test_cli import call
 
 MAIN = "from monai_iunet.cli import main; main()"
 
@@ -34,13 +35,20 @@ def save_ct(path: Path, shape: tuple[int, ...]) -> Path:
 
 
 def test_what_will_not_fit_is_refused_before_the_start(
-    segmenter: BundleSegmenter, left_hippocampus: nibabel.Nifti1Image, monkeypatch: pytest.MonkeyPatch
+    segmenter: BundleSegmenter,
+    left_hippocampus: nibabel.Nifti1Image,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
     monkeypatch.setattr(segmenter.network, "forward", lambda *_: pytest.fail("the network was run"))
     with pytest.raises(InputError, match=r"GiB beside the image, .* GiB are available") as caught:
         monai_iunet.segment(left_hippocampus, segmenter)
     assert "\n" not in str(caught.value)
+    path = save_ct(tmp_path / "ct.nii.gz", (20, 24, 32))
+    code, _, error = call("segment", path, "--bundle", "headneck", "--output", tmp_path / "out")
+    assert code == 2
+    assert error.startswith(f"Error: {path}: iunet_headneck_ct_segmentation: a segmentation of this size takes")
     monkeypatch.setattr(module, "available_memory", lambda: None)  # systems that do not say
 
 
