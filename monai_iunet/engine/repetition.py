@@ -3,10 +3,10 @@
 A result depends on more than the inputs: on the autocast setting, modes of the user that change functions of PyTorch,
 the random numbers (see `random_numbers.py`), the parameters, the buffers, which an evaluation may change, the hooks,
 and the settings of each part: attributes that are numbers, texts or switches, such as the mode (training or evaluation)
-and the rate of a dropout, or arrays, lists, tuples, dictionaries and sets of them. Other attributes, such as functions,
-tensors and lists of tensors, count as settings too, unless the evaluation itself puts something else in their place; of
-these, tensors that it may have read before, as a state that goes on from call to call, are there again if they have no
-graph.
+and the rate of a dropout, or arrays, lists, tuples, dictionaries, sets and records (dataclasses and SimpleNamespaces)
+of them. Other attributes, such as functions, tensors and lists of tensors, count as settings too, unless the evaluation
+itself puts something else in their place; of these, tensors that it may have read before, as a state that goes on from
+call to call, are there again if they have no graph.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
@@ -19,11 +19,13 @@ the second evaluation, and afterwards.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,9 @@ __all__ = ["Conditions"]
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
-CONTAINERS = (list, tuple, deque, set, dict, OrderedDict, defaultdict)  # what may change inside, as arrays do
+# What may change inside, as arrays do; beside them records and all kinds of tuples.
+LISTS = (list, deque, set)
+DICTIONARIES = (dict, OrderedDict, defaultdict)
 # Attributes of every module, which are looked at in their own ways, and what `module.compile()` sets.
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"} | {"_compiled_call_impl"}
 
@@ -253,7 +257,7 @@ class _Part:
             stays = name in now and (_is_equal(now[name], value) or (_is_plain(now[name]) and _is_plain(value)))
             if stays or _is_setting(value):
                 self.settings[name] = value
-            elif isinstance(value, Tensor) or type(value) in CONTAINERS:
+            elif isinstance(value, Tensor) or _parts(value) is not None:
                 # A state, which an evaluation reads and replaces.
                 self.settings[name] = _noted(value, with_graphs=False)
 
@@ -347,28 +351,47 @@ class _LetGo:
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield a tensor itself, and those in containers."""
+    """Yield a tensor itself, and those in containers and records."""
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in CONTAINERS:
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
+    for part in (_parts(value) or {}).values():
+        yield from _tensors_in(part)
 
 
 def _is_setting(value: Any) -> bool:
     """Return whether an attribute of a module is a number, a text, a switch or nothing, or a tuple of them."""
-    return isinstance(value, SETTINGS) or (type(value) is tuple and all(map(_is_setting, value)))
+    return isinstance(value, SETTINGS) or (isinstance(value, tuple) and all(map(_is_setting, value)))
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a setting, an array or a container is made of settings all through."""
-    if type(value) in CONTAINERS:
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    """Return whether a setting, an array, a container or a record is made of settings all through."""
+    parts = _parts(value)
+    if parts is not None:
+        return all(map(_is_plain, parts.values()))
     return _is_setting(value) or type(value) is np.ndarray
 
 
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """Return what a container or a record holds, by its place or name; None for anything else.
+
+    Records are dataclasses and SimpleNamespaces of tensors, arrays and settings. One that holds other objects, such as
+    itself, is an object like any other.
+    """
+    kind = type(value)
+    if kind in DICTIONARIES:
+        return dict(value)
+    if kind in LISTS or isinstance(value, tuple):
+        return dict(enumerate(value))
+    if not (dataclasses.is_dataclass(kind) or isinstance(value, SimpleNamespace)):
+        return None
+    names = vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
+    parts = {name: getattr(value, name, None) for name in names}
+    is_flat = all(isinstance(part, (Tensor, _LetGo, np.ndarray)) or _is_setting(part) for part in parts.values())
+    return parts if is_flat else None
+
+
 def _noted(value: Any, with_graphs: bool = True) -> Any:
-    """Return copies of arrays and containers, also of those in them, and anything else as it is.
+    """Return copies of arrays, containers and records, also of those in them, and anything else as it is.
 
     Args:
         value: an attribute.
@@ -378,16 +401,22 @@ def _noted(value: Any, with_graphs: bool = True) -> Any:
         return value if with_graphs or value.is_leaf else _LetGo()
     if type(value) is np.ndarray:
         return value.copy()
-    if type(value) is tuple:
-        parts = tuple(_noted(part, with_graphs) for part in value)
-        return value if all(map(operator.is_, parts, value)) else parts
-    if type(value) not in CONTAINERS:
+    parts = _parts(value)
+    if parts is None:
         return value
+    parts = {name: _noted(part, with_graphs) for name, part in parts.items()}
+    if isinstance(value, tuple):
+        if all(map(operator.is_, parts.values(), value)):
+            return value
+        return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
     if isinstance(value, set):
-        return {_noted(part, with_graphs) for part in value}
+        return set(parts.values())
     noted = copy.copy(value)
-    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-        noted[name] = _noted(part, with_graphs)
+    for name, part in parts.items():
+        if type(value) in (*LISTS, *DICTIONARIES):
+            noted[name] = part
+        else:
+            object.__setattr__(noted, name, part)  # a frozen dataclass refuses setattr
     return noted
 
 
@@ -395,14 +424,13 @@ def _is_equal(now: Any, then: Any) -> bool:
     """Return whether a setting has the same value, or is the same object; what it became need not be a setting."""
     if type(now) is type(then) is np.ndarray:
         return (now.dtype, now.shape, now.tobytes()) == (then.dtype, then.shape, then.tobytes())
-    if type(now) is not type(then) or type(now) not in CONTAINERS:
+    parts, parts_then = (_parts(now), _parts(then)) if type(now) is type(then) else (None, None)
+    if parts is None or parts_then is None:
         return now is then or (_is_setting(now) and _is_setting(then) and bool(now == then))
     if isinstance(now, set):
         return bool(now == then)
-    items = [part.items() if isinstance(part, dict) else enumerate(part) for part in (now, then)]
-    return len(now) == len(then) and all(
-        name == before and (part is part_then or _is_equal(part, part_then))
-        for (name, part), (before, part_then) in zip(*items)
+    return list(parts) == list(parts_then) and all(
+        part is parts_then[name] or _is_equal(part, parts_then[name]) for name, part in parts.items()
     )
 
 

@@ -12,10 +12,12 @@ import random
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from importlib import import_module
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -522,29 +524,66 @@ def test_settings_of_any_kind_that_change_between_the_passes(change: Any) -> Non
     assert largest_error(found) < 1e-10
 
 
+class Named(NamedTuple):
+    last: Tensor
+    calls: int = 0
+
+
+@dataclass
+class Record:
+    last: Tensor
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    last: Tensor
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class Slots:
+    last: Tensor
+    calls: int = 0
+
+
+# The state of a branch made of a tensor, and the tensor in it.
+STATES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda last: last, lambda state: state),
+    "deque": (lambda last: deque([last], 2), lambda state: state[-1]),
+    "dictionary": (lambda last: {"last": last}, lambda state: state["last"]),
+    "named tuple": (Named, lambda state: state.last),
+    "dataclass": (Record, lambda state: state.last),
+    "frozen dataclass": (Frozen, lambda state: state.last),
+    "dataclass with slots": (Slots, lambda state: state.last),
+    "namespace": (lambda last: SimpleNamespace(last=last), lambda state: state.last),
+}
+
+
 class Remembering(nn.Conv1d):
-    """Reads what its former call has left, and replaces it."""
+    """Reads what its former call has left, and replaces it or changes it."""
 
     def __init__(self, kind: str, detach: bool = True) -> None:
         super().__init__(2, 2, 1)
         self.kind, self.detach = kind, detach
-        start = torch.ones(1, 2, 1, dtype=torch.double)
-        self.state: Any = {"tensor": start, "deque": deque([start], 2), "dictionary": {"last": start}}[kind]
+        self.make, self.last = STATES[kind]
+        self.state: Any = self.make(torch.ones(1, 2, 1, dtype=torch.double))
 
     def forward(self, x: Tensor) -> Tensor:
-        key = {"tensor": ..., "deque": -1, "dictionary": "last"}[self.kind]
-        y = torch.tanh(super().forward(x)) * self.state[key]
+        y = torch.tanh(super().forward(x)) * self.last(self.state)
         left = 1 + y.mean((0, 2), keepdim=True)
         left = left.detach() if self.detach else left
         if self.kind == "deque":
             self.state.append(left)
+        elif self.kind in ("dataclass", "namespace"):
+            self.state.last = left
         else:
-            self.state = left if self.kind == "tensor" else {"last": left}
+            self.state = self.make(left)
         return y
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["tensor", "deque", "dictionary"])
+@pytest.mark.parametrize("kind", STATES)
 def test_a_state_that_goes_on_from_call_to_call(kind: str, compiled: bool) -> None:
     found = []
     for rebuilds in (True, False):
@@ -556,10 +595,7 @@ def test_a_state_that_goes_on_from_call_to_call(kind: str, compiled: bool) -> No
         inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
         value = sum(sum(map(loss, layer(*inputs))) for _ in range(3))
         gradients = list(torch.autograd.grad(value, [*inputs, *layer.parameters()]))
-        state = layer.branch.state
-        state = [state] if isinstance(state, Tensor) else state
-        gradients += list(state.values() if isinstance(state, dict) else state)
-        found.append(gradients)
+        found.append([*gradients, layer.branch.last(layer.branch.state)])
     assert largest_error(found) < 1e-10
 
 
@@ -587,7 +623,7 @@ def test_a_state_in_a_container_that_a_branch_changes_in_place(keep: Callable[[T
     assert largest_error(found) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["tensor", "deque", "dictionary"])
+@pytest.mark.parametrize("kind", STATES)
 def test_a_state_with_the_graph_of_the_former_call_is_refused(kind: str) -> None:
     layer = AdditiveCoupling(Remembering(kind, detach=False)).double()
     inputs = [torch.rand(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
@@ -616,6 +652,41 @@ def test_settings_in_containers_that_change_between_the_passes(scales: Any) -> N
         branch.scales = copy.deepcopy(scales)
         found.append(gradients_of_a_branch(branch, lambda branch: holder(branch).__setitem__(0, 5.0), rebuilds))
     assert largest_error(found) < 1e-10
+
+
+@pytest.mark.parametrize("settings", [SimpleNamespace(scale=2.0), Slots(torch.ones(()), 2)], ids=["namespace", "slots"])
+def test_settings_in_records_that_change_between_the_passes(settings: Any) -> None:
+    name = "scale" if hasattr(settings, "scale") else "calls"
+
+    class Scaled(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(super().forward(x) * float(getattr(self.settings, name)))
+
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        branch: Any = Scaled(2, 2, 1)
+        branch.settings = copy.deepcopy(settings)
+        found.append(gradients_of_a_branch(branch, lambda branch: setattr(branch.settings, name, 5), rebuilds))
+    assert largest_error(found) < 1e-10
+
+
+def test_objects_that_hold_others_are_left_alone() -> None:
+    @dataclass
+    class Node:
+        children: list[Any] = field(default_factory=list)
+        parent: Any = None
+
+    branch: Any = nn.Conv1d(2, 2, 1)
+    branch.tree = Node([Node()])
+    branch.tree.children[0].parent = branch.tree
+    branch.sizes = torch.Size([1, 2])
+    found = []
+    for rebuilds in (True, False):
+        torch.manual_seed(0)
+        found.append(gradients_of_a_branch(branch, lambda branch: None, rebuilds))
+    assert largest_error(found) < 1e-10
+    assert branch.tree.children[0].parent is branch.tree
 
 
 @pytest.mark.parametrize("tensor", [lambda branch: branch.condition, lambda branch: branch.offsets["first"]])
