@@ -18,5 +18,7 @@ def runs_foreign_code(module: nn.Module) -> bool:
         >>> runs_foreign_code(nn.Linear(1, 1))
         False
     """
-    package = type(module).__module__.split(".")[0]
-    return package not in KNOWN or has_hooks(module) or "forward" in module.__dict__
+    # What a parametrization makes of a class counts as PyTorch's own, but is a subclass of that.
+    kinds = (kind for kind in type(module).__mro__ if issubclass(kind, nn.Module))
+    is_known = all(kind.__module__.split(".")[0] in KNOWN for kind in kinds)
+    return not is_known or has_hooks(module) or "forward" in module.__dict__
