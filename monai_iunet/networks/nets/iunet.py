@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.networks.blocks.branch import Branch, named_branch
@@ -480,15 +481,15 @@ class IUNet(ChosenActivations):
     def _is_private(self, x: Tensor) -> bool:
         """Return whether nobody else can hold states: in inference they may then be written over by the next ones.
 
-        A branch of one's own, or a hook in a branch, may keep what goes into it.
+        A branch of one's own, a layer of one's own in a branch, or a hook there may keep what goes into it.
         """
-        modules = list(self.modules())
+        modules = list(self.modules())[1:]
         layers = [module for module in modules if isinstance(module, InvertibleLayer)]
         return (
             self._is_unwatched(x)
             and all(type(layer) in OVERWRITING for layer in layers)
             and all(type(layer.branch) is Branch for layer in layers if isinstance(layer, AdditiveCoupling))
-            and not any(has_hooks(module) or "forward" in vars(module) for module in modules)
+            and not (has_hooks(self) or "forward" in vars(self) or any(map(runs_foreign_code, modules)))
         )
 
     @contextmanager
