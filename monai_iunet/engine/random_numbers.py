@@ -1,12 +1,13 @@
 """The random number generators that a module may draw from.
 
-Those of PyTorch, and, for modules of one's own and hooks, those that they keep as attributes, that of Python's `random`
-and that of NumPy.
+Those of PyTorch, and, for modules of one's own and hooks, that of Python's `random`, that of NumPy, and those that they
+keep as attributes, also in lists, tuples, dictionaries and sets, and in random transforms of MONAI.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from monai_iunet.engine.pytorch_private import without_modes
+from monai_iunet.engine.pytorch_private import hooks_of, without_modes
 
 __all__ = ["RandomNumbers", "generators", "is_same_state"]
 
@@ -58,8 +60,27 @@ def generators(device: torch.device, foreign: Sequence[nn.Module]) -> list[Rando
     if foreign:
         found.append(RandomNumbers(random.getstate, random.setstate))
         found.append(RandomNumbers(partial(np.random.get_state, legacy=False), np.random.set_state))
-    kept = {id(attribute): attribute for module in foreign for attribute in vars(module).values()}
+    kept: dict[int, Any] = {}
+    for module in foreign:
+        _collect(vars(module), kept)
+        for hook in (hook for hooks in hooks_of(module).values() for hook in hooks.values()):
+            _collect(getattr(getattr(hook, "__self__", hook), "__dict__", {}), kept)
     return [*found, *(generator for attribute in kept.values() for generator in _of_attribute(attribute))]
+
+
+def _collect(attributes: dict[str, Any], kept: dict[int, Any]) -> None:
+    """Note attributes by their identity, and what is in containers and in random transforms."""
+    pending: list[Any] = [*attributes.values()]
+    while pending:
+        value = pending.pop()
+        if id(value) not in kept:
+            kept[id(value)] = value
+            if isinstance(value, dict):
+                pending += value.values()
+            elif isinstance(value, (list, tuple, deque, set)):
+                pending += value
+            elif isinstance(value, Randomizable):
+                pending += vars(value).values()
 
 
 def is_same_state(one: Any, other: Any) -> bool:

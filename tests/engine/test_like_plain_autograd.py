@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Compose, RandScaleIntensity
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -1217,6 +1218,8 @@ class Drawing(nn.Conv2d):
         self.draw = draw
         self.of_torch, self.of_python = torch.Generator().manual_seed(0), random.Random(0)
         self.of_numpy, self.new_of_numpy = np.random.RandomState(0), np.random.default_rng(0)
+        self.several = [random.Random(0), {"one": np.random.default_rng(0)}]
+        self.transform = Compose([RandScaleIntensity(1.0, prob=1.0)]).set_random_state(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 + self.draw(self))
@@ -1229,6 +1232,9 @@ DRAWS: dict[str, Callable[[Any], float]] = {
     "own of python": lambda branch: branch.of_python.random(),
     "own of numpy": lambda branch: 0.1 * branch.of_numpy.randn(),
     "own new one of numpy": lambda branch: branch.new_of_numpy.random(),
+    "in a list": lambda branch: branch.several[0].random(),
+    "in a dictionary in it": lambda branch: branch.several[1]["one"].random(),
+    "of MONAI's transforms": lambda branch: float(branch.transform(torch.ones(1))),
 }
 
 
@@ -1244,6 +1250,40 @@ def test_numbers_from_other_generators_than_pytorch_s_are_drawn_again(draw: str)
 
     compare(run, make_branch=lambda _, inputs, outputs, *__: Drawing(DRAWS[draw], inputs, outputs))
     assert following[0] == following[1]
+
+
+def test_a_class_that_a_parametrization_has_made_of_one_s_own_draws_its_numbers_again() -> None:
+    def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(Drawing(DRAWS["python"], inputs, outputs))
+
+    def run(net: Any, x: Tensor) -> None:
+        random.seed(0)
+        plain(net, x)
+
+    compare(run, make_branch=make)
+
+
+class Scale:
+    """A hook that draws."""
+
+    def __init__(self) -> None:
+        self.generator = random.Random(0)
+
+    def __call__(self, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * self.generator.random()
+
+    def method(self, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return self(_, inputs, output)
+
+
+@pytest.mark.parametrize("hook_of", [lambda scale: scale, lambda scale: scale.method], ids=["object", "method"])
+def test_numbers_of_a_hook_s_own_generator_are_drawn_again(hook_of: Callable[[Scale], Any]) -> None:
+    def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+        branch = nn.Conv2d(inputs, outputs, 3, padding=1)
+        branch.register_forward_hook(hook_of(Scale()))
+        return branch
+
+    compare(plain, make_branch=make)
 
 
 def test_a_dropout_whose_generator_another_thread_used_is_noticed() -> None:
