@@ -37,6 +37,7 @@ __all__ = [
     "has_values",
     "hooks_of",
     "hooks_of_all_modules",
+    "is_compiled",
     "is_exporting",
     "is_in_forward_mode",
     "is_view",
@@ -135,6 +136,11 @@ def hooks_of_all_modules() -> list[dict[int, Any]]:
     """Return the forward hooks that a call of any module runs, copies of the two dictionaries."""
     hooks = torch.nn.modules.module
     return [hooks._global_forward_pre_hooks.copy(), hooks._global_forward_hooks.copy()]
+
+
+def is_compiled(value: Any) -> bool:
+    """Return whether a value is a function that `torch.compile` has made."""
+    return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
 
 
 def is_exporting() -> bool:

@@ -12,8 +12,9 @@ is as it was before that: running statistics move once, random numbers are drawn
 
 The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
 parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
-first. The exception are buffers and other tensors that the module writes to: their values are put back for the time of
-the second evaluation, and afterwards.
+first. So it is where the module writes to its buffers, as to running statistics: the replica has copies of them. The
+exception are buffers that something unknown may know by another way, as a hook does, or what is compiled, and other
+tensors that the module writes to: their values are put back for the time of the second evaluation, and afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections import OrderedDict, defaultdict, deque
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -34,10 +36,12 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import (
+    compiled_part,
     function_modes,
     has_values,
     hooks_of,
     hooks_of_all_modules,
+    is_compiled,
     keep_versions,
     memory_of,
     version,
@@ -81,6 +85,7 @@ class Conditions:
         self._places: list[tuple[Tensor, Any]] = []  # where the values of parameters and buffers lie
         self._moved: list[tuple[Tensor, Tensor]] = []  # what the module may write to, and the values before
         self._written: list[Tensor] = []  # parameters that the module writes to
+        self._copies = _Copies()
         # The generators that were drawn from, with their states before and after.
         self._random: list[tuple[RandomNumbers, Any, Any]] = []
 
@@ -115,13 +120,18 @@ class Conditions:
     def repeated(self) -> Iterator[None]:
         """Restore, around the second evaluation, what the first one met."""
         self._check_unchanged()
+        copies = self._copies.by_identity
         with ExitStack() as stack:
-            own = [buffer for part in self._parts for buffer in part.own_buffers()]
-            own += [tensor for tensor, _ in self._moved if all(tensor is not buffer for buffer in own)]
+            own = [buffer for part in self._parts for buffer in part.own_buffers() if id(buffer) not in copies]
+            moved = [(tensor, value) for tensor, value in self._moved if id(tensor) not in copies]
+            own += [tensor for tensor, _ in moved if all(tensor is not buffer for buffer in own)]
+            for tensor, value in self._moved:
+                if id(tensor) in copies:
+                    _write([copies[id(tensor)]], [value])
             if own:
                 stack.enter_context(keep_versions(own))
                 stack.callback(_put_back, own, [tensor.detach().clone() for tensor in own])
-                for tensor, value in self._moved:
+                for tensor, value in moved:
                     _write([tensor], [value])
             for generator, before, _ in self._random:
                 stack.callback(generator.go_to, generator.state())
@@ -168,10 +178,13 @@ class Conditions:
     def module_then(self) -> nn.Module:
         """Return the module, or a replica of it as it was in the first evaluation if it has changed since.
 
+        The next `repeated()` of this thread is for an evaluation of what is returned.
+
         Raises:
             RuntimeError: when a part has changed since and cannot be replicated.
         """
-        if all(part.is_as_it_was() for part in self._parts):
+        copies = self._copies.by_identity = self._copies_of_buffers()
+        if not copies and all(part.is_as_it_was() for part in self._parts):
             return self._parts[0].module
         parts, then = {part.module: part for part in self._parts}, dict[nn.Module, nn.Module]()
 
@@ -180,10 +193,25 @@ class Conditions:
                 part = parts[module]
                 children = {name: child if child is None else as_it_was(child) for name, child in part.children.items()}
                 changed = children != part.children or not part.is_as_it_was()
-                then[module] = part.replica(children) if changed else module
+                changed = changed or any(id(buffer) in copies for buffer in part.own_buffers())
+                then[module] = part.replica(children, copies) if changed else module
             return then[module]
 
         return as_it_was(self._parts[0].module)
+
+    def _copies_of_buffers(self) -> dict[int, Tensor]:
+        """Return copies of the buffers that the module writes to, by identity; none where they cannot take their place.
+
+        They can where all parts are known, none is compiled, and no other tensor shares their memory.
+        """
+        if not self._moved or self.foreign or any(part.is_compiled() for part in self._parts):
+            return {}
+        buffers = {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        tensors = {id(tensor): tensor for part in self._parts for tensor in part.tensors()}
+        memories = Counter(map(memory_of, tensors.values()))
+        if any(id(tensor) not in buffers or memories[memory_of(tensor)] > 1 for tensor, _ in self._moved):
+            return {}
+        return {id(tensor): value.clone() for tensor, value in self._moved}
 
     def _check_random_numbers(self) -> None:
         """Raise an error if another thread drew from the generator while a dropout did."""
@@ -214,6 +242,13 @@ class Conditions:
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             yield
+
+
+class _Copies(threading.local):
+    """Holds, for each thread, what stands for buffers in the evaluation that comes next, by their identity."""
+
+    def __init__(self) -> None:
+        self.by_identity: dict[int, Tensor] = {}
 
 
 class _Part:
@@ -292,11 +327,16 @@ class _Part:
     def _copies_are_equal(self) -> bool:
         return all(_is_equal(self.module.__dict__[name], self.settings[name]) for name in self._copied)
 
-    def replica(self, children: dict[str, nn.Module | None]) -> nn.Module:
+    def is_compiled(self) -> bool:
+        """Return whether what the module runs is compiled, or one of its attributes is."""
+        return compiled_part(self.module) is not None or any(map(is_compiled, self.module.__dict__.values()))
+
+    def replica(self, children: dict[str, nn.Module | None], copies: dict[int, Tensor]) -> nn.Module:
         """Return a module that shares everything with this one except for what has changed since.
 
         Args:
             children: of the replica.
+            copies: what takes the place of buffers in the replica, by their identity.
         """
         if "forward" in self.module.__dict__:  # as of `torch.compile(module)`, which runs the module itself
             raise RuntimeError(
@@ -318,8 +358,8 @@ class _Part:
         attributes["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
         if not _same(self.module._parameters, self.parameters):
             attributes["_parameters"] = dict(self.parameters)
-        if not _same(self.module._buffers, self.buffers):
-            attributes["_buffers"] = dict(self.buffers)
+        if copies or not _same(self.module._buffers, self.buffers):
+            attributes["_buffers"] = {name: copies.get(id(buffer), buffer) for name, buffer in self.buffers.items()}
         # Without the methods of the class, which may build a new module, or refuse to change one.
         replica = object.__new__(self.kind)
         replica.__dict__.update(attributes)

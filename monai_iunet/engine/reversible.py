@@ -293,8 +293,9 @@ class Call:
         """Rebuild the inputs alone."""
         # A call that saved nothing is not asked again.
         outputs, overwrite = self._take_outputs(for_good=not self._kinds)
+        layer = self._layer_then()
         with self._conditions.repeated() if self._conditions else nullcontext(), torch.no_grad():
-            inputs = self._layer_then().recover(tuple(outputs), self.weights, self.remembered, self.inverse)
+            inputs = layer.recover(tuple(outputs), self.weights, self.remembered, self.inverse)
         self._hand_on(inputs, _others(outputs, overwrite), let_go=False)
 
     def needs(self, storage: UntypedStorage) -> bool:

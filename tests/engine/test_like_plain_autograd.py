@@ -1152,9 +1152,10 @@ def work_in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+@pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("kinds", [("train", "train", "train"), ("train", "infer"), ("infer", "infer")])
-def test_threads(kinds: tuple[str, ...]) -> None:
-    net = network()
+def test_threads(kinds: tuple[str, ...], norm: str) -> None:
+    net = network(norm=norm)
     parameters = dict(net.named_parameters())
     x = image()
 
@@ -1173,6 +1174,8 @@ def test_threads(kinds: tuple[str, ...]) -> None:
     for name, parameter in net.named_parameters():
         assert parameter is parameters[name]
     assert all(not isinstance(module, nn.Dropout) or module.training for module in net.modules())
+    counts = [int(buffer) for name, buffer in net.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts == [2 + 12 * len(kinds)] * len(counts)
 
 
 class Writes(TorchDispatchMode):
@@ -1188,8 +1191,9 @@ class Writes(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def test_statistics_in_evaluation_are_not_written_to_while_another_thread_may_use_them() -> None:
-    net = network(norm="batch").eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_are_not_written_to_while_another_thread_may_use_them(training: bool) -> None:
+    net = network(norm="batch").train(training)
     value = loss(net(image()))
     with Writes() as writes:
         value.backward()

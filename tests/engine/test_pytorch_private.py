@@ -199,6 +199,12 @@ def test_compiled_part() -> None:
     assert private.compiled_part(module) is module
 
 
+def test_is_compiled() -> None:
+    assert private.is_compiled(torch.compile(torch.sin))
+    assert not private.is_compiled(torch.sin)
+    assert not private.is_compiled(None)
+
+
 def test_function_modes() -> None:
     class Mode(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
