@@ -35,7 +35,8 @@ What the engine does not do:
   and again. Threads with graphs of their own are independent.
 - What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of random
   generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its outputs lists two
-  in each step, and what is set within an object of one's own is not noticed.
+  in each step, and of what is set within an object of one's own only the effect is noticed, in a coupling that is not
+  computed in 16 bits (`second_result.py`).
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
@@ -338,13 +339,7 @@ class Call:
                 overwrite = [False] * len(overwrite)
             others = _others(outputs, overwrite)
             inputs, saved = self._layer_then().rebuild(outputs, overwrite, self)
-            if list(map(_kind, saved)) != self._kinds:
-                raise RuntimeError(
-                    f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
-                    f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes "
-                    "or types. It must compute the same whenever it is given the same input; else store activations "
-                    '(activations="store").'
-                )
+            self.check_saved(saved)
             if is_recorded:
                 others += [tensor.untyped_storage() for tensor in inputs]
             let_go = not _is_retained()
@@ -355,6 +350,20 @@ class Call:
         versions = saved.versions if isinstance(saved, Caught) else [_version(tensor) for tensor in saved]
         self._saved = _here(), rebuilt, versions
         return rebuilt, versions
+
+    def check_saved(self, saved: Sequence[Saved]) -> None:
+        """Check that the second evaluation has saved tensors like those of the first.
+
+        Raises:
+            RuntimeError: when it has not.
+        """
+        if list(map(_kind, saved)) != self._kinds:
+            raise RuntimeError(
+                f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
+                f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes or "
+                "types. It must compute the same whenever it is given the same input; else store activations "
+                '(activations="store").'
+            )
 
     def _layer_then(self) -> Any:
         return self._conditions.module_then() if self._conditions else self._layer

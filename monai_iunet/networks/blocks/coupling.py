@@ -33,6 +33,7 @@ from monai_iunet.engine.reversible import (
 )
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
+from monai_iunet.networks.blocks.second_result import check_second_result, is_to_be_checked, sample, sampled_shift
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.layers.kept_convolution import KeptConvolutions
 from monai_iunet.networks.layers.small_convolution import right_gradients
@@ -81,6 +82,22 @@ class AdditiveCoupling(InvertibleLayer):
         kept, taken = self._take(kept)
         return self._sum(changed, self._shift(taken, changed), -1), kept
 
+    def remember(self, inputs: Tensors, outputs: Tensors, weights: Tensors, inverse: bool) -> Tensors:
+        changed = outputs[0 if inverse else 1]
+        if not is_to_be_checked(self.branch, changed, self.exact):
+            return ()
+        return (self._sampled_shift(inputs, outputs, inverse),)
+
+    def _sampled_shift(self, inputs: Tensors, outputs: Tensors, inverse: bool) -> Tensor:
+        """Return a few values of F of a call."""
+        before, after = (outputs[0], inputs[1]) if inverse else (inputs[0], outputs[1])
+        return sampled_shift(before, after, self.exact)
+
+    def _check_shift(self, remembered: Tensors, shift: Tensor, changed: Tensor) -> None:
+        """Check, by a few values of F, that the branch has repeated itself."""
+        for first in remembered:
+            check_second_result(self.branch, first, shift, changed, self.exact)
+
     def watch(self) -> AbstractContextManager[Any]:
         # What is compiled, and what a mode of a user's sees, is not known to repeat itself without its convolutions.
         is_compiled = _is_compiled(self.branch) or (isinstance(self.branch, Branch) and self.branch.is_compiled)
@@ -91,7 +108,10 @@ class AdditiveCoupling(InvertibleLayer):
         # Gradients are enabled as in the forward pass, since kernels may depend on it; nothing of them is stored.
         with torch.enable_grad(), saved_tensors_hooks(_store_nothing, _store_nothing):
             inputs = super().recover(outputs, weights, remembered, inverse)
-        return tuple(map(Tensor.detach, inputs))
+        inputs = tuple(map(Tensor.detach, inputs))
+        if remembered:
+            self._check_shift(remembered, self._sampled_shift(inputs, outputs, inverse), outputs[0 if inverse else 1])
+        return inputs
 
     def replace(self, inputs: list[Tensor], inverse: bool = False) -> Tensors:
         kept, changed = inputs if inverse else inputs[::-1]
@@ -190,6 +210,9 @@ class AdditiveCoupling(InvertibleLayer):
             given = call.kept
             with nullcontext() if given is None else KeptConvolutions(given):
                 shift = self._shift(taken, changed).detach()
+        if call.remembered:
+            call.check_saved(saved)
+            self._check_shift(call.remembered, sample(shift), changed)
         if call.inputs_wanted:
             # `.data` has a version counter of its own: the halves may be views of one tensor, and writing to this one
             # leaves the other, which the branch has saved, as it is.
