@@ -26,6 +26,7 @@ __all__ = [
     "loss",
     "record",
     "sliding_window",
+    "split",
     "trained_network",
 ]
 
@@ -61,21 +62,28 @@ def _trained(name: str, value: Any) -> str:
     return f"$monai_iunet.trained_value(@checkpoint, '{name}', {value!r})"
 
 
-def record(task: Task, transforms: str, *more: str) -> str:
+def record(task: Task, transforms: str, *more: str, **expressions: str) -> str:
     """Return the expression of what a training is given; see `monai_iunet.training.record`.
 
     Args:
         task: the task.
         transforms: reference to what images are preprocessed by.
-        more: entries beside the number of classes and `given_values`, each as NAME=EXPRESSION.
+        more: entries of the config that are noted beside the number of classes and `given_values`.
+        expressions: further values, by their names.
     """
-    values = ", ".join([*(f"{name}=@{name}" for name in ("num_classes", *given_values(task))), *more])
+    noted = {name: f"@{name}" for name in ("num_classes", *given_values(task), *more)} | expressions
+    values = ", ".join(f"{name}={value}" for name, value in noted.items())
     return f"monai_iunet.training_record(@network_def, {transforms}, {values})"
 
 
-def check_record(task: Task, transforms: str) -> str:
+def check_record(task: Task, transforms: str, *more: str) -> str:
     """Return the expression that compares what weights were trained with and what they are used with."""
-    return f"$monai_iunet.check_training(@checkpoint, {record(task, transforms)})"
+    return f"$monai_iunet.check_training(@checkpoint, {record(task, transforms, *more)})"
+
+
+def split(task: Task) -> tuple[str, ...]:
+    """Return the entries that say which cases are trained on; none where a list does."""
+    return () if task.validation_cases else ("fold", "folds")
 
 
 def header(task: Task, distributed: bool, training: bool = False) -> Config:
@@ -208,12 +216,15 @@ def log_of_loss() -> Config:
     return {"tag_name": "train_loss", "output_transform": "$monai.handlers.from_engine(['loss'], first=True)"}
 
 
-def datalist(task: Task, validation: str = "validation") -> Config:
+def datalist(task: Task, validation: str = "validation", training: bool = False) -> Config:
     """Return the lists of training and validation cases, checked.
+
+    Weights are evaluated on the fold that they were not trained on, unless the config is one to train with.
 
     Args:
         task: the task.
         validation: section of the data set that is validated on, see `list_cases`.
+        training: whether it is.
     """
 
     without = f", @left_out{', @judges' if task.judges else ''}" if task.left_out or task.judges else ""
@@ -231,7 +242,9 @@ def datalist(task: Task, validation: str = "validation") -> Config:
     lists |= {"judges": list(task.judges)} if task.judges else {}
     if not task.validation_cases:
         sections = {"training": check(section("training")), "validation": check(section(validation))}
-        return {"fold": task.fold, "folds": task.folds, **lists, "datalist": sections}
+        parts = {name: getattr(task, name) for name in split(task)}
+        parts = parts if training else {name: _trained(name, value) for name, value in parts.items()}
+        return {**parts, **lists, "datalist": sections}
     names = "json.loads(pathlib.Path(@bundle_root, 'configs', 'validation_cases.json').read_text())"
     kept = "[case for case in @cases if os.path.basename(case['image']) {} @validation_cases]"
     return {

@@ -30,12 +30,10 @@ from monai_iunet.bundling.sections import (
     loss,
     record,
     sliding_window,
+    split,
     trained_network,
 )
 from monai_iunet.bundling.task import Task
-
-# What the weights that a fine-tuning begins with were trained on.
-SEEN_BEFORE = "trained_on=@pretrained and monai_iunet.trained_value(@pretrained, 'trained_on', None)"
 
 __all__ = ["any_contrast_config", "evaluate_config", "inference_config", "train_config"]
 
@@ -61,7 +59,7 @@ def train_config(task: Task, distributed: bool = False) -> Config:
         "cache_rate": 1.0,
         "loss": loss(task),
         **_optimization(task),
-        **datalist(task),
+        **datalist(task, training=True),
         "deterministic_transforms": preprocessing(task, IMAGE_AND_LABEL),
         "train": _train_section(task, distributed),
         "validate": _validate_section(task, distributed),
@@ -243,9 +241,15 @@ def _saving(task: Task) -> Config:
             "writes": "$@rank == 0",
             "validator": "@validate#evaluator",
             "early_stop": "@early_stop",
-            "record": f"${record(task, '@deterministic_transforms', 'growing=@growing', SEEN_BEFORE)}",
+            "record": f"${_record_of_training(task)}",
         },
     }
+
+
+def _record_of_training(task: Task) -> str:
+    """Return the expression of what a training is given, with what the weights that it begins with were trained on."""
+    seen = "@pretrained and monai_iunet.trained_value(@pretrained, 'trained_on', None)"
+    return record(task, "@deterministic_transforms", "growing", *split(task), trained_on=seen)
 
 
 def evaluate_config(task: Task, distributed: bool = False) -> Config:
@@ -303,7 +307,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
         "initialize": [
             *begin(distributed, "fit_quality", "largest_component", *_flips(task)),
             "$monai.utils.set_determinism(seed=0)",
-            check_record(task, "@validate#preprocessing"),
+            check_record(task, "@validate#preprocessing", *split(task)),
         ],
         "run": [_check_structures(task), _check_unseen(), "$@validate#evaluator.run()", _fit_quality()],
         "finalize": end(distributed),

@@ -123,8 +123,8 @@ def write_ensemble(members: Sequence[Path], task: Task, path: Path) -> None:
     parser = ConfigParser(inference_config(task))
     network = parser.get_parsed_content("network_def")
     records = [json.loads(record_file(member).read_text(encoding="utf-8")) for member in members]
+    of_all = {name: value for name, value in records[0].items() if name not in ("fold", "folds")}
     trained_on = sorted({digest for record in records for digest in record.get(TRAINED_ON, ())})
-    network_record = training_record(network, [])["network"]
-    write_record({**records[0], "network": network_record, TRAINED_ON: trained_on}, path)
+    write_record({**of_all, "network": training_record(network, [])["network"], TRAINED_ON: trained_on}, path)
     state = SegEnsemble.state_of([read_weights(member) for member in members])
     write_atomically(path, lambda temporary: torch.save(state, temporary))

@@ -13,8 +13,9 @@ from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.fit import fit
-from monai_iunet.io.bundles import parsed_content
+from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.planning.budget import for_a_step
+from monai_iunet.training.record import write_record
 from tests.bundles.made_data import SMALL_TASK
 from tests.fitting.made_sets import make_set
 
@@ -47,6 +48,17 @@ def test_a_fit_may_be_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     run = fitting._Fit(data, output, fitting.FitOptions(for_a_step("1 GiB"), device="cpu", fold=0), Console(quiet=True))
     run.prepare()
     assert len(parsed_content(run._parser("train.json", 0), "datalist")["training"]) == 4
+
+
+def test_weights_are_evaluated_on_the_fold_that_they_were_not_trained_on(tmp_path: Path) -> None:
+    data, bundle = unnamed_set(str(tmp_path / "data")), write_bundle(SMALL_TASK, tmp_path / "bundle")
+    parser = read_config(bundle / "configs" / "train.json")
+    parser.update({"bundle_root": str(bundle), "dataset_dir": str(data), "check_data": False, "fold": 2, "folds": 3})
+    trained = parsed_content(parser, "datalist")
+    record = parsed_content(parser, "checkpoints#record")
+    assert bundle_cases(bundle, data) != trained
+    write_record(record, bundle / "models" / "model.pt")
+    assert bundle_cases(bundle, data) == trained
 
 
 def test_a_bundle_without_an_evaluation_is_said(tmp_path: Path) -> None:
