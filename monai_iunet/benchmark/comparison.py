@@ -94,16 +94,22 @@ def compare_networks(
         does not have. The Dice of a structure that no case has is None.
 
     Raises:
-        InputError: for folders that are none, when the output folder is that of another bundle or data set, and when a
-            training or an evaluation fails.
+        InputError: for folders that are none, for a bundle that is trained for a time, when the output folder is that
+            of another bundle or data set, and when a training or an evaluation fails.
     """
     bundle, output_dir = Path(bundle), Path(output_dir)
     for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
         if not needed.is_file():
             raise InputError(f"{needed}: no such file. Needed are the folder of a bundle and that of a data set.")
     common = {"bundle_root": str(bundle.resolve()), "dataset_dir": str(Path(dataset_dir).resolve())}
+    training = _parser(bundle, "train.json", common)
+    if "max_seconds" in training:
+        raise InputError(
+            f"{bundle}: is trained for a time, so networks would be trained for other numbers of steps than "
+            "--max-epochs. Use a bundle that is trained for epochs, as fit makes it without --time."
+        )
     cases = bundle_cases(bundle, dataset_dir)  # refuses a data set of other structures
-    parsed_content(_parser(bundle, "train.json", common), "datalist")  # reads all cases, and lists the bad ones
+    parsed_content(training, "datalist")  # reads all cases, and lists the bad ones
     folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
     configs = files_digest([bundle / "configs" / name for name in ("train.json", "evaluate.json")])
     listed = {section: [Path(image_of(case)).name for case in cases[section]] for section in cases}

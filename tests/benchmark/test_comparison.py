@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,22 @@ def test_a_folder_without_configs_is_no_bundle(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2
     assert "train.json: no such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_seconds": 60.0}, "is trained for a time"),
+    ],
+)
+def test_what_would_go_wrong_after_hours_is_refused_before(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    bundle = write_bundle(replace(SMALL_TASK, **changes), tmp_path / "bundle")
+    (tmp_path / "dataset.json").write_text("{}")
+    words = ["compare", "--bundle", bundle, "--dataset-dir", tmp_path, "--max-epochs", 1]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
 def test_unknown_networks_are_refused(tmp_path: Path) -> None:
