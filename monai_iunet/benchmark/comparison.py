@@ -23,8 +23,10 @@ from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, files_digest, write_text
+from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
+from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
     "NETWORKS",
@@ -94,8 +96,9 @@ def compare_networks(
         does not have. The Dice of a structure that no case has is None.
 
     Raises:
-        InputError: for folders that are none, for a bundle that is trained for a time, when the output folder is that
-            of another bundle or data set, and when a training or an evaluation fails.
+        InputError: for folders that are none, a bundle that is trained for a time, or a network that does not take its
+            patches; when the output folder is that of another bundle or data set, and when a training or an evaluation
+            fails.
     """
     bundle, output_dir = Path(bundle), Path(output_dir)
     for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
@@ -108,16 +111,13 @@ def compare_networks(
             f"{bundle}: is trained for a time, so networks would be trained for other numbers of steps than "
             "--max-epochs. Use a bundle that is trained for epochs, as fit makes it without --time."
         )
+    definitions = _definitions(training, networks)
     cases = bundle_cases(bundle, dataset_dir)  # refuses a data set of other structures
     parsed_content(training, "datalist")  # reads all cases, and lists the bad ones
     folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
     configs = files_digest([bundle / "configs" / name for name in ("train.json", "evaluate.json")])
     listed = {section: [Path(image_of(case)).name for case in cases[section]] for section in cases}
     check_asked(folder, {"dataset": common["dataset_dir"], "cases": listed, "bundle": bundle.name, "configs": configs})
-    definitions = {
-        OURS: _parser(bundle, "train.json", common)["network_def"],
-        **{name: NETWORKS[name] for name in networks},
-    }
     figures, dice = {}, {}
     for name, definition in definitions.items():
         settings = {**common, "network_def": definition, "check_data": False}
@@ -139,6 +139,29 @@ def compare_networks(
     text = json.dumps(result, indent=4) + "\n"
     write_text(output_dir / "comparison.json", text)
     return result
+
+
+def _definitions(training: ConfigParser, networks: Sequence[str]) -> dict[str, Config]:
+    """Return the networks for the images of a bundle, ours first.
+
+    Raises:
+        InputError: when one does not take what the bundle trains on, before hours of training tell.
+    """
+    ours, size = training["network_def"], training["roi_size"]
+    if size == WHOLE:  # three times what images are padded to, which a network does not take that divides by more
+        size = [3 * factor for factor in np.broadcast_to(training["validate#inferer#divisible_by"], 3).tolist()]
+    definitions = {OURS: ours}
+    for name in networks:
+        definitions[name] = {**NETWORKS[name], "in_channels": ours.get("in_channels", 1)}
+        network = ConfigParser({**training.get(), "network_def": definitions[name]}).get_parsed_content("network_def")
+        try:
+            network.to("meta")(torch.empty(1, definitions[name]["in_channels"], *size, device="meta"))
+        except RuntimeError as error:
+            raise InputError(
+                f"{name}: takes no images of {times(size)} voxels, as the bundle trains on ({first_line(error)}). "
+                "Leave it out of --networks."
+            ) from error
+    return definitions
 
 
 def check_asked(folder: Path, asked: Mapping[str, Any]) -> None:

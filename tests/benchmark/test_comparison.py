@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from monai.bundle import ConfigParser
 from typer.testing import CliRunner
 
 from monai_iunet.benchmark import comparison
 from monai_iunet.benchmark.comparison import as_markdown, check_asked
-from monai_iunet.bundling.new_bundle import write_bundle
+from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
 from monai_iunet.cli import app
 from monai_iunet.errors import InputError
 from tests.bundles.helpers import run
@@ -122,6 +123,8 @@ def test_a_folder_without_configs_is_no_bundle(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"max_seconds": 60.0}, "is trained for a time"),
+        ({"roi_size": (16, 16, 20)}, "DynUNet: takes no images of 16 x 16 x 20 voxels"),
+        ({"roi_size": "whole"}, "DynUNet: takes no images of 12 x 12 x 12 voxels"),
     ],
 )
 def test_what_would_go_wrong_after_hours_is_refused_before(
@@ -132,6 +135,12 @@ def test_what_would_go_wrong_after_hours_is_refused_before(
     words = ["compare", "--bundle", bundle, "--dataset-dir", tmp_path, "--max-epochs", 1]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_other_networks_take_as_many_channels_as_ours() -> None:
+    config = bundle_configs(replace(SMALL_TASK, in_channels=3))["train.json"]
+    definitions = comparison._definitions(ConfigParser(config), list(comparison.NETWORKS))
+    assert {definition["in_channels"] for definition in definitions.values()} == {3}
 
 
 def test_unknown_networks_are_refused(tmp_path: Path) -> None:
