@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -166,10 +167,15 @@ def evaluate_quality(
 
 
 def cases_digest(cases: Mapping[str, Sequence[Case]]) -> str:
-    """Return the SHA-256 of the files of cases, so that results are not taken for those of other images or labels."""
-    listed = [case for section in ("training", "validation") for case in cases[section]]
-    paths = [Path(case[key]) for case in listed for key in ("image", "label") if case.get(key)]
-    return files_digest([file for path in paths for file in files_in(path) if file.exists()])
+    """Return the SHA-256 of the files of cases, so that results are not taken for those of other images or labels.
+
+    Nor for those beside other references, which training cases make.
+    """
+    digests = []
+    for section in ("training", "validation"):
+        paths = [Path(case[key]) for case in cases[section] for key in ("image", "label") if case.get(key)]
+        digests.append(files_digest([file for path in paths for file in files_in(path) if file.exists()]))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def damaged_results(

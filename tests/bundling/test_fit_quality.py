@@ -216,6 +216,8 @@ def test_results_of_other_labels_are_not_taken(data: Path) -> None:
     cases: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [case]}
     before = cases_digest(cases)
     assert cases_digest(cases) == before
+    # Nor those beside the references of other training cases: one has changed its section.
+    assert cases_digest({"training": [case], "validation": []}) != before
     label = nibabel.load(case["label"])
     nibabel.save(nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), case["label"])
     assert cases_digest(cases) != before
