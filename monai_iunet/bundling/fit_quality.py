@@ -54,6 +54,7 @@ from monai_iunet.segmentation.quality import (
 from monai_iunet.segmentation.segmenter import BundleSegmenter
 from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.training.cases import image_of, read_case
+from monai_iunet.training.dataset import patients_of
 from monai_iunet.training.seen_cases import seen_cases
 
 __all__ = ["as_markdown", "draw_quality", "evaluate_quality", "fit_quality"]
@@ -154,7 +155,8 @@ def evaluate_quality(
         table = check_folder(bundle / "eval") / f"quality_{digest[:8]}_{cases_digest(cases)[:8]}.csv"
         results = damaged_results(segmenter, references, cases["validation"], damages, table, left_out)
         model = fit_quality(results, references, digest)
-        counted = {"contours_left_out": sum(map(len, left_out[1::2]))}  # of the cases that judge
+        judged = [found for found, fits in zip(left_out, _fits(cases["validation"])) if not fits]
+        counted = {"contours_left_out": sum(map(len, judged))}
         model = replace(model, held_out={**model.held_out, **counted})
     except InputError as error:
         if required:
@@ -191,7 +193,7 @@ def damaged_results(
     Args:
         segmenter: of the bundle.
         references: how structures look in training cases.
-        cases: paths "image" and "label"; every second one fits the model.
+        cases: paths "image" and "label"; those of every second patient fit the model.
         damages: damaged copies of each case.
         table: file that grows case by case; what it holds is not done again.
         left_out: structures of each case whose true contour is no measure of a result; None for none.
@@ -199,8 +201,8 @@ def damaged_results(
     kinds = [kind for kind in DAMAGES if kind != "none"]
     if isinstance(segmenter.windows, MirrorInferer):
         kinds.remove("side")  # to a network that mirrors, a mirror image is as good
-    numbered = list(enumerate(cases))
-    halves = {True: numbered[0::2], False: numbered[1::2]}
+    fitting = _fits(cases)
+    halves = {half: [part for part, fits in zip(enumerate(cases), fitting) if fits is half] for half in (True, False)}
     jobs = [(case, fits, "none", 0) for fits, half in halves.items() for case in half]
     for repeat in range(damages):
         for fits, half in halves.items():
@@ -216,6 +218,14 @@ def damaged_results(
         if not known:
             _write_table(table, results)
     return results
+
+
+def _fits(cases: Sequence[Case]) -> list[bool]:
+    """Return whether each case fits the model: those of every second patient, who has no part in judging it."""
+    names = [image_name(case["image"], SUFFIXES) for case in cases]
+    patients = patients_of(names, least=2) if names else []
+    fitting = list(dict.fromkeys(patients))[0::2]
+    return [patient in fitting for patient in patients]
 
 
 def _segment_damaged(
@@ -375,7 +385,7 @@ def as_markdown(model: QualityModel) -> str:
         f"{GOOD}": f"{held_out['good_that_are_doubted']:.1%}",
         f"not doubted, of {held_out['bad']:.0f} whose true Dice is below {BAD}": f"{held_out['bad_that_pass']:.1%}",
     }
-    head = f"| in images of {held_out['cases']:.0f} patients, as they are and damaged | |\n|---|---|\n"
+    head = f"| in {held_out['cases']:.0f} images that judge, as they are and damaged | |\n|---|---|\n"
     return head + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
@@ -400,7 +410,7 @@ def draw_quality(results: Sequence[Result], model: QualityModel, path: Path) -> 
     axes.axvline(model.warn_below, color="tab:red", linewidth=1, label=f"doubtful below {model.warn_below:.2f}")
     for value in (BAD, GOOD):
         axes.axhline(value, color="gray", linewidth=0.6, linestyle="dotted")
-    title = f"{model.held_out['results']:.0f} structures in images of {model.held_out['cases']:.0f} other patients"
+    title = f"{model.held_out['results']:.0f} structures in {model.held_out['cases']:.0f} images that judge"
     axes.set(xlabel="predicted Dice", ylabel="true Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=title)
     axes.legend(loc="upper left")
     check_folder(path.parent)

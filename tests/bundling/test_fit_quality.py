@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -209,6 +210,17 @@ def test_contours_of_unusual_volume_neither_fit_nor_judge(
     assert "| structures found; true contours left out for their volume: 1 |" in as_markdown(model)
     volume = model.references["front"].shape.mean[0]
     assert abs(volume - model.references["back"].shape.mean[0]) < 0.1
+
+
+def test_a_patient_with_several_cases_fits_or_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves: dict[bool, set[str]] = {True: set(), False: set()}
+    monkeypatch.setattr(
+        "monai_iunet.bundling.fit_quality._segment_damaged", lambda *given: halves[given[-1]].add(given[-2][0]) or []
+    )
+    cases = [{"image": f"p{patient}_scan{scan}.nii", "label": "x"} for patient in (1, 2, 3) for scan in (1, 2)]
+    segmenter: Any = SimpleNamespace(windows=None)
+    damaged_results(segmenter, {}, cases, 1, tmp_path / "table.csv")
+    assert halves == {True: {"p1_scan1", "p1_scan2", "p3_scan1", "p3_scan2"}, False: {"p2_scan1", "p2_scan2"}}
 
 
 def test_results_of_other_labels_are_not_taken(data: Path) -> None:
