@@ -382,10 +382,12 @@ def _paired(folder: Path) -> tuple[list[Case], list[str]]:
     # Names that end in four digits are channels where the labels are named without them.
     for name, path in images.items():
         match = channels[name]
+        case, number = name, 0
         if match and (name not in labels or match[1] in labels):
-            of_case.setdefault(match[1], {})[int(match[2])] = path
-        else:
-            of_case.setdefault(name, {})[0] = path
+            case, number = match[1], int(match[2])
+        first = of_case.setdefault(case, {}).setdefault(number, path)
+        if first != path:
+            problems.append(f"{path}: is there as {first.name} too. Leave one of them in the folder.")
     counts = [len(parts) for parts in of_case.values()]
     usual = max(set(counts), key=counts.count) if counts else 1
     cases = []

@@ -184,6 +184,15 @@ def test_an_image_in_two_formats_is_a_problem(tmp_path: Path) -> None:
     assert [Path(problem.split(":")[0]).name for problem in data.problems] == ["a.nrrd", "b.nii.gz"]
 
 
+def test_an_image_beside_its_copy_of_a_channels_name_is_a_problem(tmp_path: Path) -> None:
+    files = ["images/a.nii.gz", "images/a_0000.nii.gz", "labels/a.nii.gz"]
+    data = read_labeled_data(make(tmp_path, files))
+    assert names(data.training) == ["a"]
+    assert [problem.replace(str(tmp_path), "") for problem in data.problems] == [
+        "/images/a_0000.nii.gz: is there as a.nii.gz too. Leave one of them in the folder."
+    ]
+
+
 def test_two_folders_of_files_are_read(tmp_path: Path) -> None:
     files = [f"{part}/scan_{n:04}.nii.gz" for part in ("images", "labels") for n in range(3)]
     data = read_labeled_data(make(tmp_path, [*files, "images/._scan_0000.nii.gz", "labels/notes.txt"]))
