@@ -259,6 +259,15 @@ class Checkpoints:
                 "Give it the same data set and fold to go on, lest it be validated on what it has learned, or start "
                 "without resuming."
             )
+        if best[1] >= 0 and not (self.folder / "model.pt").is_file():
+            logger.warning(
+                "%s: no such file, so the best network so far, of epoch %d, is lost. Copy it beside %s; else it is the "
+                "best one from here on.",
+                self.folder / "model.pt",
+                best[1],
+                self.last.name,
+            )
+            best = -1, -1
         validator.state.best_metric, validator.state.best_metric_epoch = best
         if end := self._end_of(epoch, trainer.state.max_epochs):
             self._save_final(trainer, validator)  # it may have been killed before that

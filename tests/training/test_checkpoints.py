@@ -288,6 +288,19 @@ def test_the_best_network_is_not_replaced_by_a_worse_one_after_resuming(tmp_path
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+def test_where_the_best_network_is_lost_there_is_another_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = training(tmp_path, max_epochs=2)
+    trainer.run()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["best"] = [2.0, 1]  # better than anything
+    torch.save(saved, tmp_path / "last.pt")
+    (tmp_path / "model.pt").unlink()  # as where last.pt alone was copied to go on
+    again, _ = training(tmp_path, resume=True)
+    again.run()
+    assert "the best network so far, of epoch 1, is lost" in caplog.text
+    assert (tmp_path / "model.pt").is_file()
+
+
 class Scores(Metric):
     """A metric that is what it is given, validation by validation."""
 
