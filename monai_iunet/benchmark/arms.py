@@ -31,13 +31,13 @@ from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.fitting.planner import largest_image
-from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.training.cases import check_cases
-from monai_iunet.training.dataset import list_cases
+from monai_iunet.training.dataset import list_cases, patients_of
 from monai_iunet.training.evaluation import read_rows
 from monai_iunet.training.structures import check_structures
 
@@ -93,7 +93,8 @@ def compare_arms(
             file names of images, these are the test cases.
         minutes: of each training; of the processor if there is no GPU, so that other programs do not count.
         arms: which of `ARMS`.
-        tests: number of test cases, which are drawn if they are not listed; always the same ones.
+        tests: number of test cases, which are drawn if they are not listed, with all others of their patients; always
+            the same ones.
         seed: of the trainings.
         device: where; by default the first GPU, or the CPU if there is none.
 
@@ -174,11 +175,21 @@ def _test_cases(dataset_dir: str | Path, listed: Path, count: int, left_out: Seq
                 f"{listed}: lists {len(set(names))} of {len(cases)} cases, some are needed to train and some to test."
             )
     else:
-        if not 0 < count < len(cases):
+        names = _drawn(cases, count) if 0 < count < len(cases) else []
+        if not 0 < len(names) < len(cases):
             raise InputError(f"--tests {count}: of {len(cases)} cases, some are needed to train and some to test.")
-        names = [cases[number] for number in sorted(np.random.default_rng(0).permutation(len(cases))[:count])]
         write_text(listed, json.dumps(names, indent=1) + "\n")
     return list(names)
+
+
+def _drawn(cases: Sequence[str], count: int) -> list[str]:
+    """Return so many cases, always the same ones; or more, where others are of the same patients."""
+    patients = patients_of([image_name(case, SUFFIXES) for case in cases], least=2)
+    drawn: set[str] = set()
+    for number in np.random.default_rng(0).permutation(len(cases)):
+        if sum(patient in drawn for patient in patients) < count:
+            drawn.add(patients[number])
+    return [case for case, patient in zip(cases, patients) if patient in drawn]
 
 
 def _plan_arms(task: Task, extents: Sequence[int], names: Sequence[str]) -> dict[str, _Arm]:

@@ -126,6 +126,13 @@ def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_pa
         arms._test_cases(data, tmp_path / "other.json", 6)
 
 
+def test_all_cases_of_a_patient_are_tested_or_trained_on() -> None:
+    cases = [f"p{patient}_scan{scan}.nii.gz" for patient in range(8) for scan in range(3)]
+    drawn = arms._drawn(cases, 6)
+    assert len(drawn) == 6
+    assert {case[:2] for case in drawn}.isdisjoint(case[:2] for case in set(cases) - set(drawn))
+
+
 def test_what_a_plan_leaves_out_is_neither_trained_nor_tested_on(planned: tuple[Path, Path], tmp_path: Path) -> None:
     data, plan = planned
     listed, left_out = tmp_path / "test_cases.json", ("case_01.nii.gz", "case_05.nii.gz")
