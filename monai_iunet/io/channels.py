@@ -58,7 +58,7 @@ def group_channels(paths: Sequence[Path], channels: int) -> list[tuple[Path, ...
         Files of each image, in the order of the first ones.
 
     Raises:
-        InputError: when a channel of an image is missing.
+        InputError: when a channel of an image is missing, or there in two formats.
 
     Example:
         >>> names = ("a_0000.nii.gz", "b.nii.gz", "a_0001.nii.gz")
@@ -71,7 +71,9 @@ def group_channels(paths: Sequence[Path], channels: int) -> list[tuple[Path, ...
         if channels > 1 and path.name.lower().endswith(SUFFIXES):
             match = re.fullmatch(r"(.+)_(\d{4})", image_name(path, SUFFIXES))
         key, number = ((path.parent, match[1]), int(match[2])) if match else ((path, ""), 0)
-        images.setdefault(key, {})[number] = path
+        first = images.setdefault(key, {}).setdefault(number, path)
+        if first != path:
+            raise InputError(f"{path}: is there as {first.name} too. Leave one of them out.")
     for (folder, name), files in images.items():
         if len(files) > 1 and sorted(files) != list(range(channels)):
             raise InputError(

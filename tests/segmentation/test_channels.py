@@ -19,6 +19,7 @@ from monai_iunet import BundleSegmenter, InputError, segment
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.bundling.task import Task
 from monai_iunet.cli import app
+from monai_iunet.io.channels import group_channels
 from monai_iunet.io.read import read_image
 from monai_iunet.training.cases import check_images
 
@@ -134,6 +135,13 @@ def test_a_wrong_number_of_channels_is_one_line(
     assert result.exit_code != 0
     assert re.search(message, " ".join(result.output.split())), result.output
     assert "Traceback" not in result.output
+
+
+def test_a_channel_in_two_formats_is_one_line() -> None:
+    paths = [Path(f"scan_{name}") for name in ("0000.nii", "0000.nii.gz", "0001.nii.gz")]
+    with pytest.raises(InputError, match=r"scan_0000\.nii\.gz: is there as scan_0000\.nii too"):
+        group_channels(paths, 2)
+    assert group_channels([*paths[1:], paths[1]], 2) == [tuple(paths[1:])]  # named twice
 
 
 def test_other_channels_are_refused_by_every_way(bundle: Path, image: nibabel.Nifti1Image, tmp_path: Path) -> None:
