@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.channels import first_channel
-from monai_iunet.io.checks import check_not_constant, raw_voxels
+from monai_iunet.io.checks import raw_voxels
 from monai_iunet.io.files import write_atomically, write_text
 from monai_iunet.io.read import read_image
 from monai_iunet.io.text import first_line, times
@@ -223,7 +223,6 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
         raise InputError(f"{case['label']}: is image and label of one case. Name the image in dataset.json.")
     read, label = read_case(case, [0, *(value for _, value in values)], channels)
     name = image_of(case)
-    check_not_constant(read, name)
     image = nibabel.as_closest_canonical(first_channel(read))
     labels = np.asarray(nibabel.as_closest_canonical(label).dataobj).astype(np.int32)
     data = image.get_fdata(dtype=np.float32)

@@ -152,6 +152,7 @@ def read_case(
     if not case.get("label"):
         raise InputError(f"{image_of(case)}: has no label.")
     image, label = read_image(case["image"], channels=channels), read_image(case["label"])
+    check_not_constant(image, image_of(case))
     check_same_grid(case["label"], label, "its image", image)
     turned = ["".join(map(str, nibabel.aff2axcodes(part.affine))) for part in (image, label)]
     if turned[0] != turned[1]:  # both grids are all but the same, yet each would be turned to RAS by its own affine

@@ -42,6 +42,12 @@ def not_finite(folder: Path) -> dict[str, str]:
     return made
 
 
+def blank(folder: Path) -> dict[str, str]:
+    made = case(folder, "blank")
+    made["image"] = save(Path(made["image"]), np.zeros((2, 3, 4), np.float32))
+    return made
+
+
 BAD = {
     "no_label": (lambda folder: {"image": case(folder, "no_label")["image"]}, "has no label"),
     "missing": (lambda folder: {**case(folder, "missing"), "label": str(folder / "gone.nii.gz")}, "no such file"),
@@ -58,6 +64,7 @@ BAD = {
     "empty": (lambda folder: case(folder, "empty", np.zeros((2, 3, 4), np.uint8)), "is empty"),
     "damaged": (damaged, r"damaged\.nii\.gz: (not a readable|truncated)"),
     "nan": (not_finite, "24 voxels are NaN"),
+    "blank": (blank, r"blank\.nii\.gz: all voxels have the same value"),
 }
 
 
@@ -85,11 +92,11 @@ def test_all_bad_cases_are_listed_together_or_left_out(tmp_path: Path, caplog: p
     with pytest.raises(InputError) as error:
         check_cases(cases, 2)
     lines = str(error.value).splitlines()
-    assert lines[0] == "9 of 10 cases cannot be used:"
-    assert len(lines) == 11
+    assert lines[0] == "10 of 11 cases cannot be used:"
+    assert len(lines) == 12
     with caplog.at_level(logging.WARNING):
         assert check_cases(cases, 2, skip_bad=True) == cases[:1]
-    assert "9 of 10 cases are left out" in caplog.text
+    assert "10 of 11 cases are left out" in caplog.text
     assert check_cases(cases, 2, check=False) == cases
     with pytest.raises(InputError, match="no case to use"):
         check_cases(cases[1:], 2, skip_bad=True)
