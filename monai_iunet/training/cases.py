@@ -219,6 +219,13 @@ def images_to_segment(
     names = [result_name(files[0], channels, NIFTI) for files in images]
     check_names(names)
     results = [Path(str(output_dir), f"{name}{suffix}.nii.gz") for name in names]
+    written = {result.resolve() for result in results}
+    are_made = [files[0].resolve() in written for files in images]
+    if any(are_made):  # by a run before, in the folder of the images
+        example = images[are_made.index(True)][0]
+        logger.warning("Left out: %d images, such as %s, that are results of other ones", sum(are_made), example)
+    pairs = [pair for pair, is_made in zip(zip(images, results), are_made) if not is_made]
+    images, results = [files for files, _ in pairs], [result for _, result in pairs]
     done = {result: files for files, result in zip(images, results) if skip_done and result.exists()}
     for result, files in done.items():
         _check_result(result, files[0])

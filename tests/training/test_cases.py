@@ -131,6 +131,17 @@ def test_what_is_done_is_left_out(tmp_path: Path) -> None:
     assert len(images_to_segment(paths, tmp_path / "out", skip_done=False)) == 2
 
 
+@pytest.mark.parametrize("skip_done", [True, False])
+def test_results_in_the_folder_of_the_images_are_no_images(
+    skip_done: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [save(tmp_path / name, np.zeros((2, 2, 2), np.float32)) for name in ("a.nii.gz", "b.nii.gz")]
+    result = save(tmp_path / "a_seg.nii.gz", np.zeros((2, 2, 2), np.uint8))
+    found = images_to_segment(tmp_path, tmp_path, skip_done=skip_done)
+    assert [entry["image"] for entry in found] == paths[1 if skip_done else 0 :]
+    assert f"Left out: 1 images, such as {result}, that are results" in caplog.text
+
+
 def test_results_of_another_image_are_refused(tmp_path: Path) -> None:
     image = Path(save(tmp_path / "a.nii.gz", np.zeros((2, 3, 4), np.float32)))
     result = Path(save(tmp_path / "out" / "a_seg.nii.gz", np.zeros((2, 3, 4), np.uint8)))
