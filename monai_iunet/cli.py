@@ -205,8 +205,8 @@ def segment(
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.io.channels import group_channels
         from monai_iunet.segmentation.files import EXAMPLE_IMAGE, Settings, image_names, segment_example, segment_files
-        from monai_iunet.segmentation.records import RECORD_SUFFIX, check_records, write_table
-        from monai_iunet.segmentation.report import write_report
+        from monai_iunet.segmentation.records import RECORD_SUFFIX, check_records, is_table, write_table
+        from monai_iunet.segmentation.report import is_report, write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
         from monai_iunet.segmentation.share import Share
         from monai_iunet.visualization.page import viewer_program
@@ -228,8 +228,9 @@ def segment(
         page = output / "report.html" if report else None
         if page is not None:
             viewer_program()
-        for path in (table, page):
-            _check_free(path, overwrite or skip_done or part.count > 1)
+        goes_on = skip_done or part.count > 1
+        _check_free(table, overwrite, is_table if goes_on else None)
+        _check_free(page, overwrite, is_report if goes_on else None)
         settings = Settings(
             *(mirror, overlay, format.value, series, fail_fast, overwrite, skip_done),
             record=bool(table or page or skip_done),
@@ -266,11 +267,17 @@ def segment(
                 say(page)
 
 
-def _check_free(path: Path | None, replace: bool) -> None:
-    """Check that a file that sums a batch up is not there, unless it may be replaced."""
+def _check_free(path: Path | None, overwrite: bool, is_ours: Callable[[Path], bool] | None) -> None:
+    """Check that a file that sums a batch up is not there, unless it may be replaced.
+
+    Args:
+        path: the file.
+        overwrite: whether any may be replaced.
+        is_ours: whether an earlier run, which this one goes on with, wrote it; None for a run that begins anew.
+    """
     from monai_iunet.errors import InputError
 
-    if path is not None and path.exists() and not replace:
+    if path is not None and path.exists() and not overwrite and not (is_ours and is_ours(path)):
         raise InputError(f"{path}: exists. Pass --overwrite to replace it, or name another --output.")
 
 
@@ -398,7 +405,7 @@ def bids(
         from monai_iunet.bids.group import segment_participants, write_group_table
         from monai_iunet.io.bundles import bundle_folder
         from monai_iunet.segmentation.files import Settings
-        from monai_iunet.segmentation.report import VIEWS, write_report
+        from monai_iunet.segmentation.report import VIEWS, is_report, write_report
         from monai_iunet.segmentation.segmenter import BundleSegmenter
         from monai_iunet.visualization.page import viewer_program
 
@@ -415,7 +422,7 @@ def bids(
         page = output_dir / "report.html" if report else None
         if page is not None:
             viewer_program()
-        _check_free(page, overwrite or skip_done)
+        _check_free(page, overwrite, is_report if skip_done else None)
         settings = Settings(fail_fast=fail_fast, overwrite=overwrite, skip_done=skip_done, view=report, strict=strict)
         outcomes = segment_participants(
             *(bids_dir, output_dir, segmenter, settings),

@@ -23,6 +23,7 @@ __all__ = [
     "Records",
     "check_records",
     "is_record",
+    "is_table",
     "read_records",
     "write_from_records",
     "write_record",
@@ -32,6 +33,7 @@ __all__ = [
 Records = Mapping[str, Mapping[str, Any]]
 
 RECORD_SUFFIX = "_seg.json"
+COLUMNS = ("image", "structure", "volume_mm3", "quality")
 
 
 def write_record(image: Path, origin: Callable[[], dict[str, Any]], segmentation: Segmentation, path: Path) -> None:
@@ -145,6 +147,18 @@ def write_table(folder: Path, first: Sequence[str], path: Path) -> int:
     return write_from_records(folder, first, lambda records: write_text(path, _as_table(records, path.suffix)))
 
 
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table as `write_table` writes it, and not somebody's own of the same name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            rows = [row for structures in json.loads(text).values() for row in structures.values()]
+            return bool(rows) and all(tuple(row) == COLUMNS[2:] for row in rows)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return text.startswith(csv_text([COLUMNS]))
+
+
 def _as_table(records: Records, suffix: str) -> str:
     rows = [
         (name, structure, volume, record["quality"][structure])
@@ -154,6 +168,6 @@ def _as_table(records: Records, suffix: str) -> str:
     if suffix == ".json":
         table: dict[str, dict[str, Any]] = {name: {} for name in records}
         for name, structure, volume, quality in rows:
-            table[name][structure] = {"volume_mm3": volume, "quality": quality}
+            table[name][structure] = dict(zip(COLUMNS[2:], (volume, quality)))
         return json.dumps(table, indent=2) + "\n"
-    return csv_text([("image", "structure", "volume_mm3", "quality"), *rows])
+    return csv_text([COLUMNS, *rows])

@@ -11,9 +11,11 @@ from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.system import describe_system
 from monai_iunet.visualization.page import image_view, write_page
 
-__all__ = ["VIEWS", "write_report", "write_view"]
+__all__ = ["VIEWS", "is_report", "write_report", "write_view"]
 
 VIEWS = "report_files"  # folder of what the page shows of each image
+TITLE = "Segmentations"
+BEGINNING = 1000  # characters of a page, its title among them
 
 
 def write_view(name: str, window: tuple[float, float] | None, segmentation: Segmentation, path: Path) -> None:
@@ -51,6 +53,15 @@ def write_report(
     return write_from_records(folder, first, lambda records: _write_page(records, output, path, warnings, command))
 
 
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page as `write_report` writes it, and not that of another program."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return f"<title>{TITLE}</title>" in file.read(BEGINNING)
+    except (OSError, ValueError):
+        return False
+
+
 def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[str], command: str) -> None:
     measures = {}
     for name, record in records.items():
@@ -61,4 +72,4 @@ def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[s
     views = {name: file for name in records if (file := output / VIEWS / f"{name}.json").exists()}
     used = sorted({str(record["origin"]["bundle"]) for record in records.values()})
     versions = {"bundle": ", ".join(used), **describe_system()}
-    write_page(path, "Segmentations", measures, views, warnings, command=command, versions=versions)
+    write_page(path, TITLE, measures, views, warnings, command=command, versions=versions)

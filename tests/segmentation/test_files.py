@@ -106,6 +106,36 @@ def test_pictures_probabilities_and_tables_are_kept_too(existing: str, images: l
     assert (out / existing).read_text() == "mine"
 
 
+@pytest.mark.parametrize("extra", [("--skip-done",), ("--share", "1/2")])
+@pytest.mark.parametrize(
+    ("name", "text", "option"),
+    [
+        ("volumes.csv", "image,ml\na,5\n", ("--volumes", "csv")),
+        ("volumes.json", '{"a": {"liver": 5}}', ("--volumes", "json")),
+        ("volumes.json", "[1]", ("--volumes", "json")),
+        ("report.html", "<title>Mine</title>", ("--report",)),
+    ],
+)
+def test_a_table_or_a_page_of_somebody_else_is_kept(
+    name: str, text: str, option: tuple[str, ...], extra: tuple[str, ...], images: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ipyniivue")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    words = ("segment", *images, "--output", out, "--no-overlay", *option, *extra)
+    code, _, error = call(*words)
+    assert code == 2
+    assert f"{out / name}: exists" in error
+    assert (names(out), (out / name).read_text()) == ([name], text)
+    (out / name).unlink()
+    assert call(*words)[0] == 0
+    before = (out / name).stat().st_mtime_ns
+    if extra == ("--skip-done",):  # which goes on with what it wrote itself
+        assert call(*words)[0] == 0
+        assert (out / name).stat().st_mtime_ns > before
+
+
 def test_what_goes_wrong_with_one_image_does_not_stop_the_others(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
