@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import monai_iunet
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import DEFAULT_BUNDLE, bundle_folder, installed_bundles
-from monai_iunet.io.files import check_folder, write_atomically, write_text
+from monai_iunet.io.files import check_folder, check_target, write_atomically, write_text
 
 __all__ = ["module_description", "run_module", "write_module"]
 
@@ -141,6 +141,7 @@ def _segment(options: argparse.Namespace) -> None:
     from monai_iunet.segmentation.files import write_simpleitk
     from monai_iunet.segmentation.segmenter import BundleSegmenter
 
+    check_target(options.labels, options.image, {})
     _progress("start", 0)
     device = None if options.device == "auto" else options.device
     segmenter = BundleSegmenter(bundle_folder(options.bundle), device)

@@ -102,6 +102,15 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture)
     assert not (tmp_path / "labels.nrrd").exists()
 
 
+def test_labels_do_not_replace_the_volume(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    image = save(tmp_path / "a.nii.gz")
+    before = image.read_bytes()
+    assert run_module(["--device", "cpu", str(image), str(image)]) == 2
+    printed = capfd.readouterr()
+    assert printed.err == f"Error: {image}: the result would replace its image. Name another folder, or a suffix.\n"
+    assert image.read_bytes() == before
+
+
 def test_labels_that_cannot_be_written_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     labels = tmp_path / "labels.xyz"
     assert run_module(["--device", "cpu", str(save(tmp_path / "a.nii.gz")), str(labels)]) == 2
