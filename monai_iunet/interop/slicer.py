@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import monai_iunet
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import DEFAULT_BUNDLE, bundle_folder, installed_bundles
-from monai_iunet.io.files import check_folder, check_target, write_atomically, write_text
+from monai_iunet.io.files import NIFTI, check_folder, check_target, write_atomically, write_text
 
 __all__ = ["module_description", "run_module", "write_module"]
 
@@ -138,7 +138,7 @@ def _segment(options: argparse.Namespace) -> None:
     """Segment a file into a file of labels, and tell Slicer how far it is."""
     # Imported here, since Slicer asks every program for its description when it starts.
     from monai_iunet.io.read import read_image
-    from monai_iunet.segmentation.files import write_simpleitk
+    from monai_iunet.segmentation.files import write_nifti, write_simpleitk
     from monai_iunet.segmentation.segmenter import BundleSegmenter
 
     check_target(options.labels, options.image, {})
@@ -152,7 +152,9 @@ def _segment(options: argparse.Namespace) -> None:
     doubts = segmentation.doubts()
     if doubts:
         sys.stderr.write(f"Warning: {options.image}: {doubts}\n")
-    write_atomically(options.labels, partial(write_simpleitk, segmentation))
+    # In NIfTI, SimpleITK writes neither shear nor both forms of the image.
+    write = write_nifti if options.labels.name.endswith(NIFTI) else write_simpleitk
+    write_atomically(options.labels, partial(write, segmentation))
     _progress("end", 1)
 
 

@@ -14,6 +14,7 @@ import SimpleITK
 
 from monai_iunet import installed_bundles
 from monai_iunet.interop.slicer import module_description, run_module, write_module
+from monai_iunet.io.read import read_image
 from tests.test_cli import call, save
 
 # Order of the elements by the schema; what stands in brackets there is optional.
@@ -100,6 +101,14 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture)
         assert run_module(["--device", device, str(save(tmp_path / "a.nii.gz")), str(tmp_path / "labels.nrrd")]) == 2
         assert capfd.readouterr().err == f"Error: device {device}: not available here. Use cpu.\n"
     assert not (tmp_path / "labels.nrrd").exists()
+
+
+@pytest.mark.parametrize("name", ["labels.nii.gz", "labels.nrrd"])
+def test_labels_of_a_sheared_volume_lie_on_its_grid(name: str, tmp_path: Path) -> None:
+    affine = np.array([[1, 0.3, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]])
+    image, labels = save(tmp_path / "a.nii.gz", affine=affine), tmp_path / name
+    assert run_module(["--device", "cpu", str(image), str(labels)]) == 0
+    np.testing.assert_allclose(read_image(labels).affine, affine, atol=1e-6)
 
 
 def test_labels_do_not_replace_the_volume(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
