@@ -99,8 +99,9 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
         InputError: when it cannot, or ~ stands for the home folder, which only a shell knows.
     """
     path = Path(str(path))  # the command line of MONAI makes a number of a folder that is named 2024
-    if "~" in path.parts:
-        raise InputError(f"{path}: a folder of the name ~ would be made. Write the path of your home folder out.")
+    if "~" in path.parts or os.path.expanduser(path) != str(path):  # ~ or ~user
+        name = next(part for part in path.parts if part.startswith("~"))
+        raise InputError(f"{path}: a folder of the name {name} would be made. Write the path of your home folder out.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -222,7 +223,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     # Of a name with dots the rest is left out, or it would end as the name of a record that others read.
     suffix = next((known for known in NIFTI if path.name.endswith(known)), path.suffix)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+    # Absolute, since nibabel looks for a folder of the name ~user elsewhere.
+    temporary = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
     try:
         # Created here, so that it has the permissions of any new file of the user.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -482,11 +482,15 @@ def test_a_home_folder_that_no_shell_has_put_in_is_refused(tmp_path: Path, monke
     (tmp_path / "home" / "out").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    code, _, error = call("segment", save(tmp_path / "scan.nii.gz"), "--output", "~/out")
-    assert code == 2
-    assert "Write the path of your home folder out" in error
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "scan.nii.gz"]
-    assert not (tmp_path / "~").exists()
+    for output in ("~/out", "~root/out"):
+        code, _, error = call("segment", save(tmp_path / "scan.nii.gz"), "--output", output)
+        assert code == 2
+        assert "Write the path of your home folder out" in error
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "scan.nii.gz"]
+    assert not [*tmp_path.glob("~*")]
+    words = ("segment", tmp_path / "scan.nii.gz", "--output", "~nobody of this name", "--no-overlay")
+    assert call(*words)[0] == 0
+    assert nibabel.load(tmp_path / "~nobody of this name" / "scan_seg.nii.gz").shape == (15, 14, 16)
 
 
 def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:
