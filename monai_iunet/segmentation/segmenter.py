@@ -27,7 +27,7 @@ from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
 from monai_iunet.io.bundles import bundle_folder, installed_bundles, read_config
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
-from monai_iunet.io.checks import check_extent, check_image, check_not_constant, raw_voxels
+from monai_iunet.io.checks import check_extent, check_image, check_not_constant, grids_apart, raw_voxels
 from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights, weights_file
 from monai_iunet.segmentation.quality import read_quality, weights_digest
@@ -500,9 +500,32 @@ class BundleSegmenter:
         if watch is not None:
             watch(Slab(0, 0, torch.as_tensor(item["pred"])))
         item = self.postprocessing(item)
+        for key in ("pred", "prob") if self.gives_probabilities else ("pred",):
+            self._check_place(item[key], seen, image)
         labels = self._label_map(torch.as_tensor(item["pred"]))
         probabilities = item["prob"].cpu().numpy().astype(np.float32) if self.gives_probabilities else None
         return labels, probabilities, WholeImage(seen.as_tensor()), voxel_sizes(np.asarray(seen.affine))
+
+    def _check_place(self, prediction: Any, seen: MetaTensor, image: MetaTensor) -> None:
+        """Check that a prediction is on the grid of the image, as far as its meta data say.
+
+        Args:
+            prediction: what the transforms of the bundle have made, `(channels, *spatial)`.
+            seen: the image as the network saw it.
+            image: as it was read.
+        """
+        shape, is_apart = image.shape[1:], False
+        if isinstance(prediction, MetaTensor):
+            affine, of_seen, of_image = (np.asarray(each.affine, dtype=float) for each in (prediction, seen, image))
+            # The identity is also the affine of what does not say.
+            is_said = not np.array_equal(affine, np.eye(4)) or np.array_equal(of_seen, np.eye(4))
+            is_apart = is_said and grids_apart(affine, of_image, shape) > 0
+        if prediction.shape[1:] != shape or is_apart:
+            raise InputError(
+                f"{self.folder}: the postprocessing of its inference.json leaves labels on the grid of the network, "
+                "not on that of the image. Add MONAI's Invertd of the preprocessing to it: saving, which may resample "
+                "labels, is left out here."
+            )
 
     def _label_map(self, prediction: torch.Tensor) -> np.ndarray:
         """Return what the transforms of the bundle have made of a prediction, `(1, *spatial)`, as labels."""

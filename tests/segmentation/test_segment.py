@@ -18,7 +18,7 @@ import SimpleITK
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer
-from monai.transforms import Activationsd, AsDiscreted, Compose
+from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, Orientationd, Spacingd
 from torch import nn
 
 import monai_iunet
@@ -271,6 +271,33 @@ def test_a_bundle_whose_postprocessing_makes_no_labels_is_refused(options: dict[
     segmenter.postprocessing = Compose([transform("pred", **options)])
     image = nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 16), np.float32), np.eye(4))
     with pytest.raises(InputError, match=r"inference\.json gives 3 channels of .*, one with whole numbers"):
+        segmenter.segment(image)
+
+
+@pytest.mark.parametrize("spacing", [None, (2, 2, 2)])
+@pytest.mark.parametrize("flips", [(-1, -1, 1), (-1, 1, 1), (1, 1, 1)])
+def test_labels_that_a_bundle_leaves_on_the_grid_of_its_network_are_refused(
+    flips: tuple[int, ...], spacing: tuple[int, ...] | None
+) -> None:
+    segmenter = BundleSegmenter(bundle_folder("hippocampus"), "cpu")
+    segmenter.network, segmenter.inferer, segmenter.quality = nn.Conv3d(1, 2, 1), SimpleInferer(), None
+    with torch.no_grad():
+        segmenter.network.weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1))
+        segmenter.network.bias.copy_(torch.tensor([0.5, 0.0]))
+    turn = Orientationd("image", "RAS", labels=None)
+    segmenter.preprocessing = Compose([turn, *([] if spacing is None else [Spacingd("image", spacing)])])
+    discrete = AsDiscreted("pred", argmax=True)
+    back = Invertd("pred", segmenter.preprocessing, "image", nearest_interp=True, to_tensor=True)
+    data = np.zeros((12, 12, 12), np.float32)
+    data[2:4] = 1
+    image = nibabel.Nifti1Image(data, np.diag([*flips, 1]))
+    segmenter.postprocessing = Compose([discrete, back])
+    np.testing.assert_array_equal(segmenter.segment(image).labels[[1, 2, 3, 9]], data[[1, 2, 3, 9]])
+    segmenter.postprocessing = Compose([discrete])
+    if flips == (1, 1, 1) and spacing is None:  # whose grids are one
+        np.testing.assert_array_equal(segmenter.segment(image).labels, data)
+        return
+    with pytest.raises(InputError, match=r"leaves labels on the grid of the network, not on that of the image\. Add"):
         segmenter.segment(image)
 
 
