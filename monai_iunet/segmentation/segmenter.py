@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Invertd
 from monai.utils import MetaKeys
 from nibabel.affines import voxel_sizes
 from numpy.typing import DTypeLike
@@ -108,6 +109,7 @@ class BundleSegmenter:
                 f"{self.folder}: its inference.json cannot be used here ({type(error).__name__}: {first_line(error)}). "
                 "Segment with `python -m monai.bundle run`, as its README says."
             ) from error
+        self._check_inversion()
         self._load_weights()
         self._check_training(parser)
         self.quality = read_quality(self.folder, list(self.labels.values()), weights)
@@ -172,6 +174,16 @@ class BundleSegmenter:
         _leave_out(parser, "preprocessing", "LoadImaged")
         _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
         return parser
+
+    def _check_inversion(self) -> None:
+        """Check that labels which the inferer brings back to the grid of the image are not brought back again."""
+        transforms = getattr(self.postprocessing, "transforms", ())
+        again = any(isinstance(transform, Invertd) and "pred" in transform.keys for transform in transforms)
+        if again and isinstance(self.inferer, LabelInferer):
+            raise InputError(
+                f"{self.folder}: the postprocessing of its inference.json has an Invertd, but the labels of a "
+                "LabelInferer are on the grid of the image already, and would be turned once more. Take it out."
+            )
 
     def _load_weights(self) -> None:
         """Load the weights of the bundle into its network."""

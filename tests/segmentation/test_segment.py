@@ -343,6 +343,7 @@ def without(*keys: str) -> Any:
     return leave_out
 
 
+INVERSION = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image"}
 FOREIGN: dict[str, tuple[str, Any, str]] = {
     "no preprocessing": ("inference.json", without("preprocessing"), "has no preprocessing, by which"),
     "no network_def": ("inference.json", without("network_def"), "has no network_def, by which"),
@@ -356,6 +357,11 @@ FOREIGN: dict[str, tuple[str, Any, str]] = {
         "inference.json",
         lambda config: {**config, "inferer": "$@nothing"},
         "its inference.json cannot be used here",
+    ),
+    "labels that are brought back twice": (
+        "inference.json",
+        lambda config: {**config, "postprocessing": {"_target_": "Compose", "transforms": [INVERSION]}},
+        "labels of a LabelInferer are on the grid of the image already",
     ),
     "not JSON": ("inference.json", lambda _: "{", "not a config"),
     "metadata not JSON": ("metadata.json", lambda _: "{", "does not describe a segmentation"),
