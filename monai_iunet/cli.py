@@ -350,7 +350,8 @@ class _LabelsInARow(typer.core.TyperCommand):
         words, option, arguments, previous = [], None, 0, ""
         for word in args:
             if word.startswith("-"):
-                word = word.replace("_label", "-label")  # as BIDS apps write it, too
+                name, sign, value = word.partition("=")
+                word = name.replace("_label", "-label") + sign + value  # as BIDS apps write it, too
                 option = word if word.endswith("-label") else None
             elif not previous.startswith("-") or previous in switches:
                 arguments += 1

@@ -141,9 +141,9 @@ def test_filters_sessions_and_labels_in_a_row(data: Path, tmp_path: Path) -> Non
     images, missing = find_images(data, ["T1w"], ["04", "sub-05"], ["pre"])
     assert [image.stem for image in images] == ["sub-04_ses-pre_acq-fast", "sub-05_ses-pre_acq-slow"]
     assert missing == []
-    filters = tmp_path / "filters.json"
+    filters = tmp_path / "of_labels.json"
     filters.write_text(json.dumps({"t1w": {"acquisition": "fast"}}))
-    words = ("--bids-filter-file", filters, "--participant-label", "04", "05", "--session-label", "pre")
+    words = (f"--bids-filter-file={filters}", "--participant_label", "04", "05", "--session_label=pre")
     code, printed, error = call("bids", "--json", data, tmp_path / "out", "participant", *words)
     expected = "Error: sub-05 ses-pre: has no T1w image that fits --bids-filter-file.\n"
     assert (code, without_warnings(error)) == (2, expected)
