@@ -479,7 +479,10 @@ def image_names(images: Sequence[Path], channels: int = 1) -> list[str]:
 
 
 def _name(path: Path, channels: int) -> str:
-    name = path.resolve().name if path.is_dir() else result_name(path, channels)
+    if path.is_dir():  # of a link its own name, as of a link to a file
+        name = path.resolve().name if path.name in ("", "..") else path.name
+    else:
+        name = result_name(path, channels)
     if os.fsencode(name).decode("utf-8", "replace") != name:
         raise InputError(
             f"{path}: its name is not UTF-8, so neither pictures nor tables can bear it. Rename it, for example with "

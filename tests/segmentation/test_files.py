@@ -500,6 +500,16 @@ def test_a_volume_of_one_slice_has_a_picture(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["thin_seg.nii.gz", "thin_seg.png"]
 
 
+def test_results_of_a_linked_folder_are_named_after_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in "12":
+        folder = write_slices(tmp_path / f"store {number}" / "DICOM", np.full((30, 30, 4), 9, np.int16))
+        (tmp_path / f"patient{number}").symlink_to(folder)
+    assert files.image_names([tmp_path / "patient1", tmp_path / "patient2"]) == ["patient1", "patient2"]
+    monkeypatch.chdir(tmp_path / "store 1" / "DICOM")
+    assert files.image_names([Path()]) == ["DICOM"]
+    assert files.image_names([Path("..")]) == ["store 1"]
+
+
 def test_a_slice_of_the_series_is_not_replaced(tmp_path: Path) -> None:
     folder = write_slices(tmp_path / "a", np.random.default_rng(0).integers(0, 200, (30, 30, 40)).astype(np.int16))
     (folder / "003.dcm").rename(folder / "a_seg.dcm")
