@@ -243,7 +243,7 @@ def segment(
             paths = [files[0] for files in group_channels(images, segmenter.channels)]
             own = len(paths[part.index :: part.count])
         else:
-            outcomes, paths, own = iter([segment_example(segmenter, output, settings)]), [EXAMPLE_IMAGE], 1
+            outcomes, paths, own = segment_example(segmenter, output, settings), [EXAMPLE_IMAGE], 1
         names = image_names(paths, segmenter.channels)
         if table is not None or page is not None:
             check_records(output, names)

@@ -63,6 +63,8 @@ def test_the_example_segments_both_hippocampi(tmp_path: Path) -> None:
         assert str(volumes[label - 1]) in printed
     for anterior, posterior in ((1, 2), (3, 4)):
         assert np.argwhere(labels == anterior)[:, 1].mean() > np.argwhere(labels == posterior)[:, 1].mean()
+    code, printed, _ = call("segment", "--example", "--skip-done", "--output", written)
+    assert (code, printed) == (0, "Left out: 1 of 1 images, whose results are there.\n")
 
 
 def test_images_of_ones_own_in_any_orientation(tmp_path: Path) -> None:

@@ -289,8 +289,13 @@ def _meets_every_image(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (None, *ERRORS_OF_THE_MACHINE)
 
 
-def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings) -> WrittenSegmentation:
+def segment_example(
+    segmenter: BundleSegmenter, output: Path, settings: Settings
+) -> Iterator[WrittenSegmentation | Failure]:
     """Segment the image that comes with the package.
+
+    Yields:
+        What was written; nothing where that is there and `skip_done` is set.
 
     Raises:
         InputError: when the bundle does not segment it, or a file is there and `overwrite` is not set.
@@ -300,9 +305,11 @@ def segment_example(segmenter: BundleSegmenter, output: Path, settings: Settings
     case = _case((EXAMPLE_IMAGE,), segmenter, output, settings)
     check_outputs([case], settings)
     check_folder(output)
+    if settings.skip_done and case.is_done:
+        return
     segmentation = segmenter.segment(image, region=region)
     _check_still_absent(case, settings)
-    return _write(segmentation, case, settings.strict)
+    yield _write(segmentation, case, settings.strict)
 
 
 def _check_settings(segmenter: BundleSegmenter, settings: Settings) -> None:
