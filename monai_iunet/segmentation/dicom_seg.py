@@ -36,6 +36,8 @@ MAY_BE_EMPTY = (
     "StudyID",
     "StudyTime",
 )
+# Functional groups that highdicom looks for among the shared ones.
+SHARED = ("PlaneOrientationSequence", "PixelMeasuresSequence")
 
 
 def write_dicom_seg(files: Sequence[str], segmentation: Segmentation, path: Path) -> None:
@@ -132,6 +134,13 @@ def _source_image(file: str, thickness: float) -> Any:
     for name in MAY_BE_EMPTY:
         if name not in dataset:
             setattr(dataset, name, None)
+    frames = dataset.get("PerFrameFunctionalGroupsSequence")
+    if frames and not dataset.get("SharedFunctionalGroupsSequence"):
+        dataset.SharedFunctionalGroupsSequence = [pydicom.Dataset()]
+    for name in SHARED if frames else ():
+        shared = dataset.SharedFunctionalGroupsSequence[0]
+        if name not in shared and name in frames[0]:  # some scanners repeat in each frame what all have in common
+            shared[name] = frames[0][name]
     # What is written takes over the character set, in which structures may have no name.
     dataset.decode()
     dataset.SpecificCharacterSet = "ISO_IR 192"

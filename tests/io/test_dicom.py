@@ -415,12 +415,16 @@ def test_what_pydicom_cannot_decode_simpleitk_reads(tmp_path: Path, monkeypatch:
         read_dicom(path)
 
 
+@pytest.mark.parametrize("orientations", [None, 6 * [AXIAL]])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 1, 2, 0, 5, 4]])
-def test_labels_of_frames_lie_over_their_frames(order: list[int], tmp_path: Path) -> None:
+def test_labels_of_frames_lie_over_their_frames(
+    order: list[int], orientations: list[list[int]] | None, tmp_path: Path
+) -> None:
     values = stored(high=1000)
     patient = {"PatientID": "made-up", "PatientName": "Made^Up", "StudyDate": "20200101", "StudyTime": "120000"}
+    heights = [HEIGHTS[index] for index in order]
     path = write_multiframe(
-        tmp_path / "a.dcm", values[order], [HEIGHTS[index] for index in order], InstanceNumber=1, **patient
+        tmp_path / "a.dcm", values[order], heights, orientations=orientations, InstanceNumber=1, **patient
     )
     image = read_image(path)
     labels = (image.get_fdata() > 500).astype(np.uint8)
