@@ -1,12 +1,12 @@
 """Evaluating a module a second time with the result of the first.
 
 A result depends on more than the inputs: on the autocast setting, modes of the user that change functions of PyTorch,
-the random numbers (see `random_numbers.py`), the parameters, the buffers, which an evaluation may change, the hooks,
-and the settings of each part: attributes that are numbers, texts or switches, such as the mode (training or evaluation)
-and the rate of a dropout, or arrays, lists, tuples, dictionaries, sets and records (dataclasses and SimpleNamespaces)
-of them. Other attributes, such as functions, tensors and lists of tensors, count as settings too, unless the evaluation
-itself puts something else in their place; of these, tensors that it may have read before, as a state that goes on from
-call to call, are there again if they have no graph.
+the random numbers (see `random_numbers.py`), the parameters and which of them are trained, the buffers, which an
+evaluation may change, the hooks, and the settings of each part: attributes that are numbers, texts or switches, such as
+the mode (training or evaluation) and the rate of a dropout, or arrays, lists, tuples, dictionaries, sets and records
+(dataclasses and SimpleNamespaces) of them. Other attributes, such as functions, tensors and lists of tensors, count as
+settings too, unless the evaluation itself puts something else in their place; of these, tensors that it may have read
+before, as a state that goes on from call to call, are there again if they have no graph.
 `Conditions` records all of it around the first evaluation and has it again around the second, after which everything
 is as it was before that: running statistics move once, random numbers are drawn once.
 
@@ -264,6 +264,7 @@ class _Part:
         self._copied = [name for name, value in self.settings.items() if value is not module.__dict__[name]]
         self.hooks = hooks_of(module)
         self.parameters = dict(module._parameters)
+        self.trained = {name for name, tensor in self.parameters.items() if tensor is not None and tensor.requires_grad}
         self.buffers = dict(module._buffers)
         self.children = dict(module._modules)
 
@@ -301,9 +302,14 @@ class _Part:
             type(self.module) is self.kind
             and self._has_the_same_attributes()
             and hooks_of(self.module) == self.hooks
-            and _same(self.module._parameters, self.parameters)
+            and self._has_the_same_parameters()
             and _same(self.module._buffers, self.buffers)
             and self.module._modules == self.children
+        )
+
+    def _has_the_same_parameters(self) -> bool:
+        return _same(self.module._parameters, self.parameters) and all(
+            tensor is None or tensor.requires_grad == (name in self.trained) for name, tensor in self.parameters.items()
         )
 
     def _has_the_same_attributes(self) -> bool:
@@ -356,8 +362,13 @@ class _Part:
         settings = {name: _noted(value) for name, value in self.settings.items()}  # which the replica may change
         attributes |= {**settings, **self.hooks, "_modules": children}
         attributes["_compiled_call_impl"] = None  # that of `module.compile()` runs the module itself
-        if not _same(self.module._parameters, self.parameters):
-            attributes["_parameters"] = dict(self.parameters)
+        if not self._has_the_same_parameters():
+            attributes["_parameters"] = {
+                name: tensor
+                if tensor is None or tensor.requires_grad == (name in self.trained)
+                else tensor.detach().requires_grad_(name in self.trained)
+                for name, tensor in self.parameters.items()
+            }
         if copies or not _same(self.module._buffers, self.buffers):
             attributes["_buffers"] = {name: copies.get(id(buffer), buffer) for name, buffer in self.buffers.items()}
         # Without the methods of the class, which may build a new module, or refuse to change one.

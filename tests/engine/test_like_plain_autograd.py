@@ -956,6 +956,28 @@ def test_parameters_replaced_between_the_passes() -> None:
     assert largest_error(found) < 1e-10
 
 
+@pytest.mark.parametrize("frozen", ["forward", "backward"])
+def test_parameters_that_are_frozen_in_one_of_the_passes(frozen: str) -> None:
+    """As those of a discriminator are, around the loss of a generator; what a linear layer saves depends on it."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.movedim(1, -1)).tanh().movedim(-1, 1)
+
+    def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+        return nn.Sequential(Linear(inputs, 5), Linear(5, outputs))
+
+    def run(net: nn.Module, x: Tensor) -> None:
+        net.requires_grad_(frozen == "backward")
+        value = loss(net(x))
+        net.requires_grad_(frozen == "forward")
+        value.backward()
+        net.requires_grad_()
+        plain(net, x)
+
+    compare(run, make_branch=make)
+
+
 def test_a_bias_that_changes_between_the_passes_is_noticed() -> None:
     """Plain autograd does not need it, but computing activations again does."""
     net = network(norm=None)
