@@ -28,7 +28,7 @@ What the engine does not do:
   autograd, right, but with the memory of `rebuilds = False`. A second derivative (`create_graph=True`) is right, but
   its graph stores what the first one rebuilt.
 - Neither do layers with parts in TorchScript rebuild, which is optimized in the course of its first runs, and then
-  saves other tensors than before.
+  saves other tensors than before, nor those with lazy parts in their first run, which makes their parameters.
 - What casts the states of a chain to 16 bits, as a mixed-precision policy of `fully_shard` around couplings does, has
   them rebuilt with that rounding: shard branches, or the whole.
 - Two backward passes over one and the same graph at the same time, from two threads, work, but rebuild states again
@@ -56,6 +56,8 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy as is_uninitialized
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import (
@@ -572,9 +574,17 @@ def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:
     weights = layer.weights()
     rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
-    if not rebuilds or any(isinstance(part, torch.jit.ScriptModule) for part in layer.modules()):
+    if not rebuilds or any(map(_becomes_another, layer.modules())):
         return (layer.restore if inverse else layer.transform)(inputs, weights)
     return Call(layer, inverse, inputs, weights).record(inputs, weights, keep, private)
+
+
+def _becomes_another(module: nn.Module) -> bool:
+    """Return whether a module is another one when it was evaluated, as in TorchScript, or lazy and evaluated first."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    is_lazy = isinstance(module, LazyModuleMixin)
+    return is_lazy and any(map(is_uninitialized, (*module.parameters(False), *module.buffers(False))))
 
 
 def _make_known(state: _State) -> None:

@@ -1487,6 +1487,24 @@ def test_a_state_that_several_layers_take() -> None:
         assert largest_error(found) < 1e-12
 
 
+def test_lazy_branches() -> None:
+    """Their first evaluation makes their parameters."""
+    found = []
+    for activations in MODES:
+
+        def make(dims: int, inputs: int, outputs: int, *_: Any) -> nn.Module:
+            return nn.Sequential(nn.LazyConv2d(outputs, 3, padding=1), nn.LazyBatchNorm2d(), nn.Tanh())
+
+        torch.manual_seed(0)
+        net = SegIUNet(2, 1, 3, (4, 8), activations=activations, make_branch=make).double()
+        for _ in range(2):
+            torch.manual_seed(0)
+            x = image().requires_grad_()
+            plain(net, x)
+        found.append([tensor.grad for tensor in (x, *net.parameters())])
+    assert largest_error(found) < 1e-10
+
+
 def test_a_branch_that_changes_its_input_in_place_is_refused() -> None:
     coupling = AdditiveCoupling(nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(2, 2, 1)))
     x = torch.randn(1, 2, 4)
