@@ -17,6 +17,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -27,6 +28,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "cached_parametrizations",
     "can_pack_saved_tensors",
     "compiled_part",
     "current_backward_pass",
@@ -62,6 +64,14 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+def cached_parametrizations(module: nn.Module) -> dict[str, Tensor]:
+    """Return, within `parametrize.cached()`, the tensors that a module is parametrized by, which are computed once."""
+    if not parametrize._cache_enabled or not parametrize.is_parametrized(module):
+        return {}
+    parametrizations: Any = module.parametrizations
+    return {name: getattr(module, name) for name in parametrizations}
 
 
 def can_pack_saved_tensors() -> bool:

@@ -33,9 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import (
+    cached_parametrizations,
     compiled_part,
     function_modes,
     has_values,
@@ -92,6 +94,8 @@ class Conditions:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Note, around the first evaluation, what the second one needs."""
+        for part in self._parts:
+            part.cached = cached_parametrizations(part.module)
         tensors = [tensor for part in self._parts for tensor in part.tensors()]
         versions = [(tensor, version(tensor)) for tensor in tensors]
         self._places = [(tensor, _place(tensor)) for tensor in tensors if _stays_in_place(tensor)]
@@ -267,6 +271,7 @@ class _Part:
         self.trained = {name for name, tensor in self.parameters.items() if tensor is not None and tensor.requires_grad}
         self.buffers = dict(module._buffers)
         self.children = dict(module._modules)
+        self.cached: dict[str, Tensor] = {}  # what its parametrizations have made for more than this evaluation
 
     def tensors(self) -> Iterator[Tensor]:
         for value in (*self.parameters.values(), *self.buffers.values(), *self.settings.values()):
@@ -300,6 +305,7 @@ class _Part:
     def is_as_it_was(self) -> bool:
         return (
             type(self.module) is self.kind
+            and not self.cached
             and self._has_the_same_attributes()
             and hooks_of(self.module) == self.hooks
             and self._has_the_same_parameters()
@@ -371,8 +377,12 @@ class _Part:
             }
         if copies or not _same(self.module._buffers, self.buffers):
             attributes["_buffers"] = {name: copies.get(id(buffer), buffer) for name, buffer in self.buffers.items()}
+        kind = self.kind
+        if self.cached:  # as attributes of the class that it was before it was parametrized
+            kind = parametrize.type_before_parametrizations(self.module)
+            attributes |= {name: made.detach().requires_grad_(made.requires_grad) for name, made in self.cached.items()}
         # Without the methods of the class, which may build a new module, or refuse to change one.
-        replica = object.__new__(self.kind)
+        replica = object.__new__(kind)
         replica.__dict__.update(attributes)
         return replica
 

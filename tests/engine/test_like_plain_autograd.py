@@ -1033,6 +1033,21 @@ def parametrized(net: SegIUNet) -> list[nn.Module]:
     return [nn.utils.parametrizations.weight_norm(module) for module in convolutions]
 
 
+@pytest.mark.parametrize("backward_within", [False, True])
+@pytest.mark.parametrize("make", [spectral, weighted], ids=["spectral", "weighted"])
+def test_parametrizations_that_are_cached(make: Any, backward_within: bool) -> None:
+    def run(net: Any, x: Tensor) -> None:
+        with nn.utils.parametrize.cached():
+            value = loss(net(x) + net(2 * x))
+            if backward_within:
+                value.backward()
+        if not backward_within:
+            value.backward()
+        plain(net, x)
+
+    compare(run, make_branch=make)
+
+
 def test_parametrizations_that_come_between_the_passes() -> None:
     found = []
     for activations in MODES:

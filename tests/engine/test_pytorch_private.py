@@ -191,6 +191,16 @@ def test_has_hooks() -> None:
         assert not private.has_hooks(module)
 
 
+def test_cached_parametrizations() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(1, 1))
+    assert private.cached_parametrizations(layer) == {}
+    with torch.nn.utils.parametrize.cached():
+        assert private.cached_parametrizations(torch.nn.Linear(1, 1)) == {}
+        found = private.cached_parametrizations(layer)
+        assert [*found] == ["weight"]
+        assert found["weight"] is layer.weight
+
+
 def test_compiled_part() -> None:
     module = torch.nn.Linear(1, 1)
     assert private.compiled_part(module) is None
