@@ -13,8 +13,8 @@ is as it was before that: running statistics move once, random numbers are drawn
 The module itself is never changed for this, because another thread may be using it: where a setting, a hook, a
 parameter or a buffer is another one by then, the second evaluation is that of a replica that has the parts of the
 first. So it is where the module writes to its buffers, as to running statistics: the replica has copies of them. The
-exception are buffers that something unknown may know by another way, as a hook does, or what is compiled, and other
-tensors that the module writes to: their values are put back for the time of the second evaluation, and afterwards.
+exception are buffers that something may know by another way, as a hook does, or what is compiled, and other tensors
+that the module writes to: their values are put back for the time of the second evaluation, and afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from types import SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,11 +206,15 @@ class Conditions:
     def _copies_of_buffers(self) -> dict[int, Tensor]:
         """Return copies of the buffers that the module writes to, by identity; none where they cannot take their place.
 
-        They can where all parts are known, none is compiled, and no other tensor shares their memory.
+        They can where nothing but a module itself knows its buffers, none is compiled, and no other tensor shares their
+        memory.
         """
-        if not self._moved or self.foreign or any(part.is_compiled() for part in self._parts):
+        if not self._moved or any(self._hooks_of_all):
+            return {}
+        if any(part.is_compiled() or part.may_be_known_by_others() for part in self._parts):
             return {}
         buffers = {id(buffer) for part in self._parts for buffer in part.own_buffers()}
+        buffers -= {id(tensor) for part in self._parts for tensor in _tensors_in(part.settings)}
         tensors = {id(tensor): tensor for part in self._parts for tensor in part.tensors()}
         memories = Counter(map(memory_of, tensors.values()))
         if any(id(tensor) not in buffers or memories[memory_of(tensor)] > 1 for tensor, _ in self._moved):
@@ -343,6 +347,15 @@ class _Part:
         """Return whether what the module runs is compiled, or one of its attributes is."""
         return compiled_part(self.module) is not None or any(map(is_compiled, self.module.__dict__.values()))
 
+    def may_be_known_by_others(self) -> bool:
+        """Return whether what the module runs may know it by another way than as itself, as hooks and methods do."""
+        hooks = [hook for name, of_name in self.hooks.items() if "forward" in name for hook in of_name.values()]
+        return (
+            "forward" in self.module.__dict__
+            or any(callable(hook) and not _is_of_weights(hook) for hook in hooks)
+            or not all(map(_knows_no_module, self.settings.values()))
+        )
+
     def replica(self, children: dict[str, nn.Module | None], copies: dict[int, Tensor]) -> nn.Module:
         """Return a module that shares everything with this one except for what has changed since.
 
@@ -449,6 +462,23 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     parts = {name: getattr(value, name, None) for name in names}
     is_flat = all(isinstance(part, (Tensor, _LetGo, np.ndarray)) or _is_setting(part) for part in parts.values())
     return parts if is_flat else None
+
+
+def _knows_no_module(value: Any) -> bool:
+    """Return whether an attribute is data, or a function that knows nothing but what it is given."""
+    parts = _parts(value)
+    if parts is not None:
+        return all(map(_knows_no_module, parts.values()))
+    if isinstance(value, FunctionType):
+        return value.__closure__ is None and all(map(_knows_no_module, value.__defaults__ or ()))
+    if isinstance(value, BuiltinFunctionType):
+        return not isinstance(value.__self__, Tensor)
+    return isinstance(value, (Tensor, torch.Generator)) or _is_plain(value)
+
+
+def _is_of_weights(hook: Any) -> bool:
+    """Return whether a hook is PyTorch's own, of weights that are normalized or pruned."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _noted(value: Any, with_graphs: bool = True) -> Any:

@@ -904,6 +904,38 @@ def test_a_branch_that_changes_its_weights_again_and_again_is_refused() -> None:
     torch.testing.assert_close(branch.weight.detach(), before)
 
 
+@pytest.mark.parametrize("way", ["hook", "method", "closure", "alias", "dictionary"])
+def test_buffers_that_are_known_by_another_way_than_the_module(way: str) -> None:
+    """They are those of the network in the second evaluation, too, as a replica cannot have them."""
+
+    class Known(nn.Conv2d):
+        def __init__(self, dims: int, inputs: int, outputs: int, *_: Any) -> None:
+            super().__init__(inputs, outputs, 3, padding=1)
+            self.register_buffer("count", torch.zeros((), dtype=torch.double))
+            self.counting: Any = {"method": self.counted, "closure": lambda: self.counted()}.get(way)
+            self.others: Any = {"alias": self.count, "dictionary": {...: self.count}}.get(way)
+            if way == "hook":
+                self.register_forward_hook(lambda _, inputs, output: output * self.counted())
+
+        def counted(self) -> Tensor:
+            self.count.add_(1)
+            count: Tensor = self.count if self.others is None else self.others[...]
+            return count.clone()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x).tanh()
+            return y if way == "hook" else y * (self.counting or self.counted)()
+
+    counts = []
+
+    def run(net: Any, x: Tensor) -> None:
+        (loss(net(x)) + loss(net(x + 1))).backward()
+        counts.append([float(buffer) for name, buffer in net.named_buffers() if name.endswith("count")])
+
+    compare(run, make_branch=Known)
+    assert counts[0] == counts[1] == counts[2] == [2.0] * len(counts[0])
+
+
 def test_what_is_saved_of_a_buffer_stays_as_it_was_in_its_evaluation() -> None:
     """Plain autograd refuses a second evaluation before the backward pass, unless a copy is saved."""
 
@@ -1189,10 +1221,23 @@ def work_in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+class Normalized(nn.Sequential):
+    """A branch of one's own with statistics and a counter."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int, *_: Any) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs))
+        self.register_buffer("num_batches_tracked", torch.zeros(()))
+        self.act = torch.tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"make_branch": Normalized}], ids=["", "batch", "own"])
 @pytest.mark.parametrize("kinds", [("train", "train", "train"), ("train", "infer"), ("infer", "infer")])
-def test_threads(kinds: tuple[str, ...], norm: str) -> None:
-    net = network(norm=norm)
+def test_threads(kinds: tuple[str, ...], options: dict[str, Any]) -> None:
+    net = network(**options)
     parameters = dict(net.named_parameters())
     x = image()
 
