@@ -6,8 +6,8 @@ The three dictionaries of a module, which `repetition.py` reads, are the excepti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,12 +39,14 @@ __all__ = [
     "has_values",
     "hooks_of",
     "hooks_of_all_modules",
+    "is_batched",
     "is_compiled",
     "is_exporting",
     "is_in_forward_mode",
     "is_view",
     "keep_versions",
     "memory_of",
+    "out_of_batches",
     "saved_tensor_hooks",
     "saving_a_part_of_activations",
     "tree_leaves",
@@ -148,6 +150,15 @@ def hooks_of_all_modules() -> list[dict[int, Any]]:
     return [hooks._global_forward_pre_hooks.copy(), hooks._global_forward_hooks.copy()]
 
 
+def is_batched(*tensors: Tensor) -> bool:
+    """Return whether tensors stand for several, as gradients do by `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    So do those of `torch.autograd.functional.jacobian(..., vectorize=True)`. These have views and products, but no
+    `flatten`, and nothing can be written into a tensor made before.
+    """
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+
+
 def is_compiled(value: Any) -> bool:
     """Return whether a value is a function that `torch.compile` has made."""
     return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
@@ -190,6 +201,19 @@ def memory_of(tensor: Tensor) -> StorageWeakRef:
     another one of the same memory takes its place.
     """
     return StorageWeakRef(tensor.untyped_storage())
+
+
+@contextmanager
+def out_of_batches() -> Iterator[None]:
+    """Compute what belongs to no batch of `is_batched`, within which PyTorch refuses to draw random numbers."""
+    levels = torch._C._vmapmode_increment_nesting()
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 def saved_tensor_hooks() -> Any:

@@ -66,6 +66,7 @@ from monai_iunet.engine.pytorch_private import (
     graph_is_retained,
     is_exporting,
     is_in_forward_mode,
+    out_of_batches,
     saved_tensor_hooks,
     version,
 )
@@ -315,7 +316,8 @@ class Call:
     def _unpack(self, number: int) -> Tensor:
         maker, saved, versions = self._saved
         if not _is_here(maker) or saved[number] is None:
-            saved, versions = self._rebuild()
+            with out_of_batches():
+                saved, versions = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None
         if isinstance(tensor, Converted):

@@ -1173,6 +1173,50 @@ def test_forward_mode_outside_of_functional_transforms(activations: str) -> None
     torch.testing.assert_close(tangent, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "batch", "dropout": 0.3},
+        {"channel_mixing": None, "learnable_resampling": False, "act": "LEAKYRELU"},
+        {"exact": True},
+    ],
+)
+def test_several_gradients_at_once(options: dict[str, Any]) -> None:
+    """They are those of one after the other, also differentiated once more."""
+    for activations in MODES:
+        net = network(activations=activations, **options)
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        x = image()[..., :4, :4].requires_grad_()
+
+        def three(x: Tensor, net: nn.Module = net) -> Tensor:
+            torch.manual_seed(5)
+            values: Tensor = net(x).flatten()[:3]
+            return values
+
+        y = three(x)
+        found = torch.autograd.grad(y, [x, *trained], torch.eye(3).double(), retain_graph=True, is_grads_batched=True)
+        each = [torch.autograd.grad(part, [x, *trained], retain_graph=True) for part in y]
+        assert max(relative_errors(found, [torch.stack(of_one) for of_one in zip(*each)])) < 1e-10
+        second = []
+        for batched in (True, False):
+            jacobian = torch.autograd.functional.jacobian(three, x, create_graph=True, vectorize=batched)
+            value = jacobian.square().sum()
+            second.append(torch.autograd.grad(value, [x, *trained], materialize_grads=True))
+        assert max(relative_errors(*second)) < 1e-10
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_several_gradients_at_once_under_autocast(exact: bool) -> None:
+    net = network(exact=exact).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(image().float()).flatten()[:3]
+    one = torch.eye(3, dtype=y.dtype)
+    found = torch.autograd.grad(y, list(net.parameters()), one, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(part, list(net.parameters()), retain_graph=True) for part in y]
+    assert max(relative_errors(found, [torch.stack(of_one) for of_one in zip(*each)])) < 0.05
+
+
 def test_saved_tensor_hooks_that_are_forbidden() -> None:
     def run(net: Any, x: Tensor) -> None:
         with torch.autograd.graph.disable_saved_tensors_hooks("none here"):

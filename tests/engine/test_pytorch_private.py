@@ -209,6 +209,26 @@ def test_compiled_part() -> None:
     assert private.compiled_part(module) is module
 
 
+def test_batches_of_gradients() -> None:
+    found: list[Any] = []
+
+    def see(gradient: Tensor) -> None:
+        found.append(private.is_batched(torch.ones(1), gradient))
+        with private.out_of_batches():
+            found.append(torch.rand(2).shape)
+        with pytest.raises(RuntimeError, match="random operations"):
+            torch.rand(2)
+
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(see)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert found == [True, torch.Size([2])]
+    assert not private.is_batched(x)
+    with private.out_of_batches():
+        assert torch.rand(2).shape == (2,)
+
+
 def test_is_compiled() -> None:
     assert private.is_compiled(torch.compile(torch.sin))
     assert not private.is_compiled(torch.sin)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_iunet.engine.pytorch_private import frees_gradients_before_converting
+from monai_iunet.engine.pytorch_private import frees_gradients_before_converting, is_batched
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.grid import (
@@ -185,6 +185,8 @@ class _Product(torch.autograd.Function):
         matrix, *states = ctx.saved_tensors
         layer, inverse = ctx.layer, ctx.inverse
         wanted = ctx.needs_input_grad[2]
+        if is_batched(*grad_outputs):
+            return None, None, *_of_batches(ctx, matrix, tuple(states), grad_outputs)
         in_slabs = ctx.integers or ctx.dtype != grad_outputs[0].dtype
         if in_slabs and not torch.is_grad_enabled():
             grad_inputs, grad_matrix = _in_slabs(layer, matrix, tuple(states), grad_outputs, inverse, ctx.dtype)
@@ -200,6 +202,28 @@ class _Product(torch.autograd.Function):
             grad_matrix = layer.matrix_gradient(numbers, products, gradients, matrix, inverse) if wanted else None
             grad_inputs = tuple(product.to(grad_outputs[0].dtype) for product in products)
         return None, None, grad_matrix, *grad_inputs
+
+
+def _of_batches(ctx: Any, matrix: Tensor, states: Tensors, grad_outputs: Tensors) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the matrix and of the inputs for several gradients at once, as PyTorch computes them."""
+    layer, inverse, dtype = ctx.layer, ctx.inverse, grad_outputs[0].dtype
+    is_recorded = torch.is_grad_enabled()
+    if not states:  # any, since the gradients of the inputs do not depend on them
+        states = layer._empty(tuple(matrix.new_empty(gradient.shape) for gradient in grad_outputs), not inverse)
+    elif ctx.integers:
+        states = tuple(values(state, torch.float32) for state in states)
+
+    def asked(tensor: Tensor) -> Tensor:
+        # A view, since the gradient of a matrix is not to go through inputs that depend on it.
+        return tensor.view_as(tensor) if is_recorded and tensor.requires_grad else tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        matrix, *inputs = map(asked, (matrix, *states))
+        products = layer.multiply(tuple(inputs), matrix, inverse)
+    gradients = [gradient.to(product.dtype) for gradient, product in zip(grad_outputs, products)]
+    found = torch.autograd.grad(products, [matrix, *inputs], gradients, create_graph=is_recorded)
+    of_matrix, *of_inputs = found
+    return of_matrix if ctx.needs_input_grad[2] else None, *(gradient.to(dtype) for gradient in of_inputs)
 
 
 def _in_slabs(
