@@ -38,20 +38,24 @@ def reconstruction_error(network: IUNet | SegIUNet, input: Tensor) -> list[float
         >>> len(errors), max(errors) < 1e-4
         (2, True)
     """
-    network = copy.deepcopy(network).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        errors = _errors(copy.deepcopy(network).requires_grad_(), input.detach().clone())
+    if not np.isfinite(errors).all():
+        raise ValueError("input or weights give activations that are not finite, whose error cannot be told.")
+    return errors
+
+
+def _errors(network: IUNet | SegIUNet, input: Tensor) -> list[float]:
     network.activations = "invert"
     invertible = network.iunet if isinstance(network, SegIUNet) else network
     errors = [0.0] * invertible.levels
     for stage in (invertible.encoder, invertible.decoder):
         for level, layers in enumerate(stage):
             _watch(layers[0], errors, level)
-    with torch.enable_grad():
-        output = network(input.detach())
-        outputs = [output] if isinstance(output, Tensor) else output
-        loss = torch.stack([part.float().square().mean() for part in outputs]).sum()
-        torch.autograd.grad(loss, [*network.parameters()], allow_unused=True)
-    if not np.isfinite(errors).all():
-        raise ValueError("input or weights give activations that are not finite, whose error cannot be told.")
+    output = network(input)
+    outputs = [output] if isinstance(output, Tensor) else output
+    loss = torch.stack([part.float().square().mean() for part in outputs]).sum()
+    torch.autograd.grad(loss, [*network.parameters()], allow_unused=True)
     return errors
 
 

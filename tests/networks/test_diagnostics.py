@@ -37,6 +37,14 @@ def test_autocast_shows_what_exact_mends() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_it_is_told_where_no_gradients_are_recorded() -> None:
+    network, x = IUNet(2, (4, 8)).eval(), torch.randn(1, 4, 8, 8)
+    expected = reconstruction_error(network, x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert reconstruction_error(network, x.clone()) == expected
+
+
 def test_a_level_that_is_rebuilt_wrongly_shows() -> None:
     class Forgetful(AdditiveCoupling):
         def rebuild(self, *arguments: Any) -> Any:
