@@ -326,9 +326,13 @@ def _check_unseen() -> str:
 
 
 def _fit_quality() -> str:
-    """Return what fits the model of the quality of segmentations, unless there is one of these weights."""
+    """Return what fits the model of the quality of segmentations, unless there is one of these weights.
+
+    Nor where other weights than the bundle's are evaluated, whose cases may be those that these were trained on.
+    """
     fit = "monai_iunet.evaluate_quality(@bundle_root, @datalist, @device, required=False)"
-    return f"${fit} if @fit_quality and @rank == 0 else None"
+    own = "os.path.realpath(@checkpoint) == os.path.realpath(os.path.join(@bundle_root, 'models', 'model.pt'))"
+    return f"${fit} if @fit_quality and @rank == 0 and {own} else None"
 
 
 def inference_config(task: Task, distributed: bool = False) -> Config:

@@ -267,6 +267,8 @@ def test_the_evaluation_fits_what_is_not_fitted_yet(
         parser.get_parsed_content("run")
 
     evaluate(fit_quality=False)
+    shutil.copyfile(bundle / "models" / "model.pt", bundle / "other.pt")
+    evaluate(checkpoint=str(bundle / "other.pt"))  # trained on other cases, for all that is known
     assert calls == []
     evaluate()
     assert calls == [bundle]
