@@ -14,6 +14,7 @@ import SimpleITK
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.checks import check_compressed, check_size
+from monai_iunet.io.files import files_in
 from monai_iunet.io.geometry import from_simpleitk
 
 __all__ = ["read_with_simpleitk"]
@@ -41,8 +42,8 @@ def read_with_simpleitk(path: Path) -> nibabel.Nifti1Image:
             raise InputError(
                 f"{path}: has the shape {shape}, a 3D volume of scalars is needed. Extract one volume of it first."
             )
-        # A header may lie beside its data.
-        parts = path.parent.iterdir() if path.suffix.lower() in (".nhdr", ".mhd") else [path]
+        # A header may lie beside its data, or name them in another folder.
+        parts = {*path.parent.iterdir(), *files_in(path)} if path.suffix.lower() in (".nhdr", ".mhd") else {path}
         check_size(path, math.prod(size), sum(part.stat().st_size for part in parts if part.is_file()))
         _check_orientation(path)
         voxel = SimpleITK.GetArrayViewFromImage(SimpleITK.Image(1, 1, 1, reader.GetPixelID())).itemsize

@@ -270,6 +270,19 @@ def test_what_is_no_volume_is_refused(volume: np.ndarray, tmp_path: Path) -> Non
         read_image(tmp_path / "text.nrrd")
 
 
+@pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_data_of_a_header_may_lie_in_another_folder(suffix: str, compressed: bool, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 9, (90, 90, 90)).astype(np.int16)  # larger than a header can tell
+    header, folder = tmp_path / f"image.{suffix}", tmp_path / "data"
+    SimpleITK.WriteImage(to_simpleitk(nibabel.Nifti1Image(values, np.eye(4)), values), header, compressed)
+    data = next(path for path in tmp_path.iterdir() if path != header)
+    folder.mkdir()
+    data.rename(folder / data.name)
+    header.write_bytes(header.read_bytes().replace(data.name.encode(), f"data/{data.name}".encode()))
+    np.testing.assert_array_equal(read_image(header).dataobj, values)
+
+
 def test_a_header_that_lies_is_refused_before_memory_is_taken(volume: np.ndarray, tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(volume, np.eye(4))
     nibabel.save(image, tmp_path / "image.nii")
