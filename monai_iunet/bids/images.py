@@ -87,10 +87,10 @@ def find_images(
         images += [image for image in found if not wanted or image.entities.get("session") in wanted]
         with_image = {image.entities.get("session") for image in found}
         sessions_of = {*layout.get_sessions(subject=subject), *_folders(bids_dir / f"sub-{subject}", "ses-")}
-        expected = [label for label in sorted(sessions_of) if not wanted or label in wanted]
+        expected = [label for label in sorted(sessions_of) if not wanted or label in wanted] or sorted(set(wanted))
         if expected:
             missing += [MissingImage(subject, label) for label in expected if label not in with_image]
-        elif wanted or not found:
+        elif not found:
             missing.append(MissingImage(subject, None))
     return images, missing
 

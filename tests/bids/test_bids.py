@@ -167,6 +167,10 @@ def test_a_part_of_a_name_that_is_no_entity_does_not_end_the_group(data: Path, t
 def test_a_missing_session_is_reported(data: Path) -> None:
     save(image_of(data, "01", "late", "T2w"))
     assert [str(absent) for absent in find_images(data, ["T1w"], ["01"])[1]] == ["sub-01 ses-late"]
+    save(image_of(data, "04", "post"))
+    images, missing = find_images(data, ["T1w"], sessions=["pre"])  # others than they have images of
+    assert [image.stem for image in images] == ["sub-01_ses-pre"]
+    assert [str(absent) for absent in missing] == ["sub-02 ses-pre", "sub-03 ses-pre", "sub-04 ses-pre"]
 
 
 def test_folders_without_an_image_that_bids_knows_are_reported(data: Path, tmp_path: Path) -> None:
