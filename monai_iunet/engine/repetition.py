@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.networks.layers.drop_path import DropPath
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -52,7 +53,9 @@ from monai_iunet.engine.random_numbers import RandomNumbers, generators, is_same
 
 __all__ = ["Conditions"]
 
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# What is known to draw random numbers.
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath)
+DRAWING = (*DROPOUT, nn.RReLU, nn.MultiheadAttention, nn.RNNBase)
 SETTINGS = (bool, int, float, complex, np.generic, str, Enum, type(None), torch.dtype)
 # What may change inside, as arrays do; beside them records and all kinds of tuples.
 LISTS = (list, deque, set)
@@ -222,15 +225,18 @@ class Conditions:
         return {id(tensor): value.clone() for tensor, value in self._moved}
 
     def _check_random_numbers(self) -> None:
-        """Raise an error if another thread drew from the generator while a dropout did."""
-        if not any(isinstance(part.module, DROPOUT) and part.settings["training"] for part in self._parts):
-            return
-        of_pytorch = [drawn for drawn in self._random if drawn[0].is_of_pytorch]
-        if any(not is_same_state(generator.state(), after) for generator, _, after in of_pytorch):
-            raise RuntimeError(
-                "The random numbers of a dropout cannot be drawn again, because another thread has drawn from the same "
-                'generator meanwhile. Let one thread draw at a time, or store activations (activations="store").'
-            )
+        """Raise an error if another thread drew from a generator while the module did."""
+        draws = any(isinstance(part.module, DRAWING) and part.settings["training"] for part in self._parts)
+        for generator, before, after in self._random:
+            # Of what is not known nobody can say whether it draws, but from what it leaves alone it does not.
+            if self.foreign or (draws and generator.is_of_pytorch):
+                now = generator.state()
+                if not is_same_state(now, after) and not is_same_state(now, before):
+                    raise RuntimeError(
+                        "Random numbers, as those of a dropout, cannot be drawn again, because another thread has "
+                        "drawn from the same generator meanwhile. Let one thread draw at a time, or store activations "
+                        '(activations="store").'
+                    )
 
     def _check_written(self, before: list[Tensor]) -> None:
         """Raise an error if a parameter that the module writes to, as to limit it, is another one for a second time."""

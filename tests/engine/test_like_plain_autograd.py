@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from monai.networks.layers.drop_path import DropPath
 from monai.transforms import Compose, RandScaleIntensity
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.engine import repetition
 from monai_iunet.engine.pytorch_private import TorchDispatchMode
 from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks.chain import InvertibleChain
@@ -1416,14 +1418,32 @@ def test_numbers_of_a_hook_s_own_generator_are_drawn_again(hook_of: Callable[[Sc
     compare(plain, make_branch=make)
 
 
-def test_a_dropout_whose_generator_another_thread_used_is_noticed() -> None:
-    layer = AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Dropout(0.5)))
-    to_draw = [lambda: torch.rand(3)]
+class FunctionalDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU(), DropPath(0.5), FunctionalDropout()])
+def test_draws_from_a_generator_that_another_thread_used_are_noticed(layer: nn.Module) -> None:
+    coupling = AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), layer))
+    draw: list[Callable[[], Any]] = [lambda: torch.rand(3)]
+    states = torch.ones(4, 2, 4), -torch.ones(4, 2, 4)
+    conditions = repetition.Conditions(coupling, states[0].device)
+    with conditions.recorded():
+        coupling.branch(states[1])
+        work_in_threads(draw)
+    with pytest.raises(RuntimeError, match="another thread has drawn"), conditions.repeated():
+        coupling.branch(states[1])
+
+
+def test_a_branch_that_draws_nothing_is_not_blamed_for_another_thread() -> None:
+    layer = AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh()))
+    to_draw: list[Callable[[], Any]] = [lambda: torch.rand(3)]
     layer.branch.register_forward_hook(lambda *_: work_in_threads(to_draw) and None)
     outputs = layer(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
     to_draw[0] = int
-    with pytest.raises(RuntimeError, match="another thread has drawn"):
-        outputs[1].sum().backward()
+    outputs[1].sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
 # -- errors on the way
