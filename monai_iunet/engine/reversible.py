@@ -37,6 +37,8 @@ What the engine does not do:
   generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its outputs lists two
   in each step, and of what is set within an object of one's own only the effect is noticed, in a coupling that is not
   computed in 16 bits (`second_result.py`).
+- What is written to a parameter through `.data` between the passes, or so to an output that is not on a CPU, is not
+  noticed, as it is not by plain autograd.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
@@ -64,6 +66,7 @@ from monai_iunet.engine.pytorch_private import (
     can_pack_saved_tensors,
     current_backward_pass,
     graph_is_retained,
+    has_values,
     is_exporting,
     is_in_forward_mode,
     out_of_batches,
@@ -85,6 +88,7 @@ __all__ = [
 
 Tensors = tuple[Tensor, ...]
 Saved: TypeAlias = "Tensor | Converted"  # a tensor that autograd was to save
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be rounding
 
 
@@ -449,14 +453,16 @@ class Converted:
 class _State:
     """Holds a tensor that a layer made, or knows the call that can give it back."""
 
-    __slots__ = ("__weakref__", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
+    __slots__ = ("__weakref__", "_checksum", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
 
     def __init__(self, tensor: Tensor, keep: bool, private: bool) -> None:
         self._taker: weakref.ref[Call] | None = None
         self._guard: Call | None = None  # keeps the taker alive where no graph does
         self._held = None if keep else tensor.detach()
         self._saver = _saved(tensor.detach()) if keep else None
-        self._private = private and saved_tensor_hooks() is None
+        is_packed = saved_tensor_hooks() is not None
+        self._private = private and not is_packed
+        self._checksum = _checksum(tensor) if keep and not private and not is_packed else None
         self._version = version(tensor)
         self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
@@ -514,20 +520,38 @@ class _State:
         saver = self._saver
         if saver is not None:
             (tensor,) = saver.grad_fn.saved_tensors
+            if self._checksum is not None and self._checksum != _checksum(tensor):
+                raise self._was_modified(tensor)
             let_go = for_good and not _is_retained()
             if let_go:
                 self._saver = None
             return tensor, let_go and self._private
         if self._held is not None and version(self._held) != self._version:
-            raise RuntimeError(
-                f"A state of a reversible chain, of shape {tuple(self._held.shape)}, has been modified by an inplace "
-                "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
-            )
+            raise self._was_modified(self._held)
         return None if self._held is None else (self._held, False)
+
+    @staticmethod
+    def _was_modified(tensor: Tensor) -> RuntimeError:
+        return RuntimeError(
+            f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace operation "
+            "before its backward pass, which needs it as it was. Use an operation that is not in place."
+        )
 
 
 # Of each storage, the states that lie in it, by place; no tensor is kept alive by it.
 _STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]]] = weakref.WeakKeyDictionary()
+
+
+def _checksum(tensor: Tensor) -> int | None:
+    """Return the sum of the bits of a tensor on a CPU, where no version tells of what is written through NumPy.
+
+    On a GPU, where a program would have to wait for it, and of what has no values, there is none.
+    """
+    whole = tensor.detach()
+    if whole.device.type != "cpu" or whole.layout is not torch.strided or not has_values(whole):
+        return None
+    whole = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole.resolve_neg()
+    return int(whole.view(BITS[whole.element_size()]).sum())
 
 
 def _saved(*tensors: Tensor) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from monai_iunet import IUNet
 from monai_iunet.engine.repetition import Conditions
 from monai_iunet.engine.reversible import Converted, InvertibleLayer
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
@@ -309,3 +310,44 @@ def test_graphs_do_not_pile_up_where_a_branch_keeps_its_output(backward: bool) -
         del outputs
     gc.collect()
     assert [reference() is not None for reference in kept] == [False] * 4 + [True]
+
+
+def triple_by_numpy(tensor: Tensor) -> None:
+    values = tensor.detach().numpy()
+    values *= 3
+
+
+def change_one_value(tensor: Tensor) -> None:
+    tensor.data[..., -1, -1] += 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("write", [triple_by_numpy, change_one_value])
+def test_an_output_that_is_written_to_without_a_version_is_noticed(
+    write: Callable[[Tensor], None], dtype: torch.dtype
+) -> None:
+    """As results on a CPU are by what is made of them in NumPy before the backward pass."""
+    network = IUNet(2, (4, 8)).to(dtype)
+    output = network(torch.rand(1, 4, 8, 8, dtype=dtype))
+    loss = output.sum()
+    write(output)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation before its backward pass"):
+        loss.backward()
+
+
+def test_hooks_that_round_what_is_saved_may_do_so() -> None:
+    network = IUNet(2, (4, 8))
+    with saved_tensors_hooks(lambda tensor: tensor.bfloat16(), lambda tensor: tensor.float()):
+        output = network(torch.rand(1, 4, 8, 8))
+    output.sum().backward()
+
+
+def test_an_output_with_complex_values_is_known_by_them() -> None:
+    couplings = [AdditiveCoupling(nn.Conv2d(2, 2, 1, dtype=torch.complex128)) for _ in range(2)]
+    state = tuple(torch.rand(1, 2, 4, 4, dtype=torch.complex128, requires_grad=True).conj() for _ in range(2))
+    outputs = couplings[1](*couplings[0](*state), keep=True)
+    loss = outputs[1].abs().sum()
+    loss.backward(retain_graph=True)
+    outputs[1].data.mul_(2)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
