@@ -57,6 +57,7 @@ def test_a_config_finds_the_networks(imports: str) -> None:
     assert run_python(code) == "SegIUNet"
 
 
+@pytest.mark.long
 def test_an_import_in_the_config_makes_the_bare_name_known() -> None:
     code = (
         "from monai.bundle import ConfigParser; "

@@ -110,6 +110,7 @@ def test_tensors_by_number_are_no_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "weights.pt")
 
 
+@pytest.mark.long
 def test_a_bundle_of_somebody_is_run_only_after_a_word(bundle: Path, tmp_path: Path) -> None:
     config = bundle / "configs" / "inference.json"
     changed = json.loads(config.read_text())

@@ -26,6 +26,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.long
 def test_a_2d_iunet_learns_to_mirror_images() -> None:
     net = IUNet(spatial_dims=2, channels=(3, 8, 16), couplings=4)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)

@@ -101,6 +101,7 @@ def test_arms_are_trained_for_the_same_time_and_compared(planned: tuple[Path, Pa
         compare_arms(plan, data, tmp_path / "out", 0.03, names, tests=2)
 
 
+@pytest.mark.long
 def test_branches_are_those_of_the_patch_but_for_their_kind(planned: tuple[Path, Path]) -> None:
     _, plan = planned
     task = replace(read_plan(plan / "docs" / "plan.json").task, channels=(4, 8), couplings=(1, 1))

@@ -316,6 +316,7 @@ def test_segmentations_beside_each_other() -> None:
     assert held[-3] > 2.5 * held[0]  # MONAI's
 
 
+@pytest.mark.long
 def test_bundles_segment_images_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 2**20)

@@ -31,7 +31,7 @@ def dice_of(folder: Path) -> dict[tuple[str, str], float]:
         return {(row["case"], row["structure"]): float(row["dice"]) for row in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("by_override", [False, True])
+@pytest.mark.parametrize("by_override", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_bundle_trained_whole_gives_the_same_dice_by_every_path(by_override: bool, tmp_path: Path) -> None:
     data = make_hippocampus_data(tmp_path / "data", training=5, validation=0)
     bundle = write_bundle(SMALL_TASK if by_override else replace(SMALL_TASK, roi_size="whole"), tmp_path / "small")

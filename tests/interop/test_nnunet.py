@@ -44,6 +44,7 @@ def planned(arguments: dict[str, Any], deep_supervision: bool = False) -> Planne
     return PlannedIUNet(input_channels=1, num_classes=2, **arguments, deep_supervision=deep_supervision)
 
 
+@pytest.mark.long
 def test_the_plans_gain_two_configurations(tmp_path: Path) -> None:
     path = tmp_path / "nnUNetPlans.json"
     path.write_text(json.dumps(plans()))

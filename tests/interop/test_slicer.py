@@ -151,6 +151,7 @@ def test_the_program_runs_among_the_variables_of_slicer(
 
 
 @pytest.mark.parametrize("name", ["my environment's $HOME", pytest.param("a" * 130, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_the_environment_may_have_any_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / name / "python"
     python.parent.mkdir()

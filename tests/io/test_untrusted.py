@@ -25,7 +25,9 @@ def write_image(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("source", [pytest.param("image.mha", marks=pytest.mark.slow), "series"])
+@pytest.mark.parametrize(
+    "source", [pytest.param("image.mha", marks=pytest.mark.slow), pytest.param("series", marks=pytest.mark.long)]
+)
 def test_no_code_is_taken_from_the_working_directory(source: str, tmp_path: Path) -> None:
     if source == "series":
         write_slices(tmp_path / source, np.random.default_rng(0).integers(0, 200, (30, 30, 40)).astype(np.int16))

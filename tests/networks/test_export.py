@@ -39,6 +39,7 @@ def test_jit_trace(net: SegIUNet) -> None:
     torch.testing.assert_close(torch.jit.trace(net, x)(x), expected(net, x))
 
 
+@pytest.mark.long
 def test_torch_export_with_dynamic_sizes(net: SegIUNet) -> None:
     exported = torch.export.export(net, (image(SIZES[0]),), dynamic_shapes=dynamic_shapes()).module()
     for x in map(image, SIZES):
@@ -61,6 +62,7 @@ def test_the_onnx_exporter_that_traces_is_refused(net: SegIUNet, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_onnx_with_dynamic_sizes(net: SegIUNet, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the ONNX exporter needs onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -187,6 +187,7 @@ def test_auto_without_a_budget_is_refused() -> None:
         seg(activations=("invert",))
 
 
+@pytest.mark.long
 def test_couplings_that_fit_are_counted() -> None:
     def stored(couplings: int) -> SegIUNet:
         return seg(couplings, activations="store")

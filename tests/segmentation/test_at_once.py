@@ -125,6 +125,7 @@ def test_threads_share_no_network() -> None:
         assert again in (one, other)
 
 
+@pytest.mark.long
 def test_images_at_once_get_the_labels_of_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -261,6 +261,7 @@ def test_without_a_model_the_quality_is_unknown(tmp_path: Path) -> None:
     assert error.startswith(f"Error: {folder}: has no quality model of its weights, which --strict needs.")
 
 
+@pytest.mark.long
 def test_doubts_are_said_in_the_table_on_the_terminal_and_in_the_picture(
     tmp_path: Path, left_hippocampus: nibabel.Nifti1Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -497,6 +497,7 @@ def test_the_example_is_no_ct() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+@pytest.mark.long
 def test_a_disk_that_is_full_leaves_no_part_of_a_file(crop: nibabel.Nifti1Image, tmp_path: Path) -> None:
     import resource
 

@@ -102,6 +102,7 @@ def test_other_programs_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
         check_overrides()
 
 
+@pytest.mark.long
 def test_a_bundle_evaluates_no_other_weights_than_those_that_were_meant(tmp_path: Path) -> None:
     folder = copy_bundle(tmp_path / "bundle")
     words = ["-m", "monai.bundle", "run", "--config_file", "configs/evaluate.json", "--checkpont", "mine.pt"]
