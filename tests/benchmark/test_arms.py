@@ -235,7 +235,10 @@ def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monk
     assert imread(tmp_path / "comparison.png").std() > 0.05
 
 
-@pytest.mark.parametrize(("result", "guide"), [("left_atrium", "whole_images"), ("branches", "networks")])
+@pytest.mark.parametrize(
+    ("result", "guide"),
+    [("left_atrium", "whole_images"), ("branches", "networks"), ("branches_seed_1", "networks")],
+)
 def test_the_guide_shows_what_is_kept(result: str, guide: str) -> None:
     package = Path(arms.__file__).parents[1]
     found = json.loads((package / "benchmark" / "results" / f"{result}.json").read_text())
