@@ -147,14 +147,6 @@ def test_logits_under_autocast_are_those_with_gradients(exact: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
 
 
-def layer_of_ones_own(net: IUNet, seen: Seen) -> None:
-    for module in net.modules():
-        if isinstance(module, AdditiveCoupling):
-            layer = Keeping(module.branch[0].in_channels, module.branch[0].out_channels, 3, padding=1)
-            layer.keep = partial(keep, seen)
-            module.branch[0] = layer
-
-
 @pytest.mark.parametrize("watch", [hook_of_couplings, hook_in_branches, forward_of_an_instance, layer_of_ones_own])
 def test_what_is_watched_is_not_written_over_by_the_backward_pass(watch: Callable[[IUNet, Seen], None]) -> None:
     net, seen = net_of(), []
