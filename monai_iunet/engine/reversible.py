@@ -37,8 +37,8 @@ What the engine does not do:
   generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its outputs lists two
   in each step, and of what is set within an object of one's own only the effect is noticed, in a coupling that is not
   computed in 16 bits (`second_result.py`).
-- What is written to a parameter through `.data` between the passes, or so to an output that is not on a CPU, is not
-  noticed, as it is not by plain autograd.
+- What is written to a parameter through `.data` between the passes is not noticed, as it is not by plain autograd; nor
+  is what is so written to an output that is not on a CPU, which plain autograd does not need.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 

@@ -20,7 +20,7 @@ __all__ = ["TRAINED_ON", "check_unseen", "image_digests", "seen_cases"]
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = "trained_on"  # in the record beside weights
-DIGITS = 16  # of each SHA-256; two of a million images agree in them by chance once in ten million data sets
+DIGITS = 16  # of each SHA-256: 64 bits, in which two of a million images agree in one of 37 million data sets
 
 
 def image_digests(cases: Iterable[Any]) -> list[str]:
