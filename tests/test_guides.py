@@ -93,8 +93,8 @@ def test_guides_are_listed_and_shown() -> None:
 
 
 def test_errors_name_a_guide_that_there_is() -> None:
-    source = (ROOT / "monai_iunet" / "cli.py").read_text(encoding="utf-8")
-    named = re.findall(r"_input_errors\(\"(\w+)\"\)", source)
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "monai_iunet" / "cli").glob("*.py")]
+    named = re.findall(r"\binput_errors\(\"(\w+)\"\)", "".join(sources))
     assert len(named) > 10
     assert set(named) <= set(guide_titles())
     assert call("segment", "x.nii.gz", "--bundle", "nothing")[2].endswith("Guide: monai-iunet guide segment.\n")
