@@ -17,10 +17,8 @@ So hooks on tensors, parameters and modules, gradients that arrive layer by laye
 communication), checkpointing within and around, losses on what is inside, and several threads work as they do with
 plain autograd: the engine changes nothing but where saved tensors come from.
 
-A tensor between two layers is a `_State`. The call that made it holds it until another invertible layer takes it, which
-can give it back from then on. A state is recognized by its memory: the same storage, place, shape, strides and version.
-What is not recognized (a view, a copy, a tensor that was changed) is no state, and the call that made the state
-keeps it, as plain autograd would.
+A tensor between two layers is a `State` (see `state.py`). What is not recognized as one (a view, a copy, a tensor that
+was changed) is none, and the call that made the state keeps it, as plain autograd would.
 
 What the engine does not do:
 
@@ -48,47 +46,27 @@ Sources: Gomez et al., The Reversible Residual Network, 2017 (arXiv 1707.04585);
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy as is_uninitialized
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
-from monai_iunet.engine.pytorch_private import (
-    can_pack_saved_tensors,
-    current_backward_pass,
-    graph_is_retained,
-    has_values,
-    is_exporting,
-    is_in_forward_mode,
-    out_of_batches,
-    saved_tensor_hooks,
-    version,
-)
+from monai_iunet.engine.pytorch_private import out_of_batches, version
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
 from monai_iunet.engine.repetition import Conditions
+from monai_iunet.engine.saved_tensors import Caught, Converted, Kind, Saved, kind_of, version_of
+from monai_iunet.engine.state import Maker, State, here, is_here, is_retained, make_known, save_with_autograd
 
-__all__ = [
-    "Call",
-    "Caught",
-    "Converted",
-    "InvertibleLayer",
-    "Saved",
-    "Tensors",
-    "is_recorded_by_autograd_alone",
-    "is_transformed",
-]
+__all__ = ["Call", "InvertibleLayer", "Tensors"]
 
 Tensors = tuple[Tensor, ...]
-Saved: TypeAlias = "Tensor | Converted"  # a tensor that autograd was to save
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 LARGEST_ERROR = 0.05  # of a reconstruction by `restore`, relative, that may be rounding
 
 
@@ -221,17 +199,17 @@ class Call:
         self.weights = tuple(weight.detach().requires_grad_(weight.requires_grad) for weight in weights)
         self.inverse = inverse
         self.remembered: Tensors = ()
-        self.outputs: tuple[_State, ...] = ()
+        self.outputs: tuple[State, ...] = ()
         self._layer = layer
         self._conditions = None if layer.is_function_of_weights else Conditions(layer, inputs[0].device)
         self._may_keep_inputs = bool(self._conditions.foreign) if self._conditions else runs_foreign_code(layer)
         self._inputs = [(tensor.requires_grad, tensor.stride()) for tensor in inputs]
-        self._sources: list[weakref.ref[_State] | None] = []
-        self._kinds: list[_Kind] = []  # of the tensors that autograd was to save
+        self._sources: list[weakref.ref[State] | None] = []
+        self._kinds: list[Kind] = []  # of the tensors that autograd was to save
         # What holds results of the first evaluation for the second, and which are held.
         self._kept: tuple[Any, list[bool]] | None = None
         # Who has rebuilt these tensors, what is left of them, and their versions.
-        self._saved: tuple[_Maker, list[Saved | None], list[int]] = ((0, -1), [], [])
+        self._saved: tuple[Maker, list[Saved | None], list[int]] = ((0, -1), [], [])
 
     def record(self, inputs: Tensors, weights: Tensors, keep: bool, private: bool) -> Tensors:
         """Evaluate the layer for the first time, recorded by autograd, without storing what that would save."""
@@ -248,14 +226,14 @@ class Call:
             if watch is not None and self._kinds:
                 kept = watch.outputs()
                 held = [tensor for tensor in kept if tensor is not None]
-                self._kept = _saved(*held), [tensor is not None for tensor in kept]
+                self._kept = save_with_autograd(*held), [tensor is not None for tensor in kept]
             # Last, so that nothing has changed if an error was raised before.
-            sources = [_State.of(tensor) for tensor in inputs]
+            sources = [State.of(tensor) for tensor in inputs]
             self._sources = [None if source is None else weakref.ref(source) for source in sources]
             for source in sources:
                 if source is not None:
                     source.be_taken(self)
-            self.outputs = tuple(_State(output, keep, private) for output in outputs)
+            self.outputs = tuple(State(output, keep, private) for output in outputs)
         return outputs
 
     @contextmanager
@@ -313,13 +291,13 @@ class Call:
     # A branch that was compiled would have its hooks compiled, too.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> int:
-        self._kinds.append(_kind(tensor))
+        self._kinds.append(kind_of(tensor))
         return len(self._kinds) - 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, number: int) -> Tensor:
         maker, saved, versions = self._saved
-        if not _is_here(maker) or saved[number] is None:
+        if not is_here(maker) or saved[number] is None:
             with out_of_batches():
                 saved, versions = self._rebuild()
         tensor, saved[number] = saved[number], None
@@ -350,13 +328,13 @@ class Call:
             self.check_saved(saved)
             if is_recorded:
                 others += [tensor.untyped_storage() for tensor in inputs]
-            let_go = not _is_retained()
+            let_go = not is_retained()
             self._hand_on(inputs, others, let_go)
             if let_go:
                 self._kept = None
         rebuilt: list[Saved | None] = list(saved)
-        versions = saved.versions if isinstance(saved, Caught) else [_version(tensor) for tensor in saved]
-        self._saved = _here(), rebuilt, versions
+        versions = saved.versions if isinstance(saved, Caught) else [version_of(tensor) for tensor in saved]
+        self._saved = here(), rebuilt, versions
         return rebuilt, versions
 
     def check_saved(self, saved: Sequence[Saved]) -> None:
@@ -365,7 +343,7 @@ class Call:
         Raises:
             RuntimeError: when it has not.
         """
-        if list(map(_kind, saved)) != self._kinds:
+        if list(map(kind_of, saved)) != self._kinds:
             raise RuntimeError(
                 f"{type(self._layer).__name__} cannot be evaluated again for the backward pass: it saved "
                 f"{len(self._kinds)} tensors in the forward pass and {len(saved)} now, or tensors of other shapes or "
@@ -380,7 +358,7 @@ class Call:
         taken = []
         for state in self.outputs:
             while (value := state.take(for_good)) is None:  # again, if another thread was quicker
-                _make_known(state)
+                make_known(state)
             taken.append(value)
         return [tensor for tensor, _ in taken], [ours for _, ours in taken]
 
@@ -391,210 +369,6 @@ class Call:
             if state is not None:
                 ours = not self._may_keep_inputs and all(tensor.untyped_storage() is not storage for storage in others)
                 state.give(tensor, ours, let_go)
-
-
-class Caught(list[Saved]):
-    """Collects the tensors that autograd is about to save.
-
-    Args:
-        changes: whether a tensor may change when everything is collected, so that it must be copied.
-
-    Attributes:
-        stands: a stand-in for one of them, which is collected in its place.
-        versions: of the tensors when they were saved.
-    """
-
-    stands: Converted | None = None
-
-    def __init__(self, changes: Callable[[Tensor], bool] | None = None) -> None:
-        super().__init__()
-        self._changes = changes
-        self.versions: list[int] = []
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def catch(self, tensor: Tensor) -> None:
-        stands = self.stands
-        if self._changes is not None and self._changes(tensor):
-            tensor = tensor.clone()
-        self.append(stands if stands is not None and stands.is_of(tensor) else tensor.detach())
-        self.versions.append(_version(self[-1]))
-
-
-class Converted:
-    """Stands for a tensor that autograd is to have, until it asks, if the tensor follows from an input.
-
-    Args:
-        tensor: what it stands for, which is not held.
-        source: the input.
-        convert: computes the tensor from the input.
-    """
-
-    def __init__(self, tensor: Tensor, source: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
-        self.shape, self.dtype, self.device = _kind(tensor)
-        self.source = source
-        self._place = weakref.ref(tensor.untyped_storage()), _place(tensor)
-        self._convert = convert
-
-    def is_of(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is the one that this stands for."""
-        storage, place = self._place
-        return storage() is tensor.untyped_storage() and place == _place(tensor)
-
-    def untyped_storage(self) -> UntypedStorage:
-        """Return the memory from which the tensor follows."""
-        return self.source.untyped_storage()
-
-    def tensor(self) -> Tensor:
-        """Compute the tensor."""
-        with torch.no_grad():
-            return self._convert(self.source)
-
-
-class _State:
-    """Holds a tensor that a layer made, or knows the call that can give it back."""
-
-    __slots__ = ("__weakref__", "_checksum", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
-
-    def __init__(self, tensor: Tensor, keep: bool, private: bool) -> None:
-        self._taker: weakref.ref[Call] | None = None
-        self._guard: Call | None = None  # keeps the taker alive where no graph does
-        self._held = None if keep else tensor.detach()
-        self._saver = _saved(tensor.detach()) if keep else None
-        is_packed = saved_tensor_hooks() is not None
-        self._private = private and not is_packed
-        self._checksum = _checksum(tensor) if keep and not private and not is_packed else None
-        self._version = version(tensor)
-        self._rebuilt: tuple[_Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
-        if not keep:
-            _STATES.setdefault(tensor.untyped_storage(), {})[_place(tensor)] = weakref.ref(self)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _State | None:
-        """Return the state that a tensor is: the same memory, unchanged, not a copy or another view; else None."""
-        if tensor.layout is not torch.strided or tensor.is_inference():
-            return None
-        reference = _STATES.get(tensor.untyped_storage(), {}).get(_place(tensor))
-        state = reference() if reference is not None else None
-        return state if state is not None and state._version == version(tensor) else None
-
-    def be_taken(self, call: Call) -> None:
-        """Let go of the tensor, which the call can give back from now on."""
-        self._taker, self._guard, self._held = weakref.ref(call), call, None
-
-    @property
-    def taker(self) -> Call:
-        """The call that took the tensor."""
-        call = self._taker() if self._taker is not None else None
-        if call is None:
-            raise RuntimeError(
-                "A state of a reversible chain cannot be rebuilt, because an earlier backward pass has freed the graph "
-                "behind it. Specify retain_graph=True in that one."
-            )
-        return call
-
-    def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
-        """Take the tensor back; if asked to, let go of the call that gave it, and so of all calls behind it."""
-        self._rebuilt = _here(), tensor, ours
-        if let_go:
-            self._guard = None
-
-    @property
-    def is_known(self) -> bool:
-        rebuilt = self._rebuilt
-        mine = rebuilt is not None and _is_here(rebuilt[0])
-        return mine or self._held is not None or self._saver is not None
-
-    def take(self, for_good: bool) -> tuple[Tensor, bool] | None:
-        """Return the tensor, if it is known, and whether its memory may be reused; forget what was rebuilt.
-
-        Args:
-            for_good: whether nobody will ask again in this backward pass. A tensor that autograd keeps is then let go,
-                if the graph is freed.
-        """
-        rebuilt = self._rebuilt
-        if rebuilt is not None and _is_here(rebuilt[0]):
-            _, tensor, ours = rebuilt
-            self._rebuilt = None
-            taker = self._taker() if self._taker is not None else None
-            return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
-        saver = self._saver
-        if saver is not None:
-            (tensor,) = saver.grad_fn.saved_tensors
-            if self._checksum is not None and self._checksum != _checksum(tensor):
-                raise self._was_modified(tensor)
-            let_go = for_good and not _is_retained()
-            if let_go:
-                self._saver = None
-            return tensor, let_go and self._private
-        if self._held is not None and version(self._held) != self._version:
-            raise self._was_modified(self._held)
-        return None if self._held is None else (self._held, False)
-
-    @staticmethod
-    def _was_modified(tensor: Tensor) -> RuntimeError:
-        return RuntimeError(
-            f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace operation "
-            "before its backward pass, which needs it as it was. Use an operation that is not in place."
-        )
-
-
-# Of each storage, the states that lie in it, by place; no tensor is kept alive by it.
-_STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[_State]]] = weakref.WeakKeyDictionary()
-
-
-def _checksum(tensor: Tensor) -> int | None:
-    """Return the sum of the bits of a tensor on a CPU, where no version tells of what is written through NumPy.
-
-    On a GPU, where a program would have to wait for it, and of what has no values, there is none.
-    """
-    whole = tensor.detach()
-    if whole.device.type != "cpu" or whole.layout is not torch.strided or not has_values(whole):
-        return None
-    whole = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole.resolve_neg()
-    return int(whole.view(BITS[whole.element_size()]).sum())
-
-
-def _saved(*tensors: Tensor) -> Any:
-    """Return a tensor whose node keeps others saved with autograd, where saved-tensor hooks see them."""
-    with torch.enable_grad():
-        return _Saver.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
-
-
-def _is_retained() -> bool:
-    """Return whether the graph survives the backward pass that is running."""
-    backward_pass = current_backward_pass()
-    known, retained = _RETAINED[0]
-    if backward_pass == -1 or known != backward_pass:
-        saver = _saved()  # keeps its node alive
-        retained = graph_is_retained(saver.grad_fn)
-        _RETAINED[0] = backward_pass, retained
-    return retained
-
-
-# The backward pass that was asked last, by its number, and the answer; -1 is none of them.
-_RETAINED: list[tuple[int, bool]] = [(-1, False)]
-
-
-class _Saver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.clone()
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Return whether `torch.func` or forward-mode differentiation works on tensors."""
-    if not can_pack_saved_tensors():
-        return True
-    return is_in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
-    """Return whether tensors are watched by something that knows PyTorch's own operators only.
-
-    That is `torch.func`, forward-mode differentiation, a tracer, a compiler or an exporter.
-    """
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_exporting() or is_transformed(*tensors)
 
 
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:
@@ -611,24 +385,6 @@ def _becomes_another(module: nn.Module) -> bool:
         return True
     is_lazy = isinstance(module, LazyModuleMixin)
     return is_lazy and any(map(is_uninitialized, (*module.parameters(False), *module.buffers(False))))
-
-
-def _make_known(state: _State) -> None:
-    """Rebuild a state, by inverting the calls downstream as far as necessary.
-
-    Happens where no gradient came from the call that took it, because a loss depends on a part of a chain only. States
-    found on the way are dropped again, so that the memory does not grow with the length of the way.
-    """
-    pending = [] if state.is_known else [state]
-    while pending:
-        call = pending[-1].taker
-        missing = [output for output in call.outputs if not output.is_known]
-        if missing:
-            pending += missing
-            continue
-        call.invert()
-        while pending and pending[-1].is_known:
-            pending.pop()
 
 
 def _others(outputs: Sequence[Tensor], overwrite: Sequence[bool]) -> list[UntypedStorage]:
@@ -649,36 +405,6 @@ def _with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
 def _same_order(tensor: Tensor, stride: Sequence[int]) -> bool:
     """Return whether a tensor has these strides, but for axes of a single element, whose stride means nothing."""
     return all(own == other for own, other, size in zip(tensor.stride(), stride, tensor.shape) if size > 1)
-
-
-# A thread and a backward pass. What either has made it may use; another thread with another pass over the same graph
-# makes its own, because memory is written over. One pass runs in several threads where there are several devices.
-_Maker = tuple[int, int]
-
-
-def _here() -> _Maker:
-    return threading.get_ident(), current_backward_pass()
-
-
-def _is_here(maker: _Maker) -> bool:
-    thread, backward_pass = maker
-    return thread == threading.get_ident() or (backward_pass != -1 and backward_pass == current_backward_pass())
-
-
-_Kind = tuple[torch.Size, torch.dtype, torch.device]
-
-
-def _kind(tensor: Saved) -> _Kind:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _version(tensor: Saved) -> int:
-    return 0 if isinstance(tensor, Converted) else version(tensor)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where in its storage a tensor lies, and how it is to be read."""
-    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _refuse(_: Any) -> NoReturn:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monai_iunet.engine.pytorch_private import graph_is_retained, has_values
-from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.engine.recording import is_transformed
 from monai_iunet.losses.class_numbers import check_labels
 from monai_iunet.networks.layers.autocast import without_autocast
 from monai_iunet.networks.layers.cuda_graph import is_captured

@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from monai_iunet import IUNet
 from monai_iunet.engine.repetition import Conditions
-from monai_iunet.engine.reversible import Converted, InvertibleLayer
+from monai_iunet.engine.reversible import InvertibleLayer
+from monai_iunet.engine.saved_tensors import Converted
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.partition import ChannelPartition

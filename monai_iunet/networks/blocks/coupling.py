@@ -23,14 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from monai_iunet.engine.pytorch_private import compiled_part, function_modes, has_hooks, is_in_forward_mode, version
-from monai_iunet.engine.reversible import (
-    Call,
-    Converted,
-    InvertibleLayer,
-    Saved,
-    Tensors,
-    is_recorded_by_autograd_alone,
-)
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
+from monai_iunet.engine.saved_tensors import Converted, Saved
 from monai_iunet.networks.blocks.branch import Branch
 from monai_iunet.networks.blocks.grid import add, add_, is_integer, round_to_grid, values
 from monai_iunet.networks.blocks.second_result import check_second_result, is_to_be_checked, sample, sampled_shift

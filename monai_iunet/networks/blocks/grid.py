@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.engine.recording import is_transformed
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.cuda_graph import is_captured
 

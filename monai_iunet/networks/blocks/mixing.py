@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_iunet.engine.reversible import Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import Tensors
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer, as_one_expression
 from monai_iunet.networks.layers.full_precision import full_precision

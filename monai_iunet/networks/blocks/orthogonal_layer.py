@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import frees_gradients_before_converting, is_batched
-from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.grid import (
     is_integer,

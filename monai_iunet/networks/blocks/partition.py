@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import is_view
-from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 
 __all__ = ["ChannelPartition", "join_rounded"]
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from monai_iunet.engine.pytorch_private import FakeTensor, saved_tensor_hooks, version
-from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
 from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["KeptConvolutions", "apply_convolution"]

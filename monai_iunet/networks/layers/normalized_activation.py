@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_iunet.engine.pytorch_private import has_hooks
-from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.autocast import without_autocast
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
-from monai_iunet.engine.reversible import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
 from monai_iunet.networks.layers.cuda_graph import is_captured
 from monai_iunet.networks.layers.full_precision import full_precision
 

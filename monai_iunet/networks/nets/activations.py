@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import is_exporting
-from monai_iunet.engine.reversible import is_transformed
+from monai_iunet.engine.recording import is_transformed
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.planning.budget import WAYS, best_activations, parse_bytes
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
-from monai_iunet.engine.reversible import InvertibleLayer, Tensors, is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.reversible import InvertibleLayer, Tensors
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
