@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,9 +12,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Invertd
 from monai.utils import MetaKeys
 from nibabel.affines import voxel_sizes
 from numpy.typing import DTypeLike
@@ -26,11 +23,11 @@ from monai_iunet.inference.labels import LabelInferer
 from monai_iunet.inference.plan import InferencePlan, plan_inference
 from monai_iunet.inference.prepare import prepare
 from monai_iunet.inference.streaming import Slab, class_numbers
-from monai_iunet.io.bundles import bundle_folder, installed_bundles, read_config
+from monai_iunet.io.bundles import bundle_folder, installed_bundles
 from monai_iunet.io.channels import CHANNEL_FILES, first_channel
 from monai_iunet.io.checks import check_extent, check_image, check_not_constant, grids_apart, raw_voxels
-from monai_iunet.io.text import first_line, in_one_line
-from monai_iunet.io.weights import read_weights, weights_file
+from monai_iunet.io.weights import weights_file
+from monai_iunet.segmentation.bundle_parts import read_parts
 from monai_iunet.segmentation.quality import read_quality, weights_digest
 from monai_iunet.segmentation.quality_features import Description, SlabBySlab
 from monai_iunet.segmentation.region_finders import REGION_FINDERS
@@ -38,17 +35,12 @@ from monai_iunet.segmentation.regions import Labels, RegionFinder
 from monai_iunet.segmentation.result import Segmentation
 from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.system import available_memory, usable_device
-from monai_iunet.training.record import check_training, training_record
 from monai_iunet.transforms.outputs import check_numbers
 
 __all__ = ["BundleSegmenter"]
 
 logger = logging.getLogger(__name__)
 
-REQUIRED = ("configs/inference.json", "configs/metadata.json")
-SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
-# What a training is given by these names.
-GIVEN = ("num_classes", "roi_size", "spacing", "intensity_window", "intensity_percentiles")
 SOFT_TISSUE = (-160.0, 240.0)
 BRAIN = "iunet_brain_mri_segmentation"
 
@@ -96,24 +88,11 @@ class BundleSegmenter:
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.gives_probabilities = probabilities
         self.probabilities_dtype = _probabilities_dtype(probabilities_dtype)
-        self._check_files()
-        self.metadata = self._read_metadata()
-        parser = self._inference_config()
-        try:
-            self.network = parser.get_parsed_content("network_def")
-            self.inferer = parser.get_parsed_content("inferer")
-            self.preprocessing = parser.get_parsed_content("preprocessing")
-            self.postprocessing = parser.get_parsed_content("postprocessing")
-        except Exception as error:  # whatever the components of a bundle may raise
-            raise InputError(
-                f"{self.folder}: its inference.json cannot be used here ({type(error).__name__}: {first_line(error)}). "
-                "Segment with `python -m monai.bundle run`, as its README says."
-            ) from error
-        self._check_inversion()
-        self._load_weights()
-        self._check_training(parser)
+        parts = read_parts(self.folder, weights, self.device, probabilities)
+        self.metadata, self.channels = parts.metadata, parts.channels
+        self.network, self.inferer = parts.network.to(self.device).eval(), parts.inferer
+        self.preprocessing, self.postprocessing = parts.preprocessing, parts.postprocessing
         self.quality = read_quality(self.folder, list(self.labels.values()), weights)
-        self.network.to(self.device).eval()
         self.windows = self.inferer.inferer if isinstance(self.inferer, LabelInferer) else self.inferer
         if progress and hasattr(self.windows, "progress"):
             self.windows.progress = True
@@ -124,80 +103,6 @@ class BundleSegmenter:
         brain = installed_bundles().get(BRAIN)
         if brain is not None and "region_finder" in self.metadata:
             self.digests["brain bundle"] = weights_digest(brain)
-
-    def _read_metadata(self) -> dict[str, Any]:
-        """Read the metadata, and check that they say what the classes and the images are."""
-        path = self.folder / "configs" / "metadata.json"
-        try:
-            metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            formats = metadata["network_data_format"]
-            classes = formats["outputs"]["pred"]["channel_def"]
-            if not all(str(value).isdigit() and isinstance(name, str) for value, name in classes.items()):
-                raise ValueError("channel_def must name each class by its number")
-            if sorted(map(int, classes)) != list(range(len(classes))) or len(set(classes.values())) < len(classes):
-                raise ValueError("channel_def must have the numbers 0, 1, 2, ... and as many different names")
-            formats["inputs"]["image"]["format"]
-            self.channels = int(formats["inputs"]["image"].get("num_channels", 1))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path}: does not describe a segmentation of `image` into the classes of `pred` ({error!r}). Add "
-                "network_data_format with inputs, outputs and channel_def, as in the bundles of this package."
-            ) from error
-        return metadata
-
-    def _check_files(self) -> None:
-        """Check that the folder holds what a bundle needs to segment."""
-        missing = [name for name in REQUIRED if not (self.folder / name).is_file()]
-        missing += [] if weights_file(self.folder, self.weights).is_file() else [f"models/{self.weights}.pt"]
-        if missing:
-            raise InputError(
-                f"{self.folder}: not a bundle with weights, {', '.join(missing)} is missing. Name its folder."
-            )
-
-    def _inference_config(self) -> ConfigParser:
-        """Read `inference.json` without what loads and saves files."""
-        parser = read_config(self.folder / "configs" / "inference.json")
-        parser["bundle_root"] = str(self.folder.absolute())  # MONAI evaluates text that begins with $, @ or %
-        parser["device"] = self.device
-        missing = [name for name in SECTIONS if name not in parser.get()]
-        if missing:
-            raise InputError(
-                f"{self.folder}: its inference.json has no {', '.join(missing)}, by which images are segmented here. "
-                "Segment with `python -m monai.bundle run`, as its README says."
-            )
-        if self.gives_probabilities:
-            if "save_probabilities" not in parser.get():
-                raise InputError(
-                    f"{self.folder}: its inference.json has no `save_probabilities`. Segment without them."
-                )
-            parser["save_probabilities"] = True
-        _leave_out(parser, "preprocessing", "LoadImaged")
-        _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
-        return parser
-
-    def _check_inversion(self) -> None:
-        """Check that labels which the inferer brings back to the grid of the image are not brought back again."""
-        transforms = getattr(self.postprocessing, "transforms", ())
-        again = any(isinstance(transform, Invertd) and "pred" in transform.keys for transform in transforms)
-        if again and isinstance(self.inferer, LabelInferer):
-            raise InputError(
-                f"{self.folder}: the postprocessing of its inference.json has an Invertd, but the labels of a "
-                "LabelInferer are on the grid of the image already, and would be turned once more. Take it out."
-            )
-
-    def _load_weights(self) -> None:
-        """Load the weights of the bundle into its network."""
-        weights = weights_file(self.folder, self.weights)
-        try:
-            self.network.load_state_dict(read_weights(weights))
-        except RuntimeError as error:
-            raise InputError(f"{weights}: does not fit the network of the bundle: {in_one_line(error)}") from error
-
-    def _check_training(self, parser: ConfigParser) -> None:
-        """Compare the config with what the weights were trained with."""
-        values = {name: parser.get_parsed_content(name) for name in GIVEN if name in parser.get()}
-        record = training_record(self.network, self.preprocessing, **values)
-        check_training(weights_file(self.folder, self.weights), record)
 
     def _open_second(self) -> BundleSegmenter | None:
         """Open the bundle with its second weights; None if it has none, or nothing tells what is doubtful."""
@@ -595,15 +500,3 @@ def _left_right(image: nibabel.Nifti1Image) -> int:
 def _brain_segmenter(device: torch.device) -> BundleSegmenter:
     """Return the brain bundle, opened once."""
     return BundleSegmenter(bundle_folder(BRAIN), device)
-
-
-def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:
-    """Take transforms out of the `Compose` of a section, by the names of their classes."""
-    content = parser[section]
-    if not isinstance(content, dict) or not isinstance(content.get("transforms"), list):
-        return
-    parser[section]["transforms"] = [
-        transform
-        for transform in content["transforms"]
-        if not (isinstance(transform, dict) and str(transform.get("_target_")).rpartition(".")[2] in names)
-    ]
