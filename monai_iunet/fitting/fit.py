@@ -58,9 +58,9 @@ from monai_iunet.fitting.limits import measure_limits
 from monai_iunet.fitting.page import Evaluated, write_page, write_results
 from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
 from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
+from monai_iunet.fitting.state import FitState
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, describe_file, hold_folder, is_as_before, write_text
-from monai_iunet.io.text import first_line
+from monai_iunet.io.files import check_folder, hold_folder, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
@@ -218,6 +218,7 @@ class _Fit:
         # Absolute, since MONAI evaluates text in a config that begins with $, @ or %.
         self.dataset = dataset.absolute()
         self.folder = output.absolute()
+        self.state = FitState(self.folder, self.dataset)
         self.options = options
         self.share = Share.parse("auto") if "RANK" in os.environ else Share()
         self.console = console if self.share.index == 0 else Console(quiet=True)
@@ -226,26 +227,6 @@ class _Fit:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.plan: FitPlan
         self.fingerprint: Fingerprint
-
-    @property
-    def _state_file(self) -> Path:
-        return self.folder / "fit.json"
-
-    def _state(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
-            dict(state["asked"])
-            if not all(len(facts) == 3 for facts in dict(state.get("files", {})).values()):
-                raise ValueError("files")
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self._state_file}: not the state of a fit ({first_line(error)}). Choose another --output to "
-                "begin anew."
-            ) from error
-        return state
-
-    def _note(self, **changes: Any) -> None:
-        write_text(self._state_file, json.dumps({**self._state(), **changes}, indent=1) + "\n")
 
     def prepare(self) -> None:
         """Take the fingerprint and make the plan, or read both."""
@@ -259,55 +240,19 @@ class _Fit:
             "modality": self.options.modality,
             **json.loads(json.dumps(asdict(self.options.wishes))),
         }
-        while self.share.index > 0 and not self._state_file.is_file():
+        while self.share.index > 0 and not self.state.file.is_file():
             sleep(WAIT)  # the first process makes the plan
-        if self._state_file.is_file():
-            before = self._state()["asked"]
-            # A fit of an earlier version does not say which memory it was asked for.
-            changed = [name for name, value in asked.items() if before.get(name) != value and name in before]
-            changed = [name for name in changed if name != ALL_CASES]  # which only adds a network
-            if changed:
-                raise InputError(
-                    f"{self.folder}: a fit with another {' and another '.join(changed)} is there. Ask for the same to "
-                    "go on with it, or name another --output."
-                )
+        if self.state.file.is_file():
+            self.state.check_asked({name: value for name, value in asked.items() if name != ALL_CASES})  # it adds only
             self.plan, self.fingerprint = read_plan(docs / "plan.json"), read_fingerprint(docs / "fingerprint.json")
             if not self.is_finished:
-                self._check_same_cases()
+                planned = [Path(case.name).name for case in self.fingerprint.cases]
+                self.state.check_cases(planned, self._cases(None, None))
             logger.info("%s: going on with the fit that is there", self.folder)
         else:
             self._begin(asked)
         self.console.print(fingerprint_tables(self.fingerprint))
         self.console.print(plan_table(self.plan))
-
-    def _check_same_cases(self) -> None:
-        """Refuse other cases than those of the plan: folds would be others, and what was trained on be validated on."""
-        planned = {Path(case.name).name for case in self.fingerprint.cases}
-        cases = self._cases(None, None)
-        found = {Path(image_of(case)).name for case in cases}
-        if planned != found:
-            change = "is new" if found - planned else "is gone"
-            name = min(found - planned or planned - found)
-            raise InputError(
-                f"{self.dataset}: {name} {change} since the fit in {self.folder} was planned. Restore the data set to "
-                "go on with it, or name another --output."
-            )
-
-        before = self._state().get("files", {})
-        files = self._files(cases)
-        changed = [name for name, path in files.items() if name in before and not is_as_before(path, before[name])]
-        if changed:
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise InputError(
-                f"{self.dataset}: {changed[0]}{more} changed since the fit in {self.folder} was planned. Restore what "
-                "was there to go on with it, or name another --output."
-            )
-
-    def _files(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
-        """Return the files of cases, and what describes them, by their places in the data set."""
-        parts = [part if isinstance(part, list) else [part] for case in cases for part in case.values()]
-        files = [str(self.dataset / "dataset.json"), *(file for part in parts for file in part)]
-        return {os.path.relpath(file, self.dataset): Path(file) for file in files}
 
     def _begin(self, asked: Mapping[str, Any]) -> None:
         """Read the data set, make the plan, and write the folder, whole or not at all."""
@@ -325,15 +270,13 @@ class _Fit:
             write_fingerprint(self.fingerprint, docs / "fingerprint.json")
             draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
             write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
-            cases = [*data.training, *(data.validation or [])]
-            files = {name: describe_file(path) for name, path in self._files(cases).items() if path.is_file()}
-            write_text(folder / self._state_file.name, json.dumps({"asked": asked, "files": files}, indent=1) + "\n")
+            self.state.write(folder, asked, [*data.training, *(data.validation or [])])
             try:
                 if place.exists():
                     place.rmdir()  # which is empty
                 folder.rename(place)
             except OSError as error:
-                if not self._state_file.is_file():
+                if not self.state.file.is_file():
                     raise
                 raise InputError(
                     f"{self.folder}: another process has begun a fit in it meanwhile. Call it again to go on with that "
@@ -359,7 +302,7 @@ class _Fit:
     @property
     def is_finished(self) -> bool:
         """Whether the bundle is complete."""
-        state = self._state()
+        state = self.state.read()
         return bool(state.get("finished")) and (not self._has_all_cases or bool(state.get(ALL_CASES)))
 
     @property
@@ -548,7 +491,7 @@ class _Fit:
         # From these the pictures can be drawn again; those of cases only by the network that was evaluated on them.
         drawn = {"log": log} if self._has_all_cases else {"log": log, "cases": cases}
         places = {name: str(path.relative_to(self.folder)) for name, path in drawn.items()}
-        self._note(finished=True, drawn=places, **{ALL_CASES: self._has_all_cases})
+        self.state.note(finished=True, drawn=places, **{ALL_CASES: self._has_all_cases})
         self._remove_states()
         self.console.print(score_table(rows))
         if comparison is not None:
