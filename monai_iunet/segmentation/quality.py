@@ -116,8 +116,10 @@ class QualityModel:
         return predicted
 
     def rate(self, structure: str, features: np.ndarray) -> float:
-        """Return the predicted Dice of a structure by the values of `FEATURES`."""
+        """Return the predicted Dice of a structure by the values of `FEATURES`; 0 if one of them is no number."""
         weighted = features @ np.array([self.weights[name] for name in FEATURES])
+        if np.isnan(weighted):  # which is below no bound
+            return 0.0
         return round(float(1 / (1 + np.exp(np.clip(weighted - self.offsets[structure], -50, 50)))), 3)
 
 

@@ -129,6 +129,7 @@ def test_what_looks_worse_is_not_rated_better(segmenter: BundleSegmenter) -> Non
         ratings = [model.rate(name, np.full(len(FEATURES), value)) for value in (0.0, 0.2, 1.0, 5.0, 1e9)]
         assert ratings == sorted(ratings, reverse=True)
         assert ratings[-1] < 0.01
+        assert model.rate(name, np.full(len(FEATURES), np.nan)) == 0.0
     assert model.predict({}) == dict.fromkeys(model.offsets, 0.0)
 
 
