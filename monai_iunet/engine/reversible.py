@@ -227,13 +227,13 @@ class Call:
                 kept = watch.outputs()
                 held = [tensor for tensor in kept if tensor is not None]
                 self._kept = save_with_autograd(*held), [tensor is not None for tensor in kept]
-            # Last, so that nothing has changed if an error was raised before.
             sources = [State.of(tensor) for tensor in inputs]
             self._sources = [None if source is None else weakref.ref(source) for source in sources]
+            self.outputs = tuple(State(output, keep, private) for output in outputs)
+            # Last, so that nothing has changed if an error was raised before, as by a checkpoint that has seen enough.
             for source in sources:
                 if source is not None:
                     source.be_taken(self)
-            self.outputs = tuple(State(output, keep, private) for output in outputs)
         return outputs
 
     @contextmanager

@@ -1611,6 +1611,26 @@ def test_a_state_that_several_layers_take() -> None:
         assert largest_error(found) < 1e-12
 
 
+def test_an_error_where_outputs_are_saved_leaves_a_state_as_it_was() -> None:
+    """As of a hook that has no memory left; a checkpoint, too, stops what it evaluates again by an error."""
+    layers = nn.ModuleList(AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())) for _ in range(2)).double()
+    inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    found = []
+    for rebuilds in (False, True):
+        for layer in layers:
+            layer.rebuilds = rebuilds
+        state = layers[0](*inputs)
+        with pytest.raises(MemoryError), saved_tensors_hooks(without_memory, same):
+            layers[1](*state, keep=True)
+        value = sum(tensor.sin().sum() for tensor in state)
+        found.append(torch.autograd.grad(value, [*inputs, *layers[0].parameters()]))
+    assert largest_error(found) < 1e-12
+
+
+def without_memory(_: Tensor) -> Tensor:
+    raise MemoryError
+
+
 def test_lazy_branches() -> None:
     """Their first evaluation makes their parameters."""
     found = []
