@@ -74,15 +74,20 @@ class State:
         self._version = version(tensor)
         self._rebuilt: tuple[Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
-            _STATES.setdefault(tensor.untyped_storage(), {})[place_of(tensor)] = weakref.ref(self)
+            found = weakref.ref(self), current_backward_pass()
+            _STATES.setdefault(tensor.untyped_storage(), {})[place_of(tensor)] = found
 
     @classmethod
     def of(cls, tensor: Tensor) -> State | None:
-        """Return the state that a tensor is: the same memory, unchanged, not a copy or another view; else None."""
+        """Return the state that a tensor is: the same memory, unchanged, not a copy or another view; else None.
+
+        Within a backward pass, in which a checkpoint evaluates again, it has to be of the same pass: the graph of what
+        would take it is freed before its own.
+        """
         if tensor.layout is not torch.strided or tensor.is_inference():
             return None
-        reference = _STATES.get(tensor.untyped_storage(), {}).get(place_of(tensor))
-        state = reference() if reference is not None else None
+        reference, made_in = _STATES.get(tensor.untyped_storage(), {}).get(place_of(tensor), (None, -1))
+        state = reference() if reference is not None and made_in == current_backward_pass() else None
         return state if state is not None and state._version == version(tensor) else None
 
     def be_taken(self, call: Taker) -> None:
@@ -146,8 +151,10 @@ class State:
         )
 
 
-# Of each storage, the states that lie in it, by place; no tensor is kept alive by it.
-_STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, weakref.ref[State]]] = weakref.WeakKeyDictionary()
+# Of each storage, the states that lie in it, by place, each with the backward pass in which it was made, if any. No
+# tensor is kept alive by it.
+_STATES: weakref.WeakKeyDictionary[UntypedStorage, dict[Any, tuple[weakref.ref[State], int]]]
+_STATES = weakref.WeakKeyDictionary()
 
 
 def _checksum(tensor: Tensor) -> int | None:

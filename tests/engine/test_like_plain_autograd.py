@@ -1631,6 +1631,29 @@ def without_memory(_: Tensor) -> Tensor:
     raise MemoryError
 
 
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_state_that_a_checkpoint_takes(use_reentrant: bool, retain: bool) -> None:
+    """What is evaluated again in the backward pass is freed before the state is asked for."""
+    layers = [AdditiveCoupling(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Tanh())).double() for _ in range(3)]
+    inputs = [torch.randn(1, 2, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    leaves = [*inputs, *nn.ModuleList(layers).parameters()]
+    found = []
+    for rebuilds in (False, True):
+        for layer in layers:
+            layer.rebuilds = rebuilds
+        state = layers[0](*inputs)
+        after = checkpoint(InvertibleChain(layers[1:]), *state, use_reentrant=use_reentrant)
+        value = sum(tensor.sin().sum() for tensor in after)
+        for leaf in leaves:
+            leaf.grad = None
+        if retain:
+            value.backward(retain_graph=True)
+        value.backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert largest_error(found) < 1e-12
+
+
 def test_lazy_branches() -> None:
     """Their first evaluation makes their parameters."""
     found = []
