@@ -20,7 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "can_pack_saved_tensors",
     "compiled_part",
     "current_backward_pass",
+    "dispatch_modes",
     "frees_gradients_before_converting",
     "function_modes",
     "graph_is_retained",
@@ -95,6 +100,11 @@ def compiled_part(module: nn.Module) -> nn.Module | None:
 def current_backward_pass() -> int:
     """Return the number of the backward pass that runs in this thread, -1 without one; others may share the pass."""
     return torch._C._current_graph_task_id()
+
+
+def dispatch_modes() -> list[Any]:
+    """Return what sees every operation, outermost first: modes of users, which may change results; none of ours."""
+    return [mode for mode in _get_current_dispatch_mode_stack() if not _is_ours(mode)]
 
 
 def frees_gradients_before_converting() -> bool:

@@ -246,6 +246,16 @@ def test_function_modes() -> None:
             assert private.function_modes() == [outer, inner]
 
 
+def test_dispatch_modes() -> None:
+    class Mode(private.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    assert private.dispatch_modes() == []
+    with Mode() as outer, Mode() as inner:
+        assert private.dispatch_modes() == [outer, inner]
+
+
 def test_saved_tensor_hooks() -> None:
     assert private.saved_tensor_hooks() is None
     with torch.autograd.graph.save_on_cpu():

@@ -1,9 +1,10 @@
 """Noticing a branch whose second evaluation gives another result than the first.
 
-The engine has again what a branch depends on, as far as it knows of it: not of objects of one's own, or of global
-variables. A branch that has changed these adds something else to the rebuilt state than it has taken from it, and all
-gradients are wrong. So of what a branch of one's own, or one with hooks, returns, a few values are kept until the
-backward pass, and compared with those that it returns then. For the branches of this package nothing of it is needed.
+The engine has again what a branch depends on, as far as it knows of it: not of objects of one's own, of global
+variables, or of dispatch modes, which might count everything twice. A branch that has changed these adds something else
+to the rebuilt state than it has taken from it, and all gradients are wrong. So of what a branch of one's own, one with
+hooks, or any within a dispatch mode returns, a few values are kept until the backward pass, and compared with those
+that it returns then. For the branches of this package nothing of it is needed outside of such modes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
-from monai_iunet.engine.pytorch_private import has_values
+from monai_iunet.engine.pytorch_private import dispatch_modes, has_values
 from monai_iunet.networks.blocks.grid import read, step_of
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.layers.cuda_graph import is_captured
@@ -37,7 +38,7 @@ def is_to_be_checked(branch: nn.Module, state: Tensor, exact: bool) -> bool:
         exact: whether the state is on a grid, see `grid.py`.
     """
     has_some = has_values(state) and state.numel() > 0 and not is_captured(state)
-    if not has_some or not any(map(runs_foreign_code, branch.modules())):
+    if not has_some or not (dispatch_modes() or any(map(runs_foreign_code, branch.modules()))):
         return False
     types = {autocast_type(state.device), state.dtype, *(parameter.dtype for parameter in branch.parameters())}
     return exact or not types & SHORT
@@ -81,7 +82,8 @@ def check_second_result(branch: nn.Module, first: Tensor, second: Tensor, state:
         raise RuntimeError(
             f"{type(branch).__name__} returns something else in the backward pass, which evaluates it once more, than "
             f"in the forward pass; they differ by {float(error / size):.0%}. It depends on what the engine does not "
-            "know, such as an object of one's own or a global variable that has changed meanwhile, or it is so large "
-            "that rounding changes states. Let it keep what it depends on in attributes that are tensors, numbers, or "
-            'containers of them, normalize it, or store activations (activations="store").'
+            "know, such as an object of one's own, a global variable or a dispatch mode that has changed meanwhile, or "
+            "it is so large that rounding changes states. Let it keep what it depends on in attributes that are "
+            "tensors, numbers, or containers of them, stay in the mode for the backward pass, normalize it, or store "
+            'activations (activations="store").'
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import IUNet, SegIUNet
+from monai_iunet.engine.pytorch_private import TorchDispatchMode
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 
 SAID = "Counting returns something else in the backward pass"
@@ -122,3 +123,24 @@ def test_in_16_bits_rounding_is_no_accusation() -> None:
         value = network(torch.rand(1, 1, 16, 16)).float().square().sum()
     value.backward()
     network.to(torch.bfloat16)(torch.rand(1, 1, 16, 16, dtype=torch.bfloat16)).float().sum().backward()
+
+
+class Amplifying(TorchDispatchMode):
+    """Emulates a device whose convolutions are too large."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return 1.5 * result if function is torch.ops.aten.convolution.default else result
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_dispatch_mode_that_is_left_before_the_backward_pass(both: bool) -> None:
+    network = IUNet(2, (4, 8), norm=None)
+    mode = Amplifying()
+    with mode:
+        value = network(torch.rand(1, 4, 8, 8)).square().sum()
+        if both:
+            value.backward()
+    if not both:
+        with pytest.raises(RuntimeError, match="a dispatch mode that has changed meanwhile"):
+            value.backward()
