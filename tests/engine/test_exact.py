@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from monai_iunet.networks.blocks.coupling import AdditiveCoupling
 from monai_iunet.networks.blocks.grid import INTEGER_STEP, LIMIT, STEP, add_, enter, pack, round_to_grid, unpack, values
 from monai_iunet.networks.blocks.mixing import ChannelMixing
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer
+from tests.helpers import relative_errors
 
 # At 2 x 2 x 2 voxels oneDNN gives NaN for the bfloat16 gradient of a convolution, whatever the network around it.
 EXTENT = {1: 32, 2: 16, 3: 16}
@@ -264,6 +266,26 @@ def test_exported_it_gives_the_same() -> None:
             warnings.simplefilter("error", UserWarning)
             exported = torch.export.export(net, (x,)).module()
         torch.testing.assert_close(exported(x), expected, rtol=0, atol=2 * STEP)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda net, x: torch.jit.trace(net, x, check_trace=False),
+        lambda net, x: torch.export.export(net, (x,)).module(),
+    ],
+    ids=["trace", "export"],
+)
+def test_exported_for_training_it_has_the_same_gradients(export: Callable[[nn.Module, Tensor], nn.Module]) -> None:
+    net = IUNet(2, (4, 8), couplings=2, act="TANH", exact=True)
+    x = torch.randn(1, 4, 8, 8)
+    exported = export(copy.deepcopy(net), x)
+    for module in (net, exported):
+        module(x).square().mean().backward()
+    found = [exported.get_parameter(name).grad for name, _ in net.named_parameters()]
+    assert all(gradient is not None for gradient in found)
+    assert max(relative_errors(found, [parameter.grad for parameter in net.parameters()])) < 1e-4
 
 
 @pytest.mark.gpu

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_iunet.engine.pytorch_private import is_exporting
 from monai_iunet.engine.recording import is_transformed
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.cuda_graph import is_captured
@@ -212,9 +213,11 @@ def add(stream: Tensor, shift: Tensor, sign: int) -> Tensor:
 
 def round_to_grid(x: Tensor) -> Tensor:
     """Round to the nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
-    if torch.jit.is_tracing():  # which takes operators only, and no gradients
-        return on_grid(x)
     recorded = (torch.is_grad_enabled() and x.requires_grad) or is_transformed(x)
+    if recorded and (torch.jit.is_tracing() or is_exporting()):  # which take operators only
+        rounded = on_grid(x)
+        x = x.to(rounded.dtype)
+        return x + (rounded - x).detach()  # to the last bit, since the difference has no more digits than x
     return _Rounding.apply(x) if recorded else on_grid(x)  # type: ignore[no-untyped-call]
 
 
