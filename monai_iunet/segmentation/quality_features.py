@@ -121,8 +121,12 @@ def _windows(labels: np.ndarray, largest: np.ndarray) -> Iterator[tuple[list[int
         box = _grown(box, labels.shape, MARGIN)
         low, high = np.array([[part.start, part.stop] for part in box]).T
         extent = np.minimum(high - low, largest)
-        middle = low + np.median(np.argwhere(labels[box] == value), axis=0).astype(int)
+        places = low + np.argwhere(labels[box] == value)
+        middle = np.median(places, axis=0).astype(int)
         start = np.clip(middle - extent // 2, low, high - extent)
+        if not ((places >= start) & (places < start + extent)).all(1).any():  # the middle of a ring, or of two blobs
+            middle = places[np.abs(places - middle).sum(1).argmin()]
+            start = np.clip(middle - extent // 2, low, high - extent)
         yield [value], tuple(map(slice, start, start + extent))
 
 

@@ -80,6 +80,18 @@ def test_what_agrees_and_what_does_not_in_a_second_run() -> None:
     assert seen[3:] == [(1, 1, 32, 16, 16)] * 2  # of more than one voxel on the coarsest level
 
 
+def test_a_second_run_sees_a_part_of_a_structure_that_is_larger_than_its_window() -> None:
+    """The middle of a ring, and of two blobs far apart, holds none of it: no Dice came of that, and no doubt."""
+    ring, blobs = np.zeros((2, 60, 60, 9), np.uint8)
+    ring[4:56, 4:56] = 1
+    ring[8:52, 8:52] = 0
+    blobs[2:6, 2:6] = blobs[54:58, 54:58] = 1
+    for labels in (ring, blobs):
+        image = whole_image(4.0 * labels)
+        assert second_run(image, labels, (24, 24, 24), threshold) == {1: 1.0}
+        assert second_run(image, labels, (24, 24, 24), lambda window: threshold(0 * window)) == {1: 0.0}
+
+
 def test_descriptions_show_fragments_edges_sides_and_contrast() -> None:
     whole = ellipsoid((40, 40, 30), (20, 20, 15), (12, 6, 5))
     image = np.random.default_rng(0).normal(whole * 2.0, 0.1)
