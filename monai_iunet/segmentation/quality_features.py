@@ -213,12 +213,10 @@ def _intensity(image: np.ndarray, inside: np.ndarray, labels: np.ndarray) -> np.
     around = ndimage.binary_dilation(inside, iterations=SHELL) & (labels == 0)
     around = around if around.any() else inside  # it fills the image
     near = inside | around
-    differences = [
-        np.abs(np.diff(image, axis=axis))[np.delete(near, -1, axis)].ravel()
-        for axis in range(3)
-        if near.shape[axis] > 1
-    ]
-    detail = np.log(np.concatenate(differences).mean() + 1e-3) if differences else 0.0
+    differences = np.concatenate(
+        [np.abs(np.diff(image, axis=axis))[np.delete(near, -1, axis)].ravel() for axis in range(3)]
+    )
+    detail = np.log(differences.mean() + 1e-3) if differences.size else 0.0  # a voxel alone in the last corner
     return np.concatenate(
         [np.percentile(image[inside], PERCENTILES), np.percentile(image[around], PERCENTILES), [detail]]
     )

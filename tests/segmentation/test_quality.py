@@ -92,6 +92,14 @@ def test_a_second_run_sees_a_part_of_a_structure_that_is_larger_than_its_window(
         assert second_run(image, labels, (24, 24, 24), lambda window: threshold(0 * window)) == {1: 0.0}
 
 
+def test_a_voxel_alone_in_the_last_corner_is_described() -> None:
+    """Other structures around it leave no shell, and nothing follows it along any axis."""
+    labels = np.ones((6, 6, 6), np.uint8)
+    labels[-1, -1, -1] = 2
+    described = describe_structures(whole_image(np.random.default_rng(0).normal(size=labels.shape)), labels, (1, 1, 1))
+    assert np.isfinite(described[2].intensity).all()
+
+
 def test_descriptions_show_fragments_edges_sides_and_contrast() -> None:
     whole = ellipsoid((40, 40, 30), (20, 20, 15), (12, 6, 5))
     image = np.random.default_rng(0).normal(whole * 2.0, 0.1)
