@@ -357,13 +357,14 @@ def _wrong(predicted: np.ndarray, dice: np.ndarray, bound: float) -> tuple[float
 
 
 def judge_quality(model: QualityModel, results: Sequence[Result]) -> dict[str, float]:
-    """Return how well a model predicts results that did not fit it."""
+    """Return how well a model predicts results that did not fit it; there is no correlation where all are alike."""
     predicted, dice = predicted_dice(model, results), np.array([result.dice for result in results])
     passed, doubted = _wrong(predicted, dice, model.warn_below)
+    differ = min(np.ptp(predicted), np.ptp(dice)) > 0
     return {
         "cases": len({result.job[0] for result in results}),
         "results": len(results),
-        "correlation": round(float(np.corrcoef(predicted, dice)[0, 1]), 4),
+        **({"correlation": round(float(np.corrcoef(predicted, dice)[0, 1]), 4)} if differ else {}),
         "mean_absolute_error": round(float(np.abs(predicted - dice).mean()), 4),
         "bad": int((dice < BAD).sum()),
         "bad_that_pass": round(passed, 4),
@@ -376,10 +377,11 @@ def as_markdown(model: QualityModel) -> str:
     """Return what was measured on cases that did not fit the model, as the table of a README."""
     held_out = model.held_out
     left_out = held_out.get("contours_left_out", 0)
+    correlation = f"{held_out['correlation']:.3f}" if "correlation" in held_out else "none: all are alike"
     without = f"; true contours left out for their volume: {left_out:.0f}" if left_out else ""
     rows = {
         f"structures found{without}": f"{held_out['results']:.0f}",
-        "correlation of predicted and true Dice": f"{held_out['correlation']:.3f}",
+        "correlation of predicted and true Dice": correlation,
         "mean absolute error": f"{held_out['mean_absolute_error']:.3f}",
         f"doubted below a predicted Dice of {model.warn_below:.2f}: of {held_out['good']:.0f} whose true Dice is above "
         f"{GOOD}": f"{held_out['good_that_are_doubted']:.1%}",

@@ -30,7 +30,15 @@ from monai_iunet.bundling.fit_quality import (
 )
 from monai_iunet.bundling.new_bundle import write_bundle
 from monai_iunet.bundling.references import describe_training
-from monai_iunet.segmentation.quality import FEATURES, Normal, Reference, quality_file, read_quality, weights_digest
+from monai_iunet.segmentation.quality import (
+    FEATURES,
+    Normal,
+    Reference,
+    quality_file,
+    read_quality,
+    weights_digest,
+    write_quality,
+)
 from monai_iunet.segmentation.quality_features import INTENSITY, SHAPE
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 from tests.test_cli import call
@@ -99,6 +107,19 @@ def test_cases_that_fitted_do_not_judge() -> None:
     assert other.warn_below == model.warn_below
     assert other.held_out["correlation"] < -0.9
     assert other.held_out == judge_quality(other, [r for r in turned if not r.fits])
+
+
+def test_results_that_are_all_alike_have_no_correlation(tmp_path: Path) -> None:
+    """As where a network that was trained for a short time finds each structure in the wrong place."""
+    results = [result if result.fits else replace(result, dice=0.0) for result in made_results({"uncertainty": 3.0})]
+    (tmp_path / "models").mkdir()
+    torch.save({}, tmp_path / "models" / "model.pt")
+    model = fit_quality(results, references(), weights_digest(tmp_path))
+    write_quality(model, tmp_path)
+    read = read_quality(tmp_path, STRUCTURES)
+    assert read is not None
+    assert read.held_out == model.held_out
+    assert "| correlation of predicted and true Dice | none: all are alike |" in as_markdown(read)
 
 
 def test_too_few_cases_are_an_error() -> None:
