@@ -107,7 +107,7 @@ def draw_overlay(
     labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
     intensities = intensity_range(np.asarray(image.dataobj), window)
     top = bottom + 0.9 * height  # the title is above
-    low = max(_draw_legend(figure, names, reference is not None, bottom), bottom + 0.1 * height)
+    low = max(_draw_legend(figure, names, reference is not None, bottom, height), bottom + 0.1 * height)
     places = _places(figure, voxel_sizes(image.affine) * image.shape, low, top - low)
     for plane, place in places.items():
         index = center[PLANES[plane]]
@@ -163,8 +163,11 @@ def _places(
     return places
 
 
-def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float) -> float:
-    """Draw the color of each label in as few lines as fit the figure's width, and return its upper edge."""
+def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool, bottom: float, height: float) -> float:
+    """Draw the color of each label in as few lines as fit the figure's width, and return its upper edge.
+
+    Of very many labels, or of long names, it is so small that it leaves the upper half of the height to the planes.
+    """
     if not names and not with_reference:
         return bottom
     from matplotlib.lines import Line2D
@@ -174,21 +177,29 @@ def _draw_legend(figure: Figure, names: Mapping[int, str], with_reference: bool,
     if with_reference:
         handles.append(Line2D([], [], color="white", linestyle="solid", label="found"))
         handles.append(Line2D([], [], color="white", linestyle="dashed", label="true"))
-    for columns in range(min(len(handles), 8), 0, -1):
+
+    def draw(columns: int, size: float | str) -> tuple[Any, Any]:
         legend = figure.legend(
             handles=handles,
             loc="lower center",
             bbox_to_anchor=(0.5, bottom),
             ncols=columns,
-            fontsize="medium" if len(handles) <= 5 else "small" if len(handles) <= 16 else "x-small",
+            fontsize=size,
             labelcolor="white",
             facecolor="black",
             frameon=False,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
-        extent = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        return legend, legend.get_window_extent().transformed(figure.transFigure.inverted())
+
+    size = "medium" if len(handles) <= 5 else "small" if len(handles) <= 16 else "x-small"
+    for columns in range(min(len(handles), 8), 0, -1):
+        legend, extent = draw(columns, size)
         if extent.width <= 1 or columns == 1:
             break
         legend.remove()
+    if extent.height > height / 2:
+        legend.remove()
+        _, extent = draw(columns, legend.get_texts()[0].get_fontsize() * height / 2 / extent.height)
     return float(extent.y1)

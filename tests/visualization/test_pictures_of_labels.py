@@ -86,6 +86,21 @@ def test_the_legend_lies_in_the_figure_below_the_planes(count: int, width: float
     assert all(axes.get_window_extent().y0 >= box.y1 - 1 for axes in figure.axes)
 
 
+@pytest.mark.parametrize(("count", "words"), [(255, 1), (120, 3), (30, 12)])
+def test_a_legend_of_very_many_lines_leaves_room_for_the_planes(count: int, words: int, tmp_path: Path) -> None:
+    image, labels = case()
+    names = {number: f"{'left structure of ' * words} number {number}" for number in range(1, count + 1)}
+    save_overlay(image, labels, names, tmp_path / "picture.png")
+    figure = Figure(figsize=(12, 4.6))
+    draw_overlay(figure, image, labels, names, bottom=0.5, height=0.5)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == count
+    top = legend.get_window_extent().y1  # about the half, since very small letters have whole pixels
+    assert top < 0.5 * 460 + 0.7 * 230
+    assert all(top - 1 < axes.get_window_extent().y0 < axes.get_window_extent().y1 - 20 for axes in figure.axes)
+
+
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS"])
 def test_an_overlay_goes_through_the_largest_structure(axcodes: str) -> None:
     image, labels = case(axcodes)
