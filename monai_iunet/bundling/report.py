@@ -167,7 +167,7 @@ def draw_cases(bundle: str | Path, dataset_dir: str | Path, cases: Path, path: P
     values = label_values(Path(bundle))
     number_labels = None if values is None else MapLabelValue(values, [*segmenter.labels], dtype=np.uint8)
     chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    figure = plt.figure(figsize=(12, 4.6 * len(chosen)), facecolor="black")
+    figure = plt.figure(figsize=(12, 4.6 * len(chosen)), dpi=80, facecolor="black")
     try:
         height = 1 / len(chosen)
         bar = tqdm(chosen.items(), "drawing cases", leave=False, disable=None)

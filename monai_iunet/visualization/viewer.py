@@ -56,7 +56,7 @@ class VolumeViewer:
         """Return the picture, as PNG."""
         from matplotlib.figure import Figure
 
-        figure, buffer = Figure(figsize=(12, 4.6), facecolor="black"), io.BytesIO()
+        figure, buffer = Figure(figsize=(12, 4.6), dpi=80, facecolor="black"), io.BytesIO()
         draw_overlay(figure, self.image, self.labels, self.names, window=self.window)
         figure.savefig(buffer, format="png", dpi=80, facecolor="black")
         return buffer.getvalue()

@@ -101,6 +101,23 @@ def test_a_legend_of_very_many_lines_leaves_room_for_the_planes(count: int, word
     assert all(top - 1 < axes.get_window_extent().y0 < axes.get_window_extent().y1 - 20 for axes in figure.axes)
 
 
+def test_the_legend_of_a_picture_is_as_wide_as_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Letters are up to 4 % wider in another resolution, so that the last digits of names were cut off."""
+    image, labels = case()
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: (drawn.append(self), save(self, *args, **options))
+    )
+    save_overlay(image, labels, {number: f"structure number {number}" for number in range(1, 105)}, tmp_path / "a.png")
+    (figure,) = drawn
+    figure.set_dpi(110)
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= 12 * 110
+
+
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS"])
 def test_an_overlay_goes_through_the_largest_structure(axcodes: str) -> None:
     image, labels = case(axcodes)
