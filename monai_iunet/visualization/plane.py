@@ -93,6 +93,8 @@ def draw_plane(
                 mask = np.pad(part == label, 1)
                 rows, columns = (np.arange(extent) - 1 for extent in mask.shape)
                 axes.contour(columns, rows, mask, levels=[0.5], colors=[color], linewidths=1.5, linestyles=style)
+    # The borders that contours were given are no part of the plane, which would have another scale with them.
+    axes.set(xlim=(-0.5, shown.shape[1] - 0.5), ylim=(-0.5, shown.shape[0] - 0.5))
     if plane != "sagittal":
         options = {"color": "white", "va": "top", "transform": axes.transAxes}
         options["bbox"] = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}

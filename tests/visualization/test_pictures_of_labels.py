@@ -69,6 +69,17 @@ def test_the_planes_of_an_overlay_have_one_scale_and_stay_in_the_figure() -> Non
     np.testing.assert_allclose(scales, scales[0], rtol=0.02)
 
 
+def test_the_planes_of_a_volume_of_one_slice_have_one_scale() -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((30, 24, 1)), np.diag([1, 1, 6, 1]))
+    figure = Figure(figsize=(12, 4.6))
+    draw_overlay(figure, image, np.ones(image.shape, np.uint8), NAMES)
+    FigureCanvasAgg(figure).draw()
+    sizes = [(30.0, 6.0), (24.0, 6.0), (30.0, 24.0)]  # mm: coronal, sagittal, axial
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    scales = [scale for box, (across, up) in zip(boxes, sizes) for scale in (box.width / across, box.height / up)]
+    np.testing.assert_allclose(scales, scales[0], rtol=0.02)
+
+
 @pytest.mark.parametrize("width", [9.6, 12.0])
 @pytest.mark.parametrize("count", [1, 8, 30])
 def test_the_legend_lies_in_the_figure_below_the_planes(count: int, width: float) -> None:
