@@ -56,12 +56,12 @@ def save_overlay(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), dpi=110, facecolor="black")  # in which letters are as wide as when it is saved
-    draw_overlay(figure, image, labels, names, title, window=window)
-    if warning:
-        options = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
-        figure.text(0.5, 0.915, textwrap.fill(f"Warning: {warning}", 150), None, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # not every font has every script
+        draw_overlay(figure, image, labels, names, title, window=window)
+        if warning:
+            options = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
+            figure.text(0.5, 0.915, textwrap.fill(f"Warning: {warning}", 150), None, **options)
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
 
 

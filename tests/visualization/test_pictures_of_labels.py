@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,13 @@ def test_thin_volumes_are_drawn(shape: tuple[int, int, int], tmp_path: Path) -> 
     assert (tmp_path / "picture.png").stat().st_size > 1000
     for plane in ("axial", "coronal", "sagittal"):
         draw_slice(Figure(), image, labels, NAMES, plane)
+
+
+def test_letters_that_the_font_has_not_are_no_warning(tmp_path: Path) -> None:
+    image, labels = case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_overlay(image, labels, {1: "\u809d", 2: "tumor"}, tmp_path / "picture.png", title="\u809d")
 
 
 def test_dollar_signs_are_no_formula(tmp_path: Path) -> None:
