@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import locale
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import nibabel
+import numpy as np
 import pytest
+import SimpleITK
 
+from monai_iunet import read_image, to_simpleitk
 from tests.helpers import GLOO_AVERAGES
 from tests.notebooks import NOTEBOOKS, execute
 
@@ -86,3 +91,24 @@ def test_it_begins_as_those_of_monai(path: Path) -> None:
 
 def test_there_are_seven() -> None:
     assert [path.stem for path in PATHS] == list(SMALL)
+
+
+def cell(name: str, beginning: str) -> str:
+    """The code of the cell that a line begins in, from there on."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    (source,) = (cell.source for cell in notebook.cells if cell.cell_type == "code" and f"\n{beginning}" in cell.source)
+    return str(source[source.index(f"\n{beginning}") + 1 :])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("degrees", [0, 12])
+def test_a_ct_of_ones_own_is_written_as_a_series_that_lies_where_it_lies(degrees: float, tmp_path: Path) -> None:
+    names = {"Path": Path, "nibabel": nibabel, "np": np, "SimpleITK": SimpleITK, "locale": locale}
+    names["to_simpleitk"] = to_simpleitk
+    exec(cell("03_segment_ct", "def write_series").partition("\nif ct is None")[0], names)
+    turn = nibabel.eulerangles.euler2mat(*np.radians([degrees, degrees, -degrees]))
+    affine = nibabel.affines.from_matvec(turn @ np.diag([-2, -2, 3]), [40, 30, -20])
+    voxels = np.random.default_rng(0).normal(0, 100, (12, 10, 8)).round().astype(np.float32)
+    read = read_image(names["write_series"](nibabel.Nifti1Image(voxels, affine), tmp_path / "ct"))  # type: ignore[operator]
+    np.testing.assert_allclose(read.affine, affine, atol=1e-3)
+    np.testing.assert_array_equal(read.get_fdata(), voxels)
