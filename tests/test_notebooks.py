@@ -5,6 +5,7 @@ from __future__ import annotations
 import locale
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -112,3 +113,20 @@ def test_a_ct_of_ones_own_is_written_as_a_series_that_lies_where_it_lies(degrees
     read = read_image(names["write_series"](nibabel.Nifti1Image(voxels, affine), tmp_path / "ct"))  # type: ignore[operator]
     np.testing.assert_allclose(read.affine, affine, atol=1e-3)
     np.testing.assert_array_equal(read.get_fdata(), voxels)
+
+
+@pytest.mark.parametrize("region", [None, np.eye(4)])
+def test_a_head_of_ones_own_is_drawn_with_the_structures_of_both_sides(region: Any) -> None:
+    drawn: list[Any] = []
+    own, crop, head = object(), {1: "anterior"}, {1: "left anterior", 2: "right anterior"}
+    names = {
+        "read_image": lambda path: own,
+        "own_image": "a.nii.gz",
+        "plt": SimpleNamespace(figure=lambda **options: None, show=lambda: None),
+        "segmenter": SimpleNamespace(labels=crop, locate=lambda image, name: region),
+        "found": SimpleNamespace(names=head),
+        "values": np.ones(3),
+        "draw_overlay": lambda figure, *arguments, **options: drawn.append(arguments),
+    }
+    exec(cell("02_segment_mri", "own = read_image"), names)
+    assert drawn[0][2] is (crop if region is None else head)
