@@ -130,3 +130,18 @@ def test_a_head_of_ones_own_is_drawn_with_the_structures_of_both_sides(region: A
     }
     exec(cell("02_segment_mri", "own = read_image"), names)
     assert drawn[0][2] is (crop if region is None else head)
+
+
+def test_what_is_kept_with_the_package_is_not_replaced_by_arms_of_ones_own(tmp_path: Path) -> None:
+    kept, shown = tmp_path / "kept", []
+    names = {
+        **{"kept": kept, "arms_dir": str(tmp_path), "dataset_dir": "data", "shown": [], "Path": Path},
+        "plt": SimpleNamespace(
+            figure=lambda **options: SimpleNamespace(savefig=lambda path, dpi: Path(path).write_bytes(b"")),
+            close=lambda figure: None,
+        ),
+        **{"BundleSegmenter": lambda folder: None, "Image": lambda path: path, "display": shown.append},
+    }
+    exec(cell("07_whole_images", "picture = kept"), names)
+    assert shown == [tmp_path / "cases.png"]
+    assert not kept.exists()
