@@ -31,7 +31,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.fitting.planner import largest_image
-from monai_iunet.io.files import SUFFIXES, check_folder, image_name, write_text
+from monai_iunet.io.files import SUFFIXES, check_folder, image_name, whole_folder, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
@@ -276,9 +276,10 @@ def _write_arm(arm: _Arm, bundle: Path, test_cases: Sequence[str], clock: str, s
             config["seed"] = seed
     files: dict[str, Any] = {**configs, "validation_cases.json": list(test_cases)}
     if not bundle.exists():
-        write_bundle(arm.task, bundle)
-        for name, content in files.items():
-            write_text(bundle / "configs" / name, json.dumps(content, indent=4) + "\n")
+        with whole_folder(bundle) as made:
+            write_bundle(arm.task, made)
+            for name, content in files.items():
+                write_text(made / "configs" / name, json.dumps(content, indent=4) + "\n")
     for name, content in files.items():
         path = bundle / "configs" / name
         if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from monai_iunet.bundling.task import TASKS, Task
 from monai_iunet.bundling.workflows import any_contrast_config, evaluate_config, inference_config, train_config
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import bundle_folder
-from monai_iunet.io.files import check_folder, write_text
+from monai_iunet.io.files import check_folder, whole_folder, write_text
 from monai_iunet.io.text import times
 from monai_iunet.transforms.patches import WHOLE
 
@@ -57,7 +56,7 @@ def write_bundle(task: Task, folder: str | Path) -> Path:
 
     Args:
         task: what the bundle segments.
-        folder: is created.
+        folder: is created, whole or not at all.
 
     Returns:
         The folder.
@@ -75,15 +74,17 @@ def write_bundle(task: Task, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder. Name another one.")
-    for part in ("configs", "docs", "models"):
-        check_folder(folder / part)
-    write_configs(task, folder)
-    example = bundle_folder()
-    for name in ("LICENSE", "configs/logging.conf"):
-        shutil.copyfile(example / name, folder / name)
-    write_text(folder / "configs" / "metadata.json", json.dumps(_metadata(task), indent=4) + "\n")
-    write_text(folder / "docs" / "README.md", _readme(task))
-    write_text(folder / "docs" / "data_license.txt", f"The license of the data set {task.dataset}, and whom to cite.\n")
+    with whole_folder(folder) as made:
+        for part in ("configs", "docs", "models"):
+            check_folder(made / part)
+        write_configs(task, made)
+        example = bundle_folder()
+        for name in ("LICENSE", "configs/logging.conf"):
+            write_text(made / name, (example / name).read_text(encoding="utf-8"))
+        write_text(made / "configs" / "metadata.json", json.dumps(_metadata(task), indent=4) + "\n")
+        write_text(made / "docs" / "README.md", _readme(task))
+        license_of_data = f"The license of the data set {task.dataset}, and whom to cite.\n"
+        write_text(made / "docs" / "data_license.txt", license_of_data)
     return folder
 
 

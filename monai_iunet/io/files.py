@@ -29,6 +29,7 @@ __all__ = [
     "hold_folder",
     "image_name",
     "is_as_before",
+    "whole_folder",
     "write_atomically",
     "write_text",
 ]
@@ -99,9 +100,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
         InputError: when it cannot, or ~ stands for the home folder, which only a shell knows.
     """
     path = Path(str(path))  # the command line of MONAI makes a number of a folder that is named 2024
-    if "~" in path.parts or os.path.expanduser(path) != str(path):  # ~ or ~user
-        name = next(part for part in path.parts if part.startswith("~"))
-        raise InputError(f"{path}: a folder of the name {name} would be made. Write the path of your home folder out.")
+    _check_written_out(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -109,6 +108,37 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another output folder.") from error
     return path
+
+
+def _check_written_out(path: Path) -> None:
+    if "~" in path.parts or os.path.expanduser(path) != str(path):  # ~ or ~user
+        name = next(part for part in path.parts if part.startswith("~"))
+        raise InputError(f"{path}: a folder of the name {name} would be made. Write the path of your home folder out.")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Make a folder under a temporary name beside it, and rename it when it is complete; of a failure nothing is left.
+
+    Args:
+        path: of the folder, which is not there or empty.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        InputError: when it cannot be created.
+        OSError: when there is something in it meanwhile.
+    """
+    _check_written_out(path)
+    place = Path(os.path.realpath(path))  # of a link, what it leads to
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=check_folder(place.parent)) as temporary:
+        made = Path(temporary, "made")
+        made.mkdir()
+        yield made
+        if place.exists():
+            place.rmdir()  # which is empty
+        made.rename(place)
 
 
 @contextlib.contextmanager

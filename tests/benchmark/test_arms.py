@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,26 @@ def test_branches_are_those_of_the_patch_but_for_their_kind(planned: tuple[Path,
         assert arm.task == replace(task, activations=activations)
         kinds = {type(layer) for layer in arms._network(arm.task, arm.network).modules()}
         assert (UnetResBlock in kinds, torch.nn.GELU in kinds) == (name == "residual", name == "mednext")
+
+
+def test_of_an_arm_that_could_not_be_written_nothing_is_left(
+    planned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = planned
+    task = replace(read_plan(plan / "docs" / "plan.json").task, validation_cases=True, judges=())
+    arm = arms._Arm(task, None, (1, (16, 16, 16)), 1)
+
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            arms._write_arm(arm, tmp_path / "patch", ["case_00.nii.gz"], "processor", 0)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):  # which goes on
+        arms._write_arm(arm, tmp_path / "patch", ["case_00.nii.gz"], "processor", 0)
+    assert (tmp_path / "patch" / "configs" / "validation_cases.json").is_file()
 
 
 def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_path: Path) -> None:

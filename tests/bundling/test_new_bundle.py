@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from monai.bundle import verify_metadata
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, Task, read_image
+from monai_iunet.bundling import new_bundle
 from monai_iunet.cli import app
 from monai_iunet.training.evaluation import compare
 from tests.bundles.helpers import SCHEMA, launch, losses, run
@@ -124,6 +127,22 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
     assert code == 2
     assert "not an empty folder" in output
     assert [path.name for path in (tmp_path / "my_task").iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_gets_no_part_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = new_bundle.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "logging.conf":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new_bundle, "write_text", full)
+        code, output = init(tmp_path)
+    assert (code, "Make room there, and call it again" in output) == (1, True), output
+    assert list(tmp_path.iterdir()) == []
+    assert init(tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize(
