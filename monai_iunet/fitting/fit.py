@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,7 +59,7 @@ from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
 from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
 from monai_iunet.fitting.state import FitState
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, hold_folder, write_text
+from monai_iunet.io.files import check_folder, hold_folder, whole_folder, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
@@ -263,25 +262,21 @@ class _Fit:
         count_parts(len(data.training), self.options.folds, self.options.fold, bool(data.validation))
         self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
         self.plan = self._make_plan(data)
-        place = Path(os.path.realpath(self.folder))  # of a link, what it leads to
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=check_folder(place.parent)) as temporary:
-            folder = write_bundle(self.plan.task, Path(temporary, "bundle"))
-            docs = folder / "docs"
-            write_fingerprint(self.fingerprint, docs / "fingerprint.json")
-            draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
-            write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
-            self.state.write(folder, asked, [*data.training, *(data.validation or [])])
-            try:
-                if place.exists():
-                    place.rmdir()  # which is empty
-                folder.rename(place)
-            except OSError as error:
-                if not self.state.file.is_file():
-                    raise
-                raise InputError(
-                    f"{self.folder}: another process has begun a fit in it meanwhile. Call it again to go on with that "
-                    "one, or name another --output."
-                ) from error
+        try:
+            with whole_folder(self.folder) as folder:
+                write_bundle(self.plan.task, folder)
+                docs = folder / "docs"
+                write_fingerprint(self.fingerprint, docs / "fingerprint.json")
+                draw_fingerprint(self.fingerprint, docs / "fingerprint.png")
+                write_text(docs / "plan.json", json.dumps(self.plan.as_json(), indent=1) + "\n")
+                self.state.write(folder, asked, [*data.training, *(data.validation or [])])
+        except OSError as error:
+            if not self.state.file.is_file():
+                raise
+            raise InputError(
+                f"{self.folder}: another process has begun a fit in it meanwhile. Call it again to go on with that "
+                "one, or name another --output."
+            ) from error
 
     def _make_plan(self, data: LabeledData) -> FitPlan:
         memory = self.options.memory or _memory(self.device)

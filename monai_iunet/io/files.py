@@ -120,6 +120,8 @@ def _check_written_out(path: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Make a folder under a temporary name beside it, and rename it when it is complete; of a failure nothing is left.
 
+    A folder that cannot be replaced, as the root of a disk or one in a folder of others, is filled with it, files last.
+
     Args:
         path: of the folder, which is not there or empty.
 
@@ -132,10 +134,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     _check_written_out(path)
     place = Path(os.path.realpath(path))  # of a link, what it leads to
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=check_folder(place.parent)) as temporary:
+    stays = place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK))
+    with tempfile.TemporaryDirectory(
+        prefix=f".{place.name}.", dir=check_folder(place if stays else place.parent)
+    ) as temporary:
         made = Path(temporary, "made")
         made.mkdir()
         yield made
+        if stays:
+            for part in sorted(made.iterdir(), key=Path.is_file):
+                part.rename(place / part.name)
+            return
         if place.exists():
             place.rmdir()  # which is empty
         made.rename(place)

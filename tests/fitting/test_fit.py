@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -366,6 +367,19 @@ def test_the_folder_may_be_a_link(is_there: bool, tmp_path: Path) -> None:
         assert link.is_symlink()
         assert (disk / "docs" / "plan.json").is_file()
     assert [path.name for path in disk.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_folder_may_be_the_root_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, folder = make_set(tmp_path / "data", shape=(12, 12, 12), count=5), tmp_path / "disk"
+    folder.mkdir()
+    inode = folder.stat().st_ino
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    for _ in range(2):  # which goes on
+        assert fit(data, folder, gpu_memory="1 GiB", device="cpu", plan_only=True) == folder
+        assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "configs", "docs", "fit.json", "models"]
+    assert folder.stat().st_ino == inode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
 
 
 def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
