@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from monai.bundle import ConfigParser
 from rich.table import Table
 
 from monai_iunet.bundling.task import Task
 from monai_iunet.bundling.workflows import inference_config
 from monai_iunet.fitting.cross_validation import Score, summarize, summarize_gain
-from monai_iunet.io.files import check_folder, write_atomically
-from monai_iunet.io.weights import read_weights
+from monai_iunet.io.files import check_folder
+from monai_iunet.io.weights import read_weights, write_state
 from monai_iunet.networks.nets.seg_ensemble import SegEnsemble
 from monai_iunet.training.record import record_file, training_record, write_record
 from monai_iunet.training.seen_cases import TRAINED_ON
@@ -126,5 +125,4 @@ def write_ensemble(members: Sequence[Path], task: Task, path: Path) -> None:
     of_all = {name: value for name, value in records[0].items() if name not in ("fold", "folds")}
     trained_on = sorted({digest for record in records for digest in record.get(TRAINED_ON, ())})
     write_record({**of_all, "network": training_record(network, [])["network"], TRAINED_ON: trained_on}, path)
-    state = SegEnsemble.state_of([read_weights(member) for member in members])
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_state(SegEnsemble.state_of([read_weights(member) for member in members]), path)

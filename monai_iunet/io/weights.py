@@ -1,16 +1,19 @@
-"""Reading weights that somebody hands in, without running anything that may be in the file."""
+"""Reading weights that somebody hands in, without running anything that may be in the file, and writing them."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from monai_iunet.errors import InputError
+from monai_iunet.io.files import write_atomically
 from monai_iunet.io.text import in_one_line
 
-__all__ = ["read_weights", "weights_file"]
+__all__ = ["read_weights", "weights_file", "write_state"]
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -45,3 +48,15 @@ def weights_file(bundle: str | Path, name: str = "model") -> Path:
     models = Path(bundle) / "models"
     pickled, safetensors = models / f"{name}.pt", models / f"{name}.safetensors"
     return safetensors if safetensors.is_file() and not pickled.is_file() else pickled
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write the state of a network or of a training, whole or not at all.
+
+    Raises:
+        OSError: when there is no room for it.
+    """
+    # Through memory, because of a full disk `torch.save` says only that a position in the file is unexpected.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))

@@ -24,8 +24,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from monai_iunet.errors import InputError
-from monai_iunet.io.files import check_folder, write_atomically
+from monai_iunet.io.files import check_folder
 from monai_iunet.io.text import first_line
+from monai_iunet.io.weights import write_state
 from monai_iunet.training.early_stop import EarlyStop
 from monai_iunet.training.record import differences, write_record
 from monai_iunet.training.seen_cases import TRAINED_ON, image_digests
@@ -195,7 +196,7 @@ class Checkpoints:
             TRAINED_ON: sorted(self._trained_on),
             **{name: _with_plain_numbers(part.state_dict()) for name, part in self.state.items()},
         }
-        _write(saved, self.last)
+        write_state(saved, self.last)
 
     def _keep_best(self, validator: Any, trainer: Any) -> None:
         self._stop_at_ruined_weights(trainer)
@@ -228,7 +229,7 @@ class Checkpoints:
             write_record({**self.record, TRAINED_ON: sorted(self._trained_on)}, path)
         weights = self.model.state_dict()  # changed in place, since a copy would lose what modules note beside them
         weights.update({name: tensor.cpu() for name, tensor in weights.items()})
-        _write(weights, path)
+        write_state(weights, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
         schedules = {part: part.state_dict() for part in self.state.values() if isinstance(part, LRScheduler)}
@@ -401,10 +402,3 @@ def _warn_of_another_order(trainer: Any) -> None:
         reasons.append("its workers keep random numbers from epoch to epoch (set persistent_workers to False)")
     if reasons:
         logger.warning("The training will not end as if it had not been interrupted: %s.", "; ".join(reasons))
-
-
-def _write(state: Mapping[str, Any], path: Path) -> None:
-    # Through memory, because of a full disk `torch.save` says only that a position in the file is unexpected.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))

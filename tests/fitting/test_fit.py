@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ from monai_iunet import BundleSegmenter, InputError, TimedDecay, fit, segment, v
 from monai_iunet.bundling.new_bundle import write_bundle, write_configs
 from monai_iunet.bundling.report import write_report
 from monai_iunet.bundling.task import Task
+from monai_iunet.bundling.workflows import inference_config
 from monai_iunet.cli import app
 from monai_iunet.fitting import fit as fitting
 from monai_iunet.fitting.cross_validation import Score, best_fold, choose_clean_up, mean_dice, read_scores, summarize
-from monai_iunet.fitting.ensemble import Comparison, Judged
+from monai_iunet.fitting.ensemble import Comparison, Judged, write_ensemble
 from monai_iunet.fitting.fit import parse_seconds
 from monai_iunet.fitting.page import write_results
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.io.read import read_image
 from monai_iunet.training.dataset import list_cases
-from monai_iunet.training.record import trained_value
+from monai_iunet.training.record import record_file, trained_value
 from monai_iunet.training.seen_cases import image_digests
+from tests.bundles.made_data import SMALL_TASK
 from tests.fitting.made_sets import make_set, number_labels
 
 
@@ -367,6 +370,24 @@ def test_the_folder_may_be_a_link(is_there: bool, tmp_path: Path) -> None:
         assert link.is_symlink()
         assert (disk / "docs" / "plan.json").is_file()
     assert [path.name for path in disk.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no files")
+def test_an_ensemble_that_finds_no_room_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    import resource
+
+    task = replace(SMALL_TASK, members=2)
+    network = ConfigParser(inference_config(SMALL_TASK)).get_parsed_content("network_def")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    record_file(tmp_path / "model.pt").write_text("{}")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, most))
+    try:
+        with pytest.raises(OSError, match=r"model\.pt"):
+            write_ensemble([tmp_path / "model.pt"] * 2, task, tmp_path / "ensemble" / "model.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert [path.name for path in (tmp_path / "ensemble").iterdir()] == ["training.json"]
 
 
 @pytest.mark.usefixtures("quick")
