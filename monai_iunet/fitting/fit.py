@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic, process_time, sleep
 from typing import Any
@@ -59,7 +60,7 @@ from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
 from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
 from monai_iunet.fitting.state import FitState
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, hold_folder, whole_folder, write_text
+from monai_iunet.io.files import check_folder, hold_folder, whole_folder, write_atomically, write_text
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
@@ -522,7 +523,8 @@ class _Fit:
     def _take_weights(self, models: Path) -> None:
         """Copy the weights of a folder, and what their training was given, to where the bundle has them."""
         for source in (models / "model.pt", record_file(models / "model.pt")):
-            shutil.copyfile(source, self.folder / "models" / source.name)
+            copy = source.read_bytes()
+            write_atomically(self.folder / "models" / source.name, partial(Path.write_bytes, data=copy))
 
     def _remove_states(self) -> None:
         """Remove what trainings would go on from, and what the bundle has a copy of."""

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -372,22 +372,38 @@ def test_the_folder_may_be_a_link(is_there: bool, tmp_path: Path) -> None:
     assert [path.name for path in disk.parent.iterdir()] == ["bundle"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no files")
-def test_an_ensemble_that_finds_no_room_is_an_error_of_the_disk(tmp_path: Path) -> None:
-    import resource
+@contextlib.contextmanager
+def no_room_for_files_of(size: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource", reason="Windows limits no files")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
+
+def test_an_ensemble_that_finds_no_room_is_an_error_of_the_disk(tmp_path: Path) -> None:
     task = replace(SMALL_TASK, members=2)
     network = ConfigParser(inference_config(SMALL_TASK)).get_parsed_content("network_def")
     torch.save(network.state_dict(), tmp_path / "model.pt")
     record_file(tmp_path / "model.pt").write_text("{}")
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, most))
-    try:
-        with pytest.raises(OSError, match=r"model\.pt"):
-            write_ensemble([tmp_path / "model.pt"] * 2, task, tmp_path / "ensemble" / "model.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    with no_room_for_files_of(2**13), pytest.raises(OSError, match=r"model\.pt"):
+        write_ensemble([tmp_path / "model.pt"] * 2, task, tmp_path / "ensemble" / "model.pt")
     assert [path.name for path in (tmp_path / "ensemble").iterdir()] == ["training.json"]
+
+
+def test_weights_of_a_bundle_stay_where_others_find_no_room(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    (models / "all_cases").mkdir(parents=True)
+    (models / "model.pt").write_text("of a fold")
+    (models / "all_cases" / "model.pt").write_bytes(bytes(2**14))
+    run = fitting._Fit(tmp_path, tmp_path, fitting.FitOptions(device="cpu"), Console(quiet=True))
+    with no_room_for_files_of(2**13), pytest.raises(OSError, match="File too large") as caught:
+        run._take_weights(models / "all_cases")
+    assert caught.value.filename == str(models / "model.pt")
+    assert (models / "model.pt").read_text() == "of a fold"
+    assert sorted(path.name for path in models.iterdir()) == ["all_cases", "model.pt"]
 
 
 @pytest.mark.usefixtures("quick")
