@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from monai_iunet.planning.budget import largest_patch
 from monai_iunet.planning.plan import plan_training
 
 __all__ = ["PlannedIUNet", "add_configurations"]
+
+logger = logging.getLogger(__name__)
 
 NETWORK = "monai_iunet.PlannedIUNet"
 SEG_LAYERS = "decoder.seg_layers"
@@ -113,7 +116,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
     fit.
 
     Args:
-        plans_file: such as `nnUNetPlans.json`; what is in it stays.
+        plans_file: such as `nnUNetPlans.json`; what is in it stays. The `dataset.json` that nnU-Net puts beside it says
+            how many classes there are, whose logits take memory too.
         configuration: whose patch, batch and strides are taken.
         couplings: per level; with a patch that cannot grow, the larger configuration has twice as many.
 
@@ -129,6 +133,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         ['3d_fullres_iunet', '3d_fullres_iunet_large']
     """
     path = Path(plans_file)
+    described = path.with_name("dataset.json")
+    classes = _count_classes(described) if described.is_file() else 2
     try:
         plans = json.loads(path.read_text(encoding="utf-8"))
         settings = _resolved(plans["configurations"], configuration)
@@ -140,8 +146,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         strides, features = arguments["strides"], arguments["features_per_stage"]
         channels = max(1, len(plans.get("foreground_intensity_properties_per_channel", {})))
         architecture = _architecture(strides, features, couplings)
-        network = PlannedIUNet(channels, 2, **architecture["arch_kwargs"])
-        own = _own_network(strides, features, arguments["kernel_sizes"], channels)
+        network = PlannedIUNet(channels, classes, **architecture["arch_kwargs"])
+        own = _own_network(strides, features, arguments["kernel_sizes"], channels, classes)
         median = settings.get("median_image_size_in_voxels", patch)
         _check_sizes(patch, median, batch, network.iunet.factors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -159,6 +165,8 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
         "optimizer": torch.optim.SGD,
         "in_channels": channels,
     }
+    if not described.is_file():
+        logger.warning("%s: not there, so memory is planned for two classes. Put it beside the plans.", described)
     budget = plan_training(own, patch, **options).training_peak
     factors = network.iunet.factors
     limit = [max(small, factor * math.ceil(size / factor)) for small, size, factor in zip(patch, median, factors)]
@@ -173,12 +181,23 @@ def add_configurations(plans_file: str | Path, configuration: str = "3d_fullres"
     larger = {**copy.deepcopy(plain), "patch_size": large}
     if large == list(patch):
         deeper = _architecture(strides, features, 2 * couplings)
-        deep = PlannedIUNet(channels, 2, **deeper["arch_kwargs"]).train()
+        deep = PlannedIUNet(channels, classes, **deeper["arch_kwargs"]).train()
         if plan_training(deep, patch, **options).training_peak <= budget:
             larger["architecture"] = deeper
     plans["configurations"].update({names[0]: plain, names[1]: larger})
     write_text(path, json.dumps(plans, indent=4) + "\n")
     return names
+
+
+def _count_classes(path: Path) -> int:
+    """Return how many logits a voxel has: one per label, or per region where there are any, but none to be ignored."""
+    try:
+        labels = dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: has no labels as nnU-Net v2 writes them ({error!r}). Copy it again.") from error
+    labels.pop("ignore", None)
+    has_regions = any(isinstance(label, list) and len(label) > 1 for label in labels.values())
+    return max(1, len(labels) - has_regions)  # of regions none is the background
 
 
 def _check_sizes(patch: Any, median: Any, batch: Any, factors: Sequence[int]) -> None:
@@ -206,8 +225,8 @@ def _architecture(strides: Sequence[Sequence[int]], features: Sequence[int], cou
     return {"network_class_name": NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []}
 
 
-def _own_network(strides: Any, features: Any, kernels: Any, channels: int) -> nn.Module:
+def _own_network(strides: Any, features: Any, kernels: Any, channels: int, classes: int) -> nn.Module:
     """Return nnU-Net's plain network, built of MONAI's."""
     return DynUNet(
-        len(strides[0]), channels, 2, kernels, strides, strides[1:], filters=features, deep_supervision=False
+        len(strides[0]), channels, classes, kernels, strides, strides[1:], filters=features, deep_supervision=False
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from monai_iunet.benchmark.comparison import difference
 from monai_iunet.errors import InputError
-from monai_iunet.interop.nnunet import PlannedIUNet, add_configurations
+from monai_iunet.interop.nnunet import PlannedIUNet, _count_classes, add_configurations
 from monai_iunet.planning.plan import plan_training
 from tests.test_cli import call
 
@@ -143,6 +143,44 @@ def test_sizes_that_cannot_be_planned_for_are_refused(setting: str, value: Any, 
     with pytest.raises(InputError, match="no plans of nnU-Net v2 with a configuration 3d_fullres"):
         add_configurations(path, couplings=1)
     assert path.read_text() == before
+
+
+def test_the_logits_of_many_classes_take_memory_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, made, sizes = tmp_path / "nnUNetPlans.json", plans(), []
+    for count in (None, 1, 60):
+        path.write_text(json.dumps(made))
+        if count is not None:
+            labels = {"background": 0, **{f"part {label}": label for label in range(1, count + 1)}}
+            (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        _, large = add_configurations(path, couplings=1)
+        written = json.loads(path.read_text())["configurations"][large]
+        sizes.append(written.get("patch_size"))
+    assert sizes[0] == sizes[1] > sizes[2]
+    assert caplog.text.count("dataset.json: not there, so memory is planned for two classes") == 1
+    own = DynUNet(3, 1, 61, KERNELS, STRIDES, STRIDES[1:], filters=FEATURES)
+    options = {"batch_size": 2, "dtype": torch.bfloat16, "optimizer": torch.optim.SGD}
+    budget = plan_training(own, (16, 32, 32), **options).training_peak
+    net = PlannedIUNet(1, 61, **written["architecture"]["arch_kwargs"]).train()
+    assert plan_training(net, sizes[2], **options).training_peak <= budget
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"background": 0, "a": 1, "b": 2}, 3),
+        ({"background": 0, "a": 1, "ignore": 2}, 2),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, 2),
+        ({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, 2),
+    ],
+)
+def test_there_is_a_logit_for_each_label_or_region(labels: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    """As nnU-Net's `LabelManager.num_segmentation_heads` counts them."""
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"labels": labels}))
+    assert _count_classes(path) == expected
+    path.write_text("{}")
+    with pytest.raises(InputError, match="has no labels"):
+        _count_classes(path)
 
 
 THICK = {
