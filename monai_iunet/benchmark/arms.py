@@ -20,6 +20,7 @@ from monai_iunet.benchmark.comparison import (
     Config,
     check_asked,
     difference,
+    facts_of_cases,
     interval_text,
     run_config,
     scores,
@@ -108,7 +109,8 @@ def compare_arms(
         and the number of "cases".
 
     Raises:
-        InputError: for folders that are none, and when a training or an evaluation fails.
+        InputError: for folders that are none, when the cases have changed since arms were trained, and when a training
+            or an evaluation fails.
     """
     plan, output = Path(plan), check_folder(output_dir)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,8 +119,8 @@ def compare_arms(
         raise InputError(f"{plan}: must be the plan of a patch, of images of one channel: fit --roi-size 56,56,40.")
     check_structures(dataset_dir, task.classes, task.label_values)
     values = None if task.label_values is None else (0, *task.label_values)
-    check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
-    check_asked(output, {"dataset": str(Path(dataset_dir).resolve())})
+    cases = check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
+    check_asked(output, {"dataset": str(Path(dataset_dir).resolve()), **facts_of_cases({"labeled": cases})})
     test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests, task.left_out)
     timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
     task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)

@@ -22,7 +22,7 @@ from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, files_digest, write_text
+from monai_iunet.io.files import check_folder, files_digest, files_in, write_text
 from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
@@ -35,6 +35,7 @@ __all__ = [
     "check_asked",
     "compare_networks",
     "difference",
+    "facts_of_cases",
     "interval_text",
     "run_config",
     "scores",
@@ -97,8 +98,8 @@ def compare_networks(
 
     Raises:
         InputError: for folders that are none, a bundle that is trained for a time, or a network that does not take its
-            patches; when the output folder is that of another bundle or data set, and when a training or an evaluation
-            fails.
+            patches; when the output folder is that of another bundle or data set, or of other cases, and when a
+            training or an evaluation fails.
     """
     bundle, output_dir = Path(bundle), Path(output_dir)
     for needed in (bundle / "configs" / "train.json", Path(dataset_dir, "dataset.json")):
@@ -116,8 +117,8 @@ def compare_networks(
     parsed_content(training, "datalist")  # reads all cases, and lists the bad ones
     folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
     configs = files_digest([bundle / "configs" / name for name in ("train.json", "evaluate.json")])
-    listed = {section: [Path(image_of(case)).name for case in cases[section]] for section in cases}
-    check_asked(folder, {"dataset": common["dataset_dir"], "cases": listed, "bundle": bundle.name, "configs": configs})
+    asked = {"dataset": common["dataset_dir"], **facts_of_cases(cases), "bundle": bundle.name, "configs": configs}
+    check_asked(folder, asked)
     figures, dice = {}, {}
     for name, definition in definitions.items():
         settings = {**common, "network_def": definition, "check_data": False}
@@ -188,6 +189,14 @@ def check_asked(folder: Path, asked: Mapping[str, Any]) -> None:
             f"{folder}: a comparison with another {' and another '.join(changed)} is there ({path.name}). Ask for the "
             "same to go on with it, or name another --output."
         )
+
+
+def facts_of_cases(cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> Config:
+    """Return what tells the cases of a comparison from others: names, and a digest of all images and labels."""
+    parts = [part for section in cases.values() for case in section for part in (case["image"], case["label"])]
+    paths = [Path(file) for part in parts for file in (part if isinstance(part, list) else [part])]
+    names = {section: [Path(image_of(case)).name for case in cases[section]] for section in cases}
+    return {"cases": names, "contents": files_digest([file for path in paths for file in files_in(path)])}
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:

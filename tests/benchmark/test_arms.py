@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,34 @@ def test_of_an_arm_that_could_not_be_written_nothing_is_left(
     for _ in range(2):  # which goes on
         arms._write_arm(arm, tmp_path / "patch", ["case_00.nii.gz"], "processor", 0)
     assert (tmp_path / "patch" / "configs" / "validation_cases.json").is_file()
+
+
+def test_arms_of_other_cases_are_not_compared(
+    planned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, plan = shutil.copytree(planned[0], tmp_path / "data"), planned[1]
+
+    def trained(*_: Any) -> None:
+        raise RuntimeError("an arm is trained")
+
+    monkeypatch.setattr(arms, "_plan_arms", trained)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="an arm is trained"):
+            compare_arms(plan, data, tmp_path / "out", 1.0, tests=2)
+    label = data / "labelsTr" / "case_05.nii.gz"
+    image = nibabel.load(label)
+    mended = np.asarray(image.dataobj).copy()
+    mended[0, 0, 0] = 1
+    before = label.read_bytes()
+    nibabel.save(nibabel.Nifti1Image(mended, image.affine), label)
+    with pytest.raises(InputError, match="a comparison with another contents is there"):
+        compare_arms(plan, data, tmp_path / "out", 1.0, tests=2)
+    label.write_bytes(before)
+    description = json.loads((data / "dataset.json").read_text())
+    description["training"].pop()
+    (data / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="a comparison with another cases and another contents is there"):
+        compare_arms(plan, data, tmp_path / "out", 1.0, tests=2)
 
 
 def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_path: Path) -> None:
