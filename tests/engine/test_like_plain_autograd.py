@@ -1303,7 +1303,9 @@ def test_threads(kinds: tuple[str, ...], options: dict[str, Any]) -> None:
         assert parameter is parameters[name]
     assert all(not isinstance(module, nn.Dropout) or module.training for module in net.modules())
     counts = [int(buffer) for name, buffer in net.named_buffers() if name.endswith("num_batches_tracked")]
-    assert counts == [2 + 12 * len(kinds)] * len(counts)
+    # PyTorch does not guard `buffer.add_(1)`: where two threads meet in it, one of the two may be lost, which is rare.
+    expected_count = 2 + 12 * len(kinds)
+    assert all(expected_count - 2 <= count <= expected_count for count in counts), counts
 
 
 class Writes(TorchDispatchMode):
