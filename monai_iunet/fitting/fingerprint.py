@@ -226,7 +226,7 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
     image = nibabel.as_closest_canonical(first_channel(read))
     labels = np.asarray(nibabel.as_closest_canonical(label).dataobj).astype(np.int32)
     data = image.get_fdata(dtype=np.float32)
-    spacing = nibabel.affines.voxel_sizes(image.affine)
+    spacing, voxel = nibabel.affines.voxel_sizes(image.affine), abs(float(np.linalg.det(image.affine[:3, :3])))
     # In float64: squares of tiny values are nothing in float32, those of huge ones infinite.
     mean, deviation = float(data.mean()), float(data.std(dtype=np.float64))
     volumes: list[float] = []
@@ -237,7 +237,7 @@ def _case_facts(case: dict[str, Any], values: Sequence[tuple[str, int]], channel
     for _, value in values:
         mask = labels == value
         count = int(mask.sum())
-        volumes.append(count * float(np.prod(spacing)))
+        volumes.append(count * voxel)
         if count == 0:
             centers.append(None)
             contrast.append(None)

@@ -29,10 +29,17 @@ __all__ = ["CaseReport", "compare", "mean_dice_of_cases", "read_rows", "write_ro
 logger = logging.getLogger(__name__)
 
 MEASURES = ("dice", "hausdorff95_mm", "surface_distance_mm")
+LEAST_SHARE = 0.99  # of a box, that a voxel has whose axes are as good as at right angles
 Row = dict[str, Any]
 
 
-def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structures: Sequence[str]) -> list[Row]:
+def compare(
+    prediction: Tensor,
+    truth: Tensor,
+    spacing: Sequence[float],
+    structures: Sequence[str],
+    voxel: float | None = None,
+) -> list[Row]:
     """Compare two label maps.
 
     Args:
@@ -40,6 +47,7 @@ def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structu
         truth: labels `(*spatial)`. A structure without voxels here was not contoured: its measures are NaN.
         spacing: size of a voxel, in mm.
         structures: names of the labels 1, 2, ...
+        voxel: volume of a voxel, in mm³; None for axes at right angles, as distances always take them to be.
 
     Returns:
         A row per structure: "structure"; "dice"; "hausdorff95_mm", the 95th percentile of the distances between the
@@ -57,7 +65,7 @@ def compare(prediction: Tensor, truth: Tensor, spacing: Sequence[float], structu
         )
     check_labels(prediction, classes, "The prediction")
     check_labels(truth, classes, "The true labels")
-    voxel, sizes = float(np.prod(spacing)), [float(size) for size in spacing]
+    voxel, sizes = float(np.prod(spacing)) if voxel is None else voxel, [float(size) for size in spacing]
     along = [axis for axis, extent in enumerate(truth.shape) if extent > 1]
     if len(along) >= 2:  # of a single slice, which has no neighbors, each voxel would be on the surface
         prediction, truth, sizes = prediction.squeeze(), truth.squeeze(), [sizes[axis] for axis in along]
@@ -151,12 +159,15 @@ class CaseReport:
                 check_one_channel(found, key)
             if not isinstance(labels, MetaTensor):
                 raise ValueError(f"{self.label_key}: a MetaTensor is needed, whose affine says how large a voxel is.")
-            spacing = nibabel.affines.voxel_sizes(np.asarray(labels.affine))
+            affine = np.asarray(labels.affine)
+            spacing, voxel = nibabel.affines.voxel_sizes(affine), abs(float(np.linalg.det(affine[:-1, :-1])))
             if isinstance(output["pred"], MetaTensor):
                 _check_affine(output["pred"], labels)
             prediction, truth = (torch.as_tensor(tensor)[0].cpu() for tensor in (output["pred"], labels))
             file = str(labels.meta.get("filename_or_obj", f"case {len(self.rows)}"))
-            self.rows += [{"case": file, **row} for row in compare(prediction, truth, spacing, self.structures)]
+            if voxel < LEAST_SHARE * np.prod(spacing):
+                logger.warning("%s: its axes are sheared. Distances are those of axes at right angles.", file)
+            self.rows += [{"case": file, **row} for row in compare(prediction, truth, spacing, self.structures, voxel)]
 
     def _finish(self, engine: Engine) -> None:
         rows, writes = self.rows, True

@@ -49,6 +49,16 @@ def test_spacings_volumes_and_sides_are_those_of_the_data(tmp_path: Path) -> Non
     assert case.contrast[0] > 1 > abs(case.mirrored_contrast[0])
 
 
+def test_volumes_of_sheared_voxels_are_theirs(tmp_path: Path) -> None:
+    make_set(tmp_path, count=1)
+    sheared = np.diag([1.0, 1, 2, 1])
+    sheared[1, 2] = 0.5
+    for path in tmp_path.glob("*Tr/*.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), sheared), path)
+    labels = np.asarray(nibabel.load(next(tmp_path.glob("labelsTr/*.nii.gz"))).dataobj)
+    assert take(tmp_path).cases[0].volumes[0] == pytest.approx(2.0 * (labels == 1).sum())
+
+
 def test_voxels_of_micrometers_keep_their_size(tmp_path: Path) -> None:
     found = take(make_set(tmp_path, count=1, shape=(800, 8, 8), spacing=(0.00136, 0.0014, 0.02)))
     assert found.cases[0].spacing == pytest.approx((0.00136, 0.0014, 0.02), rel=1e-6)

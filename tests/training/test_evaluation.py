@@ -103,6 +103,18 @@ def test_volumes_of_voxels_of_micrometers_are_written_with_their_digits(tmp_path
     assert len(read_scores([tmp_path / "cases.csv"])) == 1
 
 
+def test_volumes_of_sheared_voxels_are_theirs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As dcm2niix writes a CT with a tilted gantry: a voxel is less than the product of its sides."""
+    affine = torch.tensor([[1, 0, 0, 0], [0, 1, 0.75, 0], [0, 0, 3, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    truth = MetaTensor(boxes(4)[None], affine=affine, meta={"filename_or_obj": "a.nii.gz"})
+    evaluator = Engine(lambda *_: [{"pred": truth.clone(), "label": truth}])
+    CaseReport(tmp_path, ["box"]).attach(evaluator)
+    evaluator.run([0])
+    (row,) = read_rows(tmp_path / "cases.csv")
+    assert float(row["reference_mm3"]) == float(row["volume_mm3"]) == pytest.approx(3 * boxes(4).sum().item())
+    assert "a.nii.gz: its axes are sheared. Distances are those of axes at right angles." in caplog.text
+
+
 def test_cases_whose_files_have_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     files = [f"/data/{patient}/seg.nii.gz" for patient in ("patient2", "patient1")]
     starts = {files[0]: 4, files[1]: 6}
