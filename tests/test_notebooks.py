@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locale
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,8 @@ def test_there_are_seven() -> None:
 def cell(name: str, beginning: str) -> str:
     """The code of the cell that a line begins in, from there on."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    (source,) = (cell.source for cell in notebook.cells if cell.cell_type == "code" and f"\n{beginning}" in cell.source)
+    sources = (f"\n{cell.source}" for cell in notebook.cells if cell.cell_type == "code")
+    (source,) = (source for source in sources if f"\n{beginning}" in source)
     return str(source[source.index(f"\n{beginning}") + 1 :])
 
 
@@ -145,3 +147,11 @@ def test_what_is_kept_with_the_package_is_not_replaced_by_arms_of_ones_own(tmp_p
     exec(cell("07_whole_images", "picture = kept"), names)
     assert shown == [tmp_path / "cases.png"]
     assert not kept.exists()
+
+
+def test_a_training_that_was_killed_and_resumed_begins_anew_when_its_cell_is_run_again(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "last.pt").touch()
+    names = {"workspace": tmp_path, "shutil": shutil, "max_epochs": 2, "command": lambda *config, **options: []}
+    exec(cell("06_scale_out", 'shutil.rmtree(workspace / "one"').partition("\ntraining = ")[0], names)
+    assert not list(tmp_path.iterdir())
