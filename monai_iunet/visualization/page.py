@@ -22,6 +22,7 @@ from matplotlib.colors import to_rgb
 
 from monai_iunet.errors import InputError
 from monai_iunet.io.files import write_text
+from monai_iunet.io.text import first_line
 from monai_iunet.visualization.palette import label_colors
 from monai_iunet.visualization.plane import intensity_range
 
@@ -146,7 +147,7 @@ def write_page(
         versions: name and value of each version.
 
     Raises:
-        InputError: see `viewer_program`.
+        InputError: see `viewer_program`; when a view cannot be read.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -180,9 +181,20 @@ def write_page(
         rows=rows,
         command=command,
         versions=versions or {},
-        views=[json.loads(views[name].read_text(encoding="utf-8")) for name in shown],
+        views=[_read_view(views[name]) for name in shown],
         program=program if shown else "",
         ipyniivue=version,
         license=license_text,
     )
     write_text(path, page)
+
+
+def _read_view(path: Path) -> dict[str, Any]:
+    """Read the `image_view` of an image."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: not what the page shows of an image ({first_line(error)}). Remove it; to see the image, segment "
+            "it again with --report and --overwrite."
+        ) from error

@@ -102,6 +102,14 @@ def test_of_many_images_the_first_are_shown_and_the_page_says_so(
     assert text.count('<button type="button" data-view') == 1
 
 
+@pytest.mark.parametrize("content", [b'{"name": "one", "image": "H4sI', b"\xff", b"3"])
+def test_a_view_that_a_copy_has_damaged_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"one.json: not what the page shows of an image \(.*\). Remove it"):
+        write_page(tmp_path / "report.html", "Title", {"one": {}}, {"one": tmp_path / "one.json"})
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_without_the_viewer_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise page.PackageNotFoundError(name)
