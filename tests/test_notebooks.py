@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from monai_iunet import read_image, to_simpleitk
+from monai_iunet import bundle_facts, bundle_folder, read_image, to_simpleitk
 from tests.helpers import GLOO_AVERAGES
 from tests.notebooks import NOTEBOOKS, execute
 
@@ -79,6 +79,12 @@ def test_what_is_committed_is_executed_clean_and_small(path: Path) -> None:
     assert not re.search(r"(^|[\s'\"=:(])/(tmp|home|root|usr|work|mnt|opt|Users|var)\b", texts(notebook))
     assert "Warning" not in texts(notebook)
     assert pictures(notebook) > 0
+
+
+def test_what_is_committed_is_what_the_bundle_says() -> None:
+    committed = texts(nbformat.read(NOTEBOOKS / "02_segment_mri.ipynb", as_version=4))
+    for name, value in bundle_facts(bundle_folder("hippocampus")).items():
+        assert f"{name:<13}{value}\n" in committed
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
