@@ -68,8 +68,9 @@ def _write_page(records: Records, output: Path, path: Path, warnings: Sequence[s
         known = [quality for quality in record["quality"].values() if quality is not None]
         volumes = {f"{structure}, mm³": f"{volume:.0f}" for structure, volume in record["volumes_mm3"].items()}
         measures[name] = {"predicted Dice, least": min(known, default="unknown"), **volumes}
-    warnings = [*warnings, *(f"{name}: {record['doubts']}" for name, record in records.items() if record.get("doubts"))]
+    doubts = {name: record["doubts"] for name, record in records.items() if record.get("doubts")}
+    warnings = [*warnings, *(f"{name}: {text}" for name, text in doubts.items())]
     views = {name: file for name in records if (file := output / VIEWS / f"{name}.json").exists()}
     used = sorted({str(record["origin"]["bundle"]) for record in records.values()})
     versions = {"bundle": ", ".join(used), **describe_system()}
-    write_page(path, TITLE, measures, views, warnings, command=command, versions=versions)
+    write_page(path, TITLE, measures, views, warnings, [*doubts], command, versions)

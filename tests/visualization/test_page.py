@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from monai_iunet.errors import InputError
+from monai_iunet.segmentation.report import write_report
 from monai_iunet.visualization import page
 from monai_iunet.visualization.page import image_view, viewer_program, write_page
 from tests.test_cli import call, save
@@ -108,6 +109,17 @@ def test_a_view_that_a_copy_has_damaged_is_one_line(content: bytes, tmp_path: Pa
     with pytest.raises(InputError, match=r"one.json: not what the page shows of an image \(.*\). Remove it"):
         write_page(tmp_path / "report.html", "Title", {"one": {}}, {"one": tmp_path / "one.json"})
     assert not (tmp_path / "report.html").exists()
+
+
+def test_rows_of_doubtful_images_are_marked(tmp_path: Path) -> None:
+    for name, doubts in (("sound", None), ("noise", "doubtful, predicted Dice below 0.72: liver 0.01")):
+        measures = {"volumes_mm3": {"liver": 900.0}, "quality": {"liver": 0.01 if doubts else 0.9}}
+        record = {"origin": {"bundle": "a 0.1"}, "doubts": doubts, **measures}
+        (tmp_path / f"{name}_seg.json").write_text(json.dumps(record))
+    assert write_report(tmp_path, tmp_path, tmp_path / "report.html", [], [], "a command") == 2
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<tr class="doubtful">\s*<td>(\w+)', text) == ["noise"]
+    assert "<li>noise: doubtful, predicted Dice below 0.72: liver 0.01</li>" in text
 
 
 def test_without_the_viewer_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
