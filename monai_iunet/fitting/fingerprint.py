@@ -407,7 +407,8 @@ def draw_fingerprint(fingerprint: Fingerprint, path: Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    height = max(3.4, 1 + 0.17 * len(fingerprint.structures))  # so that their names lie below each other
+    figure, axes = plt.subplots(1, 4, figsize=(15, height), layout="constrained")
     try:
         sides = ("left-right", "back-front", "down-up")
         for axis, name, triples in (

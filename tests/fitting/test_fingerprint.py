@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from matplotlib.figure import Figure
 
 from monai_iunet import InputError
 from monai_iunet.fitting.fingerprint import (
@@ -74,6 +76,22 @@ def test_it_is_written_read_printed_and_drawn(tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text("{}")
     with pytest.raises(InputError, match="not a fingerprint"):
         read_fingerprint(tmp_path / "fingerprint.json")
+
+
+def test_names_of_many_structures_lie_below_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = take(make_set(tmp_path / "data", count=1))
+    names = tuple(f"structure {number}" for number in range(60))
+    case = replace(found.cases[0], volumes=found.cases[0].volumes[:1] * len(names))
+    boxes: list[Any] = []
+
+    def save(figure: Figure, *_: Any, **options: Any) -> None:
+        figure.canvas.draw()
+        boxes.extend(label.get_window_extent() for label in figure.axes[3].get_yticklabels())
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    draw_fingerprint(replace(found, structures=names, cases=(case,)), tmp_path / "fingerprint.png")
+    assert len(boxes) == len(names)
+    assert all(lower.y1 <= upper.y0 + 2 for lower, upper in itertools.pairwise(boxes))
 
 
 def test_it_says_what_became_of_regions(tmp_path: Path) -> None:
