@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from monai_iunet.benchmark.comparison import (
+    FINAL,
     NETWORKS,
     Config,
     check_asked,
@@ -23,6 +24,7 @@ from monai_iunet.benchmark.comparison import (
     facts_of_cases,
     interval_text,
     run_config,
+    run_training,
     scores,
 )
 from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
@@ -293,10 +295,11 @@ def _write_arm(arm: _Arm, bundle: Path, test_cases: Sequence[str], clock: str, s
 
 def _train_and_evaluate(bundle: Path, settings: Config) -> None:
     place = {"bundle_root": str(bundle.resolve())}
-    if not (bundle / "models" / "model_final.pt").is_file():
+    final = bundle / "models" / FINAL
+    if not final.is_file():
         # Validated at the end only, so that there is no epoch to choose.
         options = {"resume": True, "val_interval": NEVER, "patience": NEVER}
-        run_config(bundle, "train.json", {**place, **settings, **options})
+        run_training(bundle, {**place, **settings, **options}, final)
     if not (bundle / "eval" / "summary.csv").is_file():
         run_config(bundle, "evaluate.json", {**place, **settings, "fit_quality": False})
 
@@ -304,7 +307,7 @@ def _train_and_evaluate(bundle: Path, settings: Config) -> None:
 def _facts(arm: _Arm, bundle: Path) -> Config:
     """Return what an arm was, and what its training took."""
     state = torch.load(bundle / "models" / "last.pt", map_location="cpu", weights_only=True)
-    weights = torch.load(bundle / "models" / "model_final.pt", map_location="cpu", weights_only=True)
+    weights = torch.load(bundle / "models" / FINAL, map_location="cpu", weights_only=True)
     batch, size = arm.step
     return {
         "roi_size": arm.task.roi_size,

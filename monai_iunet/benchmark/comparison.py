@@ -29,6 +29,7 @@ from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
+    "FINAL",
     "NETWORKS",
     "Config",
     "as_markdown",
@@ -38,6 +39,7 @@ __all__ = [
     "facts_of_cases",
     "interval_text",
     "run_config",
+    "run_training",
     "scores",
 ]
 
@@ -64,6 +66,7 @@ NETWORKS: dict[str, Config] = {
     },
 }
 OURS = "SegIUNet"
+FINAL = "model_final.pt"  # which a training has when it is done
 
 
 def compare_networks(
@@ -242,13 +245,11 @@ def _row(*cells: str) -> str:
 
 
 def _train(bundle: Path, folder: Path, settings: Config, max_epochs: int) -> None:
-    last = folder / "last.pt"
-    if last.is_file() and _epochs_done(last) == max_epochs:
+    last, final = folder / "last.pt", folder / FINAL
+    if last.is_file() and _epochs_done(last) == max_epochs and final.is_file():
         return
     options = {"max_epochs": max_epochs, "val_interval": max_epochs, "resume": True}
-    run_config(
-        bundle, "train.json", {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")}
-    )
+    run_training(bundle, {**settings, **options, "ckpt_dir": str(folder), "output_dir": str(folder / "log")}, final)
 
 
 def _epochs_done(last: Path) -> int:
@@ -262,6 +263,22 @@ def _evaluate(bundle: Path, folder: Path, settings: Config) -> None:
     if not (folder / "eval" / "summary.csv").is_file():
         options = {"checkpoint": str(folder / "model.pt"), "output_dir": str(folder / "eval")}
         run_config(bundle, "evaluate.json", {**settings, **options})
+
+
+def run_training(bundle: Path, settings: Config, final: Path) -> None:
+    """Run the training of a bundle, which ends with a file that is not there yet.
+
+    One that was killed when its last state was written, or found no room for more, writes that file when it is called
+    again, and then refuses to go on.
+
+    Raises:
+        InputError: when it fails.
+    """
+    try:
+        run_config(bundle, "train.json", settings)
+    except InputError:
+        if not final.is_file():
+            raise
 
 
 def run_config(bundle: Path, config: str, settings: Config) -> None:

@@ -20,7 +20,7 @@ from monai.networks.blocks.dynunet_block import UnetResBlock
 from typer.testing import CliRunner
 
 from monai_iunet import BundleSegmenter, InputError, bundle_folder, fit, read_image
-from monai_iunet.benchmark import arms
+from monai_iunet.benchmark import arms, comparison
 from monai_iunet.benchmark.arms import arms_as_markdown, compare_arms
 from monai_iunet.benchmark.arms_figure import draw_arms
 from monai_iunet.bundling.new_bundle import write_bundle
@@ -50,7 +50,8 @@ def planned(plan_of_patches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("monai_iunet.fitting.planner.CHANNELS", (4, 8, 16))
     small = {**arms.NETWORKS["SegResNet"], "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
     monkeypatch.setattr(arms, "NETWORKS", {"SegResNet": small})
-    monkeypatch.setattr(arms, "run_config", lambda bundle, config, settings: run(bundle, config, **settings))
+    for module in (arms, comparison):
+        monkeypatch.setattr(module, "run_config", lambda bundle, config, settings: run(bundle, config, **settings))
     return plan_of_patches
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from typer.testing import CliRunner
 
@@ -82,6 +83,24 @@ def test_a_damaged_state_of_a_training_is_said_in_a_line(tmp_path: Path) -> None
     (tmp_path / "last.pt").write_bytes(b"half")
     with pytest.raises(InputError, match=r"last\.pt: not a state of a training"):
         comparison._train(tmp_path, tmp_path, {}, 1)
+
+
+def test_a_training_that_was_killed_when_it_was_done_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called again it writes its last weights, and refuses to train any further."""
+    final, fails = tmp_path / "model_final.pt", True
+    torch.save({"epoch": 1}, tmp_path / "last.pt")
+
+    def refuses(*_: Any) -> None:
+        if not fails:
+            final.touch()
+        raise InputError("train.json: failed with code 1.")
+
+    monkeypatch.setattr(comparison, "run_config", refuses)
+    with pytest.raises(InputError, match="failed with code 1"):
+        comparison._train(tmp_path, tmp_path, {}, 1)
+    fails = False
+    comparison._train(tmp_path, tmp_path, {}, 1)
+    assert final.is_file()
 
 
 def test_a_structure_that_no_case_has_is_no_part_of_the_mean() -> None:
