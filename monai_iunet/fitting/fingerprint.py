@@ -168,6 +168,11 @@ def take_fingerprint(data: LabeledData, modality: str | None = None, skip_bad: b
     problems += problems_of_pairs.values()
     left_out += problems_of_pairs
     good = tuple(case for case in cases if case.name not in problems_of_pairs)
+    if problems and data.ignored is not None:
+        problems.append(
+            f'{data.folder / "dataset.json"}: calls label {data.ignored} "ignore". Each voxel of a label is learned '
+            "from, so labels that have it cannot be used, and as background these voxels would be wrong."
+        )
     if problems:
         listed = "\n".join(problems)
         if not skip_bad:

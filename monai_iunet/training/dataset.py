@@ -49,6 +49,7 @@ class LabeledData:
         labels: value of each structure in the label files, by its name; None if nothing names them.
         parts: names of labels that are parts of larger regions, as text; empty if there are none.
         problems: what is wrong, a line each.
+        ignored: label of voxels that nnU-Net leaves out of the loss; None if there is none.
 
     Example:
         >>> LabeledData(Path("data"), [], None, ("CT",), {"liver": 1}).labels
@@ -62,6 +63,7 @@ class LabeledData:
     labels: dict[str, int] | None
     parts: str = ""
     problems: tuple[str, ...] = ()
+    ignored: int | None = None
 
 
 def read_labeled_data(folder: str | Path) -> LabeledData:
@@ -94,7 +96,7 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
                 f'{folder / "dataset.json"}: "{section}" must be a list of cases, such as '
                 f'{{"image": "a.nii.gz", "label": "b.nii.gz"}}, not {str(description[section])[:80]}. Mend it.'
             )
-    labels, parts = _labels(description, folder / "dataset.json")
+    labels, parts, ignored = _labels(description, folder / "dataset.json")
     entries = _training_entries(description)
     if entries is not None:
         training, problems = _listed(folder, entries)
@@ -110,7 +112,7 @@ def read_labeled_data(folder: str | Path) -> LabeledData:
     count = counts.pop() if len(counts) == 1 else None
     count = _stored_channels(training[0]["image"]) if count == 1 else count
     channels = _channels(description, count, folder / "dataset.json")
-    return LabeledData(folder, training, validation, channels, labels, parts, tuple(problems))
+    return LabeledData(folder, training, validation, channels, labels, parts, tuple(problems), ignored)
 
 
 def list_cases(
@@ -292,25 +294,26 @@ def _stored_channels(path: str) -> int:
     return int(shape[3]) if len(shape) == 4 else 1
 
 
-def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] | None, str]:
-    """Return the values of structures by their names, and what regions they are parts of.
+def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] | None, str, int | None]:
+    """Return the values of structures by their names, what regions they are parts of, and the value to be ignored.
 
     The Decathlon writes `{"1": "liver"}`, nnU-Net `{"liver": 1}` and `{"whole tumor": [1, 2]}` for a region.
     """
     entries = description.get("labels")
     if not entries:
-        return None, ""
+        return None, "", None
     try:
         by_name = {
             str(value if str(name).isdigit() else name): name if str(name).isdigit() else value
             for name, value in entries.items()
         }
         regions = {name: [_whole(part) for part in value] for name, value in by_name.items() if isinstance(value, list)}
-        values = {name: _whole(value) for name, value in by_name.items() if name not in regions and name != "ignore"}
+        values = {name: _whole(value) for name, value in by_name.items() if name not in regions}
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f'{path}: "labels" must give each structure a number, such as {{"liver": 1}}, whole and not negative.'
         ) from error
+    ignored = values.pop("ignore", None)
     if len(by_name) < len(entries):
         raise InputError(f'{path}: "labels" gives several numbers the same name. Give each its own.')
     parts = ""
@@ -324,7 +327,7 @@ def _labels(description: Mapping[str, Any], path: Path) -> tuple[dict[str, int] 
     ordered = sorted(values.items(), key=lambda item: item[1])
     if len({value for _, value in ordered}) < len(ordered):
         raise InputError(f'{path}: "labels" gives several structures the same number. Give each its own.')
-    return {name: value for name, value in ordered if value > 0}, parts
+    return {name: value for name, value in ordered if value > 0}, parts, ignored
 
 
 def _whole(value: Any) -> int:

@@ -106,6 +106,15 @@ def test_it_says_what_became_of_regions(tmp_path: Path) -> None:
     assert fingerprint_tables(found).renderables[1].caption == found.of_regions
 
 
+def test_it_says_that_no_label_is_ignored(tmp_path: Path) -> None:
+    path = make_set(tmp_path, classes=2) / "dataset.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["labels"] = {"background": 0, "organ": 1, "ignore": 2}
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r'has the values 2, labels are 0 to 1\.\n(.|\n)*calls label 2 "ignore"\.'):
+        take(tmp_path)
+
+
 def test_a_mirrored_image_is_named(tmp_path: Path) -> None:
     change(make_set(tmp_path) / "imagesTr" / "case_02.nii.gz", lambda data: data[::-1])
     with pytest.raises(InputError) as error:
