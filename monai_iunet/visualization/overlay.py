@@ -60,7 +60,8 @@ def save_overlay(
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # not every font has every script
         draw_overlay(figure, image, labels, names, title, window=window)
         if warning:
-            options = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
+            options: dict[str, Any] = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
+            options["bbox"] = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}  # of several lines, over planes
             figure.text(0.5, 0.915, textwrap.fill(f"Warning: {warning}", 150), None, **options)
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 import monai_iunet
 from monai_iunet import BundleSegmenter, InputError, bundle_folder, save_overlay
@@ -341,6 +342,21 @@ def test_a_warning_with_dollar_signs_is_no_formula(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(np.random.default_rng(0).random((9, 9, 9)), np.eye(4))
     save_overlay(image, np.ones((9, 9, 9), np.uint8), {1: "liver"}, tmp_path / "a.png", warning="$_$ " * 60)
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_a_warning_of_many_lines_can_be_read_over_the_planes(tmp_path: Path) -> None:
+    """The 28 structures of a brain take five lines, for which there is no room above the planes."""
+    white = nibabel.Nifti1Image(np.linspace(0.99, 1, 8000, dtype=np.float32).reshape(20, 20, 20), np.eye(4))
+    labels, pictures = np.zeros((20, 20, 20), np.uint8), []
+    for warning in (None, "left structure 0.00, " * 40):
+        path = tmp_path / "picture.png"
+        save_overlay(white, labels, {}, path, window=(0.0, 0.9), warning=warning)
+        pictures.append(imread(path)[..., :3])
+    plain, warned = pictures
+    lines = np.ptp(warned - plain, axis=(1, 2)) > 0
+    over_planes = (plain.min(2) > 0.9) & lines[:, None]
+    covered = over_planes & (warned.max(2) < 0.1)
+    assert covered.sum() > 0.4 * over_planes.sum()
 
 
 def test_places_beside_each_other_count(segmenter: BundleSegmenter, left_hippocampus: nibabel.Nifti1Image) -> None:
