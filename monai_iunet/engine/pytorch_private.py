@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._functorch import config as functorch_config
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -215,13 +216,23 @@ def memory_of(tensor: Tensor) -> StorageWeakRef:
 
 @contextmanager
 def out_of_batches() -> Iterator[None]:
-    """Compute what belongs to no batch of `is_batched`, within which PyTorch refuses to draw random numbers."""
+    """Compute what belongs to no batch of `is_batched`, within which PyTorch refuses to draw random numbers.
+
+    Nor to a transform of `torch.func`, as where `torch.vmap` maps `torch.autograd.grad`. Saved-tensor hooks may be set,
+    which some of these, or the user, have forbidden.
+    """
     levels = torch._C._vmapmode_increment_nesting()
     for _ in range(levels):
         torch._C._vmapmode_decrement_nesting()
+    hooks: Any = torch._C._autograd
+    forbidden = hooks._saved_tensors_hooks_get_disabled_error_message()
+    hooks._saved_tensors_hooks_enable()
     try:
-        yield
+        with temporarily_clear_interpreter_stack():
+            yield
     finally:
+        if forbidden is not None:
+            hooks._saved_tensors_hooks_disable(forbidden)
         for _ in range(levels - 1):
             torch._C._vmapmode_increment_nesting()
 

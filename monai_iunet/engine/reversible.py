@@ -303,7 +303,8 @@ class Call:
         tensor, saved[number] = saved[number], None
         assert tensor is not None
         if isinstance(tensor, Converted):
-            return tensor.tensor()
+            with out_of_batches():
+                return tensor.tensor()
         if version(tensor) != versions[number]:
             raise RuntimeError(
                 f"A tensor of shape {tuple(tensor.shape)}, which {type(self._layer).__name__} needs to compute a "

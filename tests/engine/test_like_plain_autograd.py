@@ -1219,10 +1219,62 @@ def test_several_gradients_at_once_under_autocast(exact: bool) -> None:
     assert max(relative_errors(found, [torch.stack(of_one) for of_one in zip(*each)])) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("autocast", "options"),
+    [
+        (False, {}),
+        (False, {"norm": "batch", "dropout": 0.3}),
+        (False, {"exact": True}),
+        (True, {"exact": True, "norm": None}),  # PyTorch maps no gradients of a normalization of bfloat16
+    ],
+)
+def test_gradients_that_are_mapped(autocast: bool, options: dict[str, Any]) -> None:
+    """By `torch.vmap`, as its documentation has it for Jacobians."""
+    found = []
+    for activations in MODES:
+        net = network(activations=activations, **options).to(torch.float32 if autocast else torch.double)
+        x = image().to(net.head.weight.dtype).requires_grad_()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = net(x)
+        leaves = [x, *net.parameters()]
+        directions = torch.stack([torch.ones_like(y), y.detach()])
+        mapped = torch.vmap(lambda of_y, y=y, to=leaves: torch.autograd.grad(y, to, of_y, retain_graph=True))(
+            directions
+        )
+        found.append([*mapped, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert largest_error(found) < 1e-10
+
+
 def test_saved_tensor_hooks_that_are_forbidden() -> None:
     def run(net: Any, x: Tensor) -> None:
         with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
             plain(net, x)
+
+    compare(run)
+
+
+def test_saved_tensor_hooks_that_are_forbidden_in_the_backward_pass() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+            value.backward()
+            with pytest.raises(RuntimeError, match="none here"), saved_tensors_hooks(same, same):
+                pass
+
+    compare(run, dropout=0.3)
+
+
+def test_gradients_within_a_transform_of_a_graph_outside() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        y = loss(net(x))
+
+        def product(z: Tensor) -> Tensor:
+            (gradient,) = torch.autograd.grad(y, x, retain_graph=True)
+            return (gradient * z).sum()
+
+        torch.func.grad(product)(image())
+        y.backward()
 
     compare(run)
 

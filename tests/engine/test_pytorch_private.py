@@ -229,6 +229,21 @@ def test_batches_of_gradients() -> None:
         assert torch.rand(2).shape == (2,)
 
 
+def test_out_of_transforms_and_where_hooks_are_forbidden() -> None:
+    def draw(x: Tensor) -> Tensor:
+        with private.out_of_batches():
+            assert private.can_pack_saved_tensors()
+            assert torch.rand(2).shape == (2,)
+        assert not private.can_pack_saved_tensors()
+        return x.sum()
+
+    torch.vmap(draw)(torch.ones(3, 2))
+    torch.func.grad(draw)(torch.ones(2))
+    with disable_saved_tensors_hooks("none here"):
+        draw(torch.ones(2))
+    assert private.can_pack_saved_tensors()
+
+
 def test_is_compiled() -> None:
     assert private.is_compiled(torch.compile(torch.sin))
     assert not private.is_compiled(torch.sin)
