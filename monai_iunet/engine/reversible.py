@@ -298,7 +298,7 @@ class Call:
     def _unpack(self, number: int) -> Tensor:
         maker, saved, versions = self._saved
         if not is_here(maker) or saved[number] is None:
-            with out_of_batches():
+            with out_of_batches(), torch.inference_mode(False):
                 saved, versions = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None

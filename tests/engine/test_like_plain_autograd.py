@@ -1708,6 +1708,15 @@ def test_a_state_that_a_checkpoint_takes(use_reentrant: bool, retain: bool) -> N
     assert largest_error(found) < 1e-12
 
 
+def test_a_backward_pass_in_inference_mode() -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        with torch.inference_mode():
+            value.backward()
+
+    compare(run, dropout=0.3)
+
+
 def test_lazy_branches() -> None:
     """Their first evaluation makes their parameters."""
     found = []
