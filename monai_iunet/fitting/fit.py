@@ -261,10 +261,10 @@ class _Fit:
         data = read_labeled_data(self.dataset)
         # Before all images are read, though bad ones may be left out then.
         count_parts(len(data.training), self.options.folds, self.options.fold, bool(data.validation))
-        self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
-        self.plan = self._make_plan(data)
         try:
             with whole_folder(self.folder) as folder:
+                self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
+                self.plan = self._make_plan(data)
                 write_bundle(self.plan.task, folder)
                 docs = folder / "docs"
                 write_fingerprint(self.fingerprint, docs / "fingerprint.json")

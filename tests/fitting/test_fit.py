@@ -419,6 +419,16 @@ def test_the_folder_may_be_the_root_of_a_disk(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_set(tmp_path / "data", shape=(12, 12, 12), count=5)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(fitting, "take_fingerprint", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(InputError, match="file"):
+        fit(data, tmp_path / "file" / "bundle", gpu_memory="1 GiB", device="cpu", plan_only=True)
+
+
 def test_a_fit_for_another_memory_is_not_gone_on_with(tmp_path: Path) -> None:
     asked = {"dataset": str(tmp_path.resolve()), "memory": 9000}
     (tmp_path / "fit.json").write_text(json.dumps({"asked": asked}))
