@@ -290,12 +290,15 @@ class Call:
 
     # A branch that was compiled would have its hooks compiled, too.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _pack(self, tensor: Tensor) -> int:
+    def _pack(self, tensor: Tensor) -> _Number:
         self._kinds.append(kind_of(tensor))
-        return len(self._kinds) - 1
+        return _Number(len(self._kinds) - 1)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _unpack(self, number: int) -> Tensor:
+    def _unpack(self, stands: _Number) -> Tensor:
+        if stands.tensor is not None:
+            return stands.tensor
+        number = stands.number
         maker, saved, versions = self._saved
         if not is_here(maker) or saved[number] is None:
             with out_of_batches(), torch.inference_mode(False):
@@ -304,12 +307,15 @@ class Call:
         assert tensor is not None
         if isinstance(tensor, Converted):
             with out_of_batches():
-                return tensor.tensor()
-        if version(tensor) != versions[number]:
+                tensor = tensor.tensor()
+        elif version(tensor) != versions[number]:
             raise RuntimeError(
                 f"A tensor of shape {tuple(tensor.shape)}, which {type(self._layer).__name__} needs to compute a "
                 "gradient, has been modified by an inplace operation. Use one that is not in place."
             )
+        if self._may_keep_inputs:
+            with out_of_batches(), torch.inference_mode(False):
+                stands.tensor = None if is_retained() else tensor
         return tensor
 
     def _rebuild(self) -> tuple[list[Saved | None], list[int]]:
@@ -370,6 +376,21 @@ class Call:
             if state is not None:
                 ours = not self._may_keep_inputs and all(tensor.untyped_storage() is not storage for storage in others)
                 state.give(tensor, ours, let_go)
+
+
+class _Number:
+    """Stands for a tensor that autograd was to save, by its number.
+
+    Attributes:
+        tensor: what was given, where a function of one's own may ask twice: `ctx.saved_tensors[0]`, then `[1]`.
+            Behind it autograd lets go of this object, unless the graph is retained, where it is rebuilt.
+    """
+
+    __slots__ = ("number", "tensor")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tensor: Tensor | None = None
 
 
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:

@@ -1708,6 +1708,39 @@ def test_a_state_that_a_checkpoint_takes(use_reentrant: bool, retain: bool) -> N
     assert largest_error(found) < 1e-12
 
 
+class AsksTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x = ctx.saved_tensors[0]
+        weight = ctx.saved_tensors[1]
+        return gradient * weight, (gradient * x).sum()
+
+
+class Scaling(nn.Conv2d):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(AsksTwice.apply(x, self.scale)).tanh()
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_function_that_asks_twice_for_what_it_has_saved(retain: bool) -> None:
+    def run(net: Any, x: Tensor) -> None:
+        value = loss(net(x))
+        if retain:
+            value.backward(retain_graph=True)
+        value.backward()
+
+    compare(run, make_branch=lambda _, before, after, *__: Scaling(before, after, 3, 1, 1))
+
+
 def test_a_backward_pass_in_inference_mode() -> None:
     def run(net: Any, x: Tensor) -> None:
         value = loss(net(x))
