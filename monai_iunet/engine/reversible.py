@@ -301,7 +301,8 @@ class Call:
         number = stands.number
         maker, saved, versions = self._saved
         if not is_here(maker) or saved[number] is None:
-            with out_of_batches(), torch.inference_mode(False):
+            is_recorded = torch.is_grad_enabled()  # which leaving inference mode changes
+            with out_of_batches(), torch.inference_mode(False), torch.set_grad_enabled(is_recorded):
                 saved, versions = self._rebuild()
         tensor, saved[number] = saved[number], None
         assert tensor is not None
