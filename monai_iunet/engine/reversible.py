@@ -33,8 +33,10 @@ What the engine does not do:
   and again. Threads with graphs of their own are independent.
 - What a module keeps outside of its parameters, buffers, settings and hooks (see `repetition.py`) and of random
   generators (`random_numbers.py`) is not put back for the second evaluation: a layer that lists its outputs lists two
-  in each step, and of what is set within an object of one's own only the effect is noticed, in a coupling that is not
-  computed in 16 bits (`second_result.py`).
+  in each step, and of what is set within an object of one's own only the effect on what a branch returns is noticed
+  (`second_result.py`), in a coupling that is not computed in 16 bits: not a factor that a normalization takes away.
+- So it is with a `TorchDispatchMode` that is left before the backward pass. One that is entered for the backward pass
+  alone, and changes results, changes those of the second evaluation, too.
 - What is written to a parameter through `.data` between the passes is not noticed, as it is not by plain autograd; nor
   is what is so written to an output that is not on a CPU, which plain autograd does not need.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
