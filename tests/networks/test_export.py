@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,19 @@ def test_torch_compile_breaks_the_graph_once_in_training_and_never_in_evaluation
         torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
         torch.nn.init.normal_(net.iunet.splits[0].matrix.weight)
         torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"activations": "convolutions"}], ids=["", "exact", "kept"])
+def test_a_step_is_compiled_with_its_backward_pass(options: dict[str, Any]) -> None:
+    net = randomize(SegIUNet(2, 1, 3, (4, 8), couplings=1, **options), std=0.2)
+    x = torch.rand(1, 1, 8, 8)
+
+    def step() -> None:
+        net(x).square().mean().backward()
+
+    found = []
+    for run in (step, torch.compile(step, backend="eager")):
+        net.zero_grad()
+        run()
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert max(relative_errors(*found)) < 1e-4

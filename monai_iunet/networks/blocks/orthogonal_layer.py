@@ -181,7 +181,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(matrix, *(pieces if matrix.requires_grad else ()))
         return outputs
 
+    # Where the backward pass is compiled, as with a whole training step, it would ask twice for what was saved.
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         matrix, *states = ctx.saved_tensors
         layer, inverse = ctx.layer, ctx.inverse

@@ -145,7 +145,9 @@ class _Convolution(torch.autograd.Function):
             return given[0].detach()
         return torch.convolution(x, weight, bias, *ctx.options)
 
+    # Where the backward pass is compiled, as with a whole training step, it would ask twice for what was saved.
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
         if gradient is None:
             return (None,) * 8

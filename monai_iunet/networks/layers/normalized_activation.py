@@ -85,7 +85,9 @@ class _NormalizedActivation(torch.autograd.Function):
         ctx.eps, ctx.slope, ctx.parts = eps, slope, parts
         return functional.leaky_relu_(y, slope).view(x.shape)
 
+    # Where the backward pass is compiled, as with a whole training step, it would ask twice for what was saved.
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight, bias, means, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for

@@ -65,7 +65,9 @@ class _Cayley(torch.autograd.Function):
         ctx.save_for_backward(matrix)
         return matrix
 
+    # Where the backward pass is compiled, as with a whole training step, it would ask twice for what was saved.
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (matrix,) = ctx.saved_tensors
         with full_precision(matrix.device.type):

@@ -79,7 +79,9 @@ class _SlabConvolution(torch.autograd.Function):
             y[:, :, slab] = _convolve(x[:, :, wide], weight, bias, dilation, groups)[:, :, inner]
         return y
 
+    # Where the backward pass is compiled, as with a whole training step, it would ask twice for what was saved.
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = wanted = ctx.needs_input_grad[1:4]
