@@ -214,7 +214,8 @@ def add(stream: Tensor, shift: Tensor, sign: int) -> Tensor:
 def round_to_grid(x: Tensor) -> Tensor:
     """Round to the nearest multiples of `STEP`, in float32 or better; the gradient goes straight through."""
     recorded = (torch.is_grad_enabled() and x.requires_grad) or is_transformed(x)
-    if recorded and (torch.jit.is_tracing() or is_exporting()):  # which take operators only
+    # These take operators only. A trace is compared with a second one, which is made without gradients.
+    if torch.jit.is_tracing() or (recorded and is_exporting()):
         rounded = on_grid(x)
         x = x.to(rounded.dtype)
         return x + (rounded - x).detach()  # to the last bit, since the difference has no more digits than x
