@@ -145,6 +145,7 @@ def test_sizes_that_cannot_be_planned_for_are_refused(setting: str, value: Any, 
     assert path.read_text() == before
 
 
+@pytest.mark.long
 def test_the_logits_of_many_classes_take_memory_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, made, sizes = tmp_path / "nnUNetPlans.json", plans(), []
     for count in (None, 1, 60):

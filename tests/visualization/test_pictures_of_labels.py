@@ -98,7 +98,10 @@ def test_the_legend_lies_in_the_figure_below_the_planes(count: int, width: float
     assert all(axes.get_window_extent().y0 >= box.y1 - 1 for axes in figure.axes)
 
 
-@pytest.mark.parametrize(("count", "words"), [(255, 1), (120, 3), (30, 12)])
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [pytest.param(255, 1, marks=pytest.mark.long), pytest.param(120, 3, marks=pytest.mark.long), (30, 12)],
+)
 def test_a_legend_of_very_many_lines_leaves_room_for_the_planes(count: int, words: int, tmp_path: Path) -> None:
     image, labels = case()
     names = {number: f"{'left structure of ' * words} number {number}" for number in range(1, count + 1)}
