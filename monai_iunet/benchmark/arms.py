@@ -16,7 +16,6 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from monai_iunet.benchmark.comparison import (
-    FINAL,
     NETWORKS,
     Config,
     check_asked,
@@ -40,6 +39,7 @@ from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import plan_training
 from monai_iunet.training.cases import check_cases
+from monai_iunet.training.checkpoints import FINAL
 from monai_iunet.training.dataset import list_cases, patients_of
 from monai_iunet.training.evaluation import read_rows
 from monai_iunet.training.structures import check_structures

@@ -25,11 +25,11 @@ from monai_iunet.io.bundles import parsed_content, read_config
 from monai_iunet.io.files import check_folder, files_digest, files_in, write_text
 from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of
+from monai_iunet.training.checkpoints import FINAL
 from monai_iunet.training.evaluation import mean_dice_of_cases, read_rows
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = [
-    "FINAL",
     "NETWORKS",
     "Config",
     "as_markdown",
@@ -66,7 +66,6 @@ NETWORKS: dict[str, Config] = {
     },
 }
 OURS = "SegIUNet"
-FINAL = "model_final.pt"  # which a training has when it is done
 
 
 def compare_networks(

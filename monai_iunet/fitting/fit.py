@@ -65,6 +65,7 @@ from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
 from monai_iunet.training.cases import image_of
+from monai_iunet.training.checkpoints import FINAL
 from monai_iunet.training.dataset import LabeledData, list_cases, read_labeled_data
 from monai_iunet.training.evaluation import write_rows
 from monai_iunet.training.record import record_file
@@ -74,7 +75,6 @@ __all__ = ["FitOptions", "fit", "parse_seconds"]
 
 logger = logging.getLogger(__name__)
 
-FINAL = "model_final.pt"  # which a training has when it is done
 TABLE = "cases.csv"  # which an evaluation has when it is done
 ENSEMBLE = "ensemble"
 ALL_CASES = "all_cases"  # in place of a fold

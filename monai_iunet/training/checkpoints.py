@@ -32,9 +32,11 @@ from monai_iunet.training.record import differences, write_record
 from monai_iunet.training.seen_cases import TRAINED_ON, image_digests
 from monai_iunet.training.time_limit import TimedDecay
 
-__all__ = ["Checkpoints"]
+__all__ = ["FINAL", "Checkpoints"]
 
 logger = logging.getLogger(__name__)
+
+FINAL = "model_final.pt"  # which a training has when it is done
 
 # Names in the file of the last state.
 TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given", TRAINED_ON)
@@ -214,7 +216,7 @@ class Checkpoints:
     def _save_final(self, _: Any, validator: Any) -> None:
         if not self.writes:
             return
-        self._save_weights(self.folder / "model_final.pt")
+        self._save_weights(self.folder / FINAL)
         if validator.state.best_metric_epoch < 0:
             # What is there may be of another training, which was given something else than the record says.
             self._save_weights(self.folder / "model.pt")
