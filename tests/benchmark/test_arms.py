@@ -290,7 +290,12 @@ def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("result", "guide"),
-    [("left_atrium", "whole_images"), ("branches", "networks"), ("branches_seed_1", "networks")],
+    [
+        ("left_atrium", "whole_images"),
+        ("left_atrium_seed_1", "whole_images"),
+        ("branches", "networks"),
+        ("branches_seed_1", "networks"),
+    ],
 )
 def test_the_guide_shows_what_is_kept(result: str, guide: str) -> None:
     package = Path(arms.__file__).parents[1]
