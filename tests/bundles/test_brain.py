@@ -99,12 +99,12 @@ def test_the_weights_of_a_running_training_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_learns_from_label_maps(made_heads: Path, tmp_path: Path) -> None:
-    log = run(
+    run(
         BUNDLE, "train.json", network_def__channels=[8, 32, 64], network_def__couplings=1, dataset_dir=made_heads,
         amp=False, max_epochs=60, val_interval=30, learning_rate=0.01, seed=3, roi_size=[48, 48, 48],
         average__momentum=0.05, ckpt_dir=tmp_path / "weights", output_dir=tmp_path / "log",
     )  # fmt: skip
-    found = losses(log)
+    found = losses(tmp_path / "log")
     assert len(found) == 60
     assert np.mean(found[-20:]) < 0.8 * np.mean(found[:20])
     assert {"model.pt", "last.pt", "training.json"} <= {path.name for path in (tmp_path / "weights").iterdir()}
