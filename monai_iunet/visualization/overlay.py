@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_overlay", "save_overlay"]
 
 MOST_VOXELS = 20_000_000  # among which the largest structure is looked for
+GAP = 0.06  # inches between planes
 
 
 def save_overlay(
@@ -43,7 +44,7 @@ def save_overlay(
         path: PNG file to write.
         title: text above.
         window: see `draw_overlay`.
-        warning: text below the title, in orange.
+        warning: see `draw_overlay`.
 
     Example:
         >>> import tempfile
@@ -58,11 +59,7 @@ def save_overlay(
     figure = Figure(figsize=(12, 4.6), dpi=110, facecolor="black")  # in which letters are as wide as when it is saved
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # not every font has every script
-        draw_overlay(figure, image, labels, names, title, window=window)
-        if warning:
-            options: dict[str, Any] = {"color": "orange", "ha": "center", "va": "top", "parse_math": False}
-            options["bbox"] = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}  # of several lines, over planes
-            figure.text(0.5, 0.915, textwrap.fill(f"Warning: {warning}", 150), None, **options)
+        draw_overlay(figure, image, labels, names, title, window=window, warning=warning)
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, facecolor="black", format="png"))
 
 
@@ -77,6 +74,7 @@ def draw_overlay(
     bottom: float = 0.0,
     height: float = 1.0,
     margin: float = 20.0,
+    warning: str | None = None,
 ) -> None:
     """Draw contours of each label over a coronal, a sagittal and an axial plane, zoomed to the labels.
 
@@ -91,6 +89,7 @@ def draw_overlay(
         bottom: lower edge of the part of the figure to use, as a fraction of its height.
         height: height of the part of the figure to use, as a fraction of its height.
         margin: mm shown around the labels.
+        warning: text below the title, in orange.
 
     See Also:
         `draw_slice` for one plane, `draw_surfaces` for structures in 3D.
@@ -108,6 +107,8 @@ def draw_overlay(
     labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
     intensities = intensity_range(np.asarray(image.dataobj), window)
     top = bottom + 0.9 * height  # the title is above
+    if warning:
+        top = min(top, _draw_warning(figure, warning, bottom + 0.915 * height, height))
     low = max(_draw_legend(figure, names, reference is not None, bottom, height), bottom + 0.1 * height)
     places = _places(figure, voxel_sizes(image.affine) * image.shape, low, top - low)
     for plane, place in places.items():
@@ -117,6 +118,15 @@ def draw_overlay(
         # A name may have dollar signs in it, which are no formula.
         options = {"color": "white", "size": "large", "ha": "center", "va": "top", "parse_math": False}
         figure.text(0.5, bottom + 0.97 * height, title, None, **options)
+
+
+def _draw_warning(figure: Figure, warning: str, top: float, height: float) -> float:
+    """Draw a warning, at most a quarter of a height high, and return its lower edge."""
+    text = figure.text(0.5, top, textwrap.fill(f"Warning: {warning}", 150), color="orange", ha="center", va="top")
+    text.set_parse_math(False)
+    most = 0.25 * height * figure.get_size_inches()[1] * figure.dpi
+    text.set_fontsize(text.get_fontsize() * min(1.0, most / text.get_window_extent().height))
+    return float(text.get_window_extent().transformed(figure.transFigure.inverted()).y0) - 0.01 * height
 
 
 def _region(labels: np.ndarray, margin: np.ndarray) -> tuple[tuple[slice, ...], tuple[int, ...]]:
@@ -153,14 +163,14 @@ def _places(
     """
     extents = {"coronal": (size[0], size[2]), "sagittal": (size[1], size[2]), "axial": (size[0], size[1])}
     figure_width, figure_height = figure.get_size_inches()
-    total = sum(across for across, _ in extents.values())
-    scale = min(0.98 * figure_width / total, height * figure_height / max(up for _, up in extents.values()))
-    left = (1 - scale * total / figure_width) / 2
+    total, gap = sum(across for across, _ in extents.values()), GAP / figure_width
+    scale = min((0.98 - 2 * gap) * figure_width / total, height * figure_height / max(up for _, up in extents.values()))
+    left = (1 - scale * total / figure_width) / 2 - gap
     places = {}
     for plane, (across, up) in extents.items():
         width, plane_height = scale * across / figure_width, scale * up / figure_height
         places[plane] = (left, bottom + (height - plane_height) / 2, width, plane_height)
-        left += width
+        left += width + gap
     return places
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_the_planes_of_an_overlay_have_one_scale_and_stay_in_the_figure() -> Non
     FigureCanvasAgg(figure).draw()
     boxes = [axes.get_window_extent() for axes in figure.axes]
     assert all(box.x0 >= 0 and box.x1 <= 1200 and box.y0 >= 0 and box.y1 <= 460 for box in boxes)
+    assert all(after.x0 - before.x1 > 4 for before, after in itertools.pairwise(boxes))  # one can tell them apart
     sizes = [(30.0, 60.0), (48.0, 60.0), (30.0, 48.0)]  # mm: coronal, sagittal, axial
     scales = [box.width / across for box, (across, _) in zip(boxes, sizes)]
     scales += [box.height / up for box, (_, up) in zip(boxes, sizes)]
@@ -114,6 +116,19 @@ def test_a_legend_of_very_many_lines_leaves_room_for_the_planes(count: int, word
     top = legend.get_window_extent().y1  # about the half, since very small letters have whole pixels
     assert top < 0.5 * 460 + 0.7 * 230
     assert all(top - 1 < axes.get_window_extent().y0 < axes.get_window_extent().y1 - 20 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("count", [1, 28, 120])
+def test_a_warning_lies_above_the_planes(count: int) -> None:
+    image, labels = case()
+    figure = Figure(figsize=(12, 4.6))
+    warning = ", ".join(f"left ventral diencephalon {number} 0.50" for number in range(count))
+    draw_overlay(figure, image, labels, NAMES, title="a", warning=f"doubtful: {warning}")
+    FigureCanvasAgg(figure).draw()
+    text = next(text for text in figure.texts if text.get_text().startswith("Warning: doubtful"))
+    box = text.get_window_extent()
+    assert 0.6 * 460 < box.y0 < box.y1 < 0.93 * 460
+    assert all(axes.get_window_extent().y1 <= box.y0 for axes in figure.axes)
 
 
 def test_the_legend_of_a_picture_is_as_wide_as_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
