@@ -60,7 +60,14 @@ from monai_iunet.fitting.plan import FitPlan, plan_table, read_plan
 from monai_iunet.fitting.planner import Wishes, count_parts, make_plan
 from monai_iunet.fitting.state import FitState
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, hold_folder, whole_folder, write_atomically, write_text
+from monai_iunet.io.files import (
+    check_folder,
+    check_whole_folder,
+    hold_folder,
+    whole_folder,
+    write_atomically,
+    write_text,
+)
 from monai_iunet.planning.budget import for_a_step
 from monai_iunet.segmentation.quality import QualityModel, weights_digest, write_quality
 from monai_iunet.segmentation.share import Share
@@ -261,10 +268,11 @@ class _Fit:
         data = read_labeled_data(self.dataset)
         # Before all images are read, though bad ones may be left out then.
         count_parts(len(data.training), self.options.folds, self.options.fold, bool(data.validation))
+        check_whole_folder(self.folder)
+        self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
+        self.plan = self._make_plan(data)
         try:
             with whole_folder(self.folder) as folder:
-                self.fingerprint = take_fingerprint(data, self.options.modality, self.options.skip_bad_cases)
-                self.plan = self._make_plan(data)
                 write_bundle(self.plan.task, folder)
                 docs = folder / "docs"
                 write_fingerprint(self.fingerprint, docs / "fingerprint.json")

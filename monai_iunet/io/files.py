@@ -23,6 +23,7 @@ __all__ = [
     "check_folder",
     "check_names",
     "check_target",
+    "check_whole_folder",
     "describe_file",
     "files_digest",
     "files_in",
@@ -116,6 +117,18 @@ def _check_written_out(path: Path) -> None:
         raise InputError(f"{path}: a folder of the name {name} would be made. Write the path of your home folder out.")
 
 
+def check_whole_folder(path: Path) -> Path:
+    """Check that `whole_folder` can make a folder, and return where it does: beside its place, or within.
+
+    Raises:
+        InputError: when it cannot.
+    """
+    _check_written_out(path)
+    place = Path(os.path.realpath(path))  # of a link, what it leads to
+    stays = place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK))
+    return check_folder(place if stays else place.parent)
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Make a folder under a temporary name beside it, and rename it when it is complete; of a failure nothing is left.
@@ -132,16 +145,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         InputError: when it cannot be created.
         OSError: when there is something in it meanwhile.
     """
-    _check_written_out(path)
-    place = Path(os.path.realpath(path))  # of a link, what it leads to
-    stays = place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK))
-    with tempfile.TemporaryDirectory(
-        prefix=f".{place.name}.", dir=check_folder(place if stays else place.parent)
-    ) as temporary:
+    where, place = check_whole_folder(path), Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=where) as temporary:
         made = Path(temporary, "made")
         made.mkdir()
         yield made
-        if stays:
+        if where == place:
             for part in sorted(made.iterdir(), key=Path.is_file):
                 part.rename(place / part.name)
             return
