@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ from monai.losses import DiceCELoss
 
 from monai_iunet.bundling.task import Task
 from monai_iunet.errors import InputError
+from monai_iunet.fitting.data_choices import (
+    choose_field_of_view,
+    choose_mirroring,
+    choose_missing_labels,
+    choose_window,
+)
 from monai_iunet.fitting.fingerprint import Fingerprint, round_size
 from monai_iunet.fitting.limits import Limits
 from monai_iunet.fitting.nnunet_rules import factors_of, plan_like_nnunet, target_spacing
@@ -29,11 +35,12 @@ from monai_iunet.networks.nets.architecture import reachable_channels
 from monai_iunet.networks.nets.seg_iunet import SegIUNet
 from monai_iunet.planning.budget import best_activations, largest_patch
 from monai_iunet.planning.plan import TrainingPlan, plan_training
-from monai_iunet.segmentation.sides import side_pairs
 from monai_iunet.training.dataset import FOLDS, patients_of
 from monai_iunet.transforms.patches import WHOLE
 
 __all__ = ["Wishes", "count_parts", "largest_image", "make_plan"]
+
+Chosen = TypeVar("Chosen")
 
 CHANNELS = (32, 64, 128, 256, 320)
 WANTED_STEPS = 4000  # fewer leave a network of this size undertrained
@@ -49,9 +56,6 @@ VOXELS_OF_BATCH = 60_000
 DEEPER_FROM = 96  # voxels along each axis that is downsampled: a fifth level sees enough there
 ELASTIC_UP_TO = 500_000  # voxels; elastic deformation of larger ones takes longer than their training step
 SHORTEST = 32  # voxels along an axis of a patch, unless the image is shorter
-ORGAN = 0.6  # deviation of its volume over its mean, at most; lesions differ more
-FEWEST_OF_SIDE = 5  # cases of a structure that show that it keeps to one side
-LONGER = 1.5  # times the longest axis of the images that a network has learned from
 LARGE_PATCH = 128**3  # voxels
 THICK = 2.0  # slices, times the size of voxels in them
 GROWTH = (0.5, 0.75)  # of the length of the patch along each axis, before the patch itself
@@ -184,10 +188,10 @@ class _Planner:
         growing = self._growing(np.minimum(patch, size) if is_whole else np.array(patch), strides)
         step, activations = self._memory(least, patch, strides, batch)
         autocast = self._arithmetic()
-        window = self._intensities()
-        mirrored = self._mirroring()
+        window = self._noted(choose_window(self.data))
+        mirrored = self._noted(choose_mirroring(self.data))
         partial = self._partial_labels()
-        longest = self._largest_image()
+        longest = self._noted(choose_field_of_view(self.data))
         holds_image = not growing and (is_whole or bool((np.array(patch) >= size).all()))
         in_plane = max(spacing) > THICK * min(spacing)
         elastic = self._deformation(patch, in_plane)
@@ -230,6 +234,19 @@ class _Planner:
 
     def _note(self, name: str, value: Any, reason: str, nnunet: Any = "") -> None:
         self.choices.append(Choice(name, str(value), reason, str(nnunet)))
+
+    def _noted(self, found: tuple[Chosen, Choice | None]) -> Chosen:
+        """Note the reason of what was chosen, and return what it is."""
+        chosen, choice = found
+        self.choices += [] if choice is None else [choice]
+        return chosen
+
+    def _partial_labels(self) -> bool:
+        if self.wishes.missing_labels is None:
+            return self._noted(choose_missing_labels(self.data))
+        partial = self.wishes.missing_labels == "unlabeled"
+        self._note("missing labels", "no part of the loss" if partial else "background", "as asked", "background")
+        return partial
 
     def _folds(self, parts: int, folds: int | None, fold: int | None, has_validation: bool) -> tuple[int | None, ...]:
         """Choose which folds are trained, of the parts into which the cases are split."""
@@ -526,69 +543,6 @@ class _Planner:
         self._note("arithmetic", "bfloat16", reason, "float32 on a CPU")
         return True
 
-    def _intensities(self) -> tuple[float, float]:
-        """Choose the normalization; for CT the window."""
-        if self.data.modality == "MR":
-            reason = "an MR image has no unit: percentiles 0.5 and 99.5, then mean 0 and deviation 1 per image"
-            self._note("intensities", "per image", reason, "mean 0 and deviation 1 per image")
-            return -160.0, 240.0
-        low, high = self.data.percentiles(0.5, 99.5)
-        # To tens, or to less where that would be more than the range, as of a CT that was scaled to 0 and 1.
-        extent = high - low
-        digits = 1 - math.floor(math.log10(extent)) if 0 < extent < 10 else -1
-        step = 10.0**-digits
-        low, high = round(math.floor(low / step) * step, digits), round(math.ceil(high / step) * step, digits)
-        reason = "Hounsfield units: percentiles 0.5 and 99.5 inside the structures become -1 and 1"
-        peer = f"clipped to {low:g} to {high:g} HU, then by mean and deviation"
-        self._note("intensities", f"{low:g} to {high:g} HU", reason, peer)
-        return low, high
-
-    def _mirroring(self) -> tuple[tuple[int, int], ...] | None:
-        """Choose whether images are mirrored: where labels come in pairs, or each structure lies on either side."""
-        pairs, alone = side_pairs(self.data.structures)
-        if alone:
-            self._note("mirroring", "no", f"{', '.join(alone)}: one side only", "all axes")
-            return None
-        if pairs:
-            self._note("mirroring", "left and right, labels swap", "structures come in pairs", "all axes")
-            return tuple(pairs)
-        # Each structure by itself: two that lie on the two sides may be a pair whose names do not say so.
-        sides = [_sides(centers) for centers in zip(*(case.centers for case in self.data.cases))]
-        if "either" in sides and "one" not in sides:
-            self._note("mirroring", "left and right", "structures lie on either side", "all axes")
-            return ()
-        self._note("mirroring", "no", "structures keep to one side or to the middle, so sides may matter", "all axes")
-        return None
-
-    def _partial_labels(self) -> bool:
-        """Choose whether a structure without voxels was not contoured, or is absent as a tumor may be."""
-        if self.wishes.missing_labels is not None:
-            partial = self.wishes.missing_labels == "unlabeled"
-            self._note("missing labels", "no part of the loss" if partial else "background", "as asked", "background")
-            return partial
-        organs = []
-        for number, name in enumerate(self.data.structures):
-            volumes = [case.volumes[number] for case in self.data.cases if case.volumes[number] > 0]
-            if 2 < len(volumes) < len(self.data.cases) and np.std(volumes) < ORGAN * np.mean(volumes):
-                organs.append(f"{name} ({len(self.data.cases) - len(volumes)} cases)")
-        if organs:
-            reason = (
-                f"{', '.join(organs)}: of like size where labeled, so elsewhere not labeled rather than absent; "
-                "otherwise ask for --missing-labels background"
-            )
-            self._note("missing labels", "no part of the loss", reason, "background")
-        return bool(organs)
-
-    def _largest_image(self) -> float:
-        """Choose how long an axis of an image may be that is segmented."""
-        longest = max(max(case.extent) for case in self.data.cases)
-        largest = float(math.ceil(LONGER * longest / 10) * 10)
-        reason = (
-            f"the longest axis of an image is {longest:.0f} mm; much more was never seen, and must be cropped first"
-        )
-        self._note("largest image", f"{largest:.0f} mm", reason, "any")
-        return largest
-
     def _sampling(self, holds_image: bool) -> Literal["at structures", "anywhere"]:
         if holds_image and not self.wishes.growing:
             self._note("sampling", "anywhere", "a patch holds the whole image", "a third at structures")
@@ -622,15 +576,6 @@ class _Planner:
         reason = f"{TRAINING_SHARE:.0%} of the time{about}{few}"
         length = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
         self._note("length", f"{length} per fold", reason, "1000 epochs of 250 steps")
-
-
-def _sides(centers: Sequence[float | None]) -> str:
-    """Return whether a structure lies on "either" side, keeps to "one", or to "neither", as far as its cases tell."""
-    known = [center for center in centers if center is not None]
-    least, most = sorted((sum(center < -0.1 for center in known), sum(center > 0.1 for center in known)))
-    if most > 0 and least >= 0.2 * len(known):
-        return "either"
-    return "one" if len(known) >= FEWEST_OF_SIDE and most >= 0.2 * len(known) else "neither"
 
 
 def _epochs(cases: int, parts: int, batch: int) -> tuple[int, int]:
