@@ -107,6 +107,10 @@ def draw_overlay(
     labels, reference = volumes[0][box], volumes[1][box] if reference is not None else None
     intensities = intensity_range(np.asarray(image.dataobj), window)
     top = bottom + 0.9 * height  # the title is above
+    if title:
+        # A name may have dollar signs in it, which are no formula.
+        options = {"color": "white", "size": "large", "ha": "center", "va": "top", "parse_math": False}
+        figure.text(0.5, bottom + 0.97 * height, title, None, **options)
     if warning:
         top = min(top, _draw_warning(figure, warning, bottom + 0.915 * height, height))
     low = max(_draw_legend(figure, names, reference is not None, bottom, height), bottom + 0.1 * height)
@@ -114,10 +118,6 @@ def draw_overlay(
     for plane, place in places.items():
         index = center[PLANES[plane]]
         draw_plane(figure.add_axes(place), image, labels, names, plane, index, intensities, reference)
-    if title:
-        # A name may have dollar signs in it, which are no formula.
-        options = {"color": "white", "size": "large", "ha": "center", "va": "top", "parse_math": False}
-        figure.text(0.5, bottom + 0.97 * height, title, None, **options)
 
 
 def _draw_warning(figure: Figure, warning: str, top: float, height: float) -> float:
