@@ -291,7 +291,8 @@ def run_config(bundle: Path, config: str, settings: Config) -> None:
     words += ["--logging_file", str(configs / "logging.conf")]
     for name, value in settings.items():
         words += [f"--{name}", str(value)]
-    code = subprocess.run(words, check=False).returncode
+    # One that outlives this process goes on to hold the folder that this one holds.
+    code = subprocess.run(words, check=False, close_fds=False).returncode
     if code:
         network = f" with {settings['network_def']['_target_']}" if "network_def" in settings else ""
         raise InputError(f"{config} of {bundle}{network}: failed with code {code}.")

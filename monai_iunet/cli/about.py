@@ -71,7 +71,7 @@ def benchmark(
     Results are saved as they come; the same command goes on where it was interrupted.
     """
     with input_errors("benchmark"):
-        from monai_iunet.io.files import check_folder
+        from monai_iunet.io.files import check_folder, hold_folder
 
         place = device_of(device)
         check_folder(output)
@@ -84,7 +84,8 @@ def benchmark(
         console = Console()
         console.width = max(console.width, 150)  # the tables are wide; better cut by the terminal than wrapped
         file = output / "benchmark.json"
-        failures = run_benchmark(place, file, console, peers, quick, minutes, section or (), overwrite)
+        with hold_folder(output):
+            failures = run_benchmark(place, file, console, peers, quick, minutes, section or (), overwrite)
         typer.echo(file)
         if draw(file, file.with_suffix(".png")):
             typer.echo(file.with_suffix(".png"))

@@ -163,6 +163,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def hold_folder(path: Path, patience: float = 10.0) -> Iterator[None]:
     """Hold a folder against other processes that would hold it, until the block or the process ends.
 
+    A process that is started within the block without `close_fds` holds it too, and goes on to if it outlives this one.
     Windows, and disks that know no locks, hold nothing.
 
     Args:
@@ -178,6 +179,7 @@ def hold_folder(path: Path, patience: float = 10.0) -> Iterator[None]:
         yield
         return
     descriptor, end = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    os.set_inheritable(descriptor, True)
     try:
         while True:
             try:

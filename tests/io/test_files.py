@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from monai_iunet import InputError
+from monai_iunet.cli import app
+from monai_iunet.io import files
 from monai_iunet.io.files import files_in, hold_folder, write_atomically
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
@@ -31,6 +35,40 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode < 0
     with hold_folder(tmp_path, patience=0):
         pass
+
+
+def test_a_training_that_outlives_its_comparison_holds_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from monai_iunet.benchmark import comparison\n"
+        "from monai_iunet.io.files import hold_folder\n"
+        "run, me = comparison.subprocess.run, os.getpid()\n"
+        "child = [sys.executable, '-c', f'import os, sys; os.kill({me}, 9); sys.stdin.read()']\n"
+        "comparison.subprocess.run = lambda words, **options: run(child, **options)\n"
+        "with hold_folder(Path(sys.argv[1])): comparison.run_config(Path('.'), 'train.json', {})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE) as process:
+        assert process.wait() < 0
+        with pytest.raises(InputError, match="another process works"), hold_folder(tmp_path, patience=0):
+            pass
+        process.communicate()  # ends what it reads
+    with hold_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["benchmark", "--quick"],
+        ["compare", "--bundle", "hippocampus", "--dataset-dir", ".", "--max-epochs", "1"],
+        ["compare", "--bundle", "hippocampus", "--dataset-dir", ".", "--minutes", "1"],
+    ],
+)
+def test_two_do_not_measure_into_one_folder(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "hold_folder", partial(hold_folder, patience=0))
+    with hold_folder(tmp_path):
+        result = CliRunner().invoke(app, [*words, "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "another process works in this folder" in result.output
 
 
 @pytest.mark.parametrize(
