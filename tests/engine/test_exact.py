@@ -102,6 +102,13 @@ def test_with_every_kind_of_layer(options: dict[str, Any]) -> None:
     assert_equal_to_the_last_bit(*trained(2, couplings=2, amp=False, **options), False)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_with_channels_last(amp: bool) -> None:
+    net, x, target = trained(3, couplings=2, amp=amp)
+    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    assert_equal_to_the_last_bit(net, x.contiguous(memory_format=torch.channels_last_3d), target, amp)
+
+
 def test_it_changes_little() -> None:
     net, x, _ = trained(3, couplings=3, amp=False)
     exact = net(x)

@@ -130,6 +130,8 @@ class OrthogonalLayer(InvertibleLayer):
         else:
             inputs = self.recover(tuple(outputs), (matrix,), call.remembered, call.inverse)
             outputs.clear()
+        # The gradient of the matrix is a sum over voxels, whose last digits depend on the order of axes in memory.
+        inputs = tuple(map(Tensor.detach, call.leaves(inputs)))
         saved = inputs if call.weights[0].requires_grad else ()
         return inputs, [matrix, *map(Tensor.detach, saved)]
 
