@@ -83,7 +83,9 @@ def _bars(rows: Sequence[Row], name: str, height: str, axes: Any, digits: int) -
 
 
 def _memory(rows: Sequence[Row], axes: Any) -> None:
-    _bars(rows, "network", "training_bytes_per_voxel", axes, 0)
+    """Draw what was allocated where that was measured, as the guide's table has it, else live bytes."""
+    allocated = all("training_allocated_per_voxel" in row for row in rows)
+    _bars(rows, "network", f"training_{'allocated' if allocated else 'bytes'}_per_voxel", axes, 0)
     axes.set(title="Peak memory of a training step, networks of equal cost", xlabel="bytes per voxel")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 from typer.testing import CliRunner
 
 from monai_iunet import SegIUNet
 from monai_iunet.benchmark import run
-from monai_iunet.benchmark.figure import draw
+from monai_iunet.benchmark.figure import _memory, draw
 from monai_iunet.benchmark.measure import (
     Spread,
     allocated_on_cpu,
@@ -289,6 +290,22 @@ def test_a_segmentation_is_measured(name: str) -> None:
     found = measure_here(name, 3, (24, 20, 30), window=16, rounds=2)
     assert len(found["cpu_seconds"]) == len(found["seconds"]) == 2
     assert 0 <= found["bytes"] < found["interpreter_bytes"]
+
+
+def test_the_figure_of_a_gpu_shows_the_bytes_of_its_table() -> None:
+    """Live bytes count what `save_on_cpu` moves to the host, too."""
+    rows = [
+        {
+            "network": name,
+            "dtype": "float32",
+            "training_bytes_per_voxel": 2933.0,
+            "training_allocated_per_voxel": 1029.0,
+        }
+        for name in ("DynUNet", "DynUNet, save_on_cpu")
+    ]
+    axes = Figure().subplots()
+    _memory(rows, axes)
+    assert [bar.get_width() for bar in axes.patches] == [1029, 1029]
 
 
 def test_the_figure_of_segmentations(tmp_path: Path) -> None:
