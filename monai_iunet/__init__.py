@@ -19,8 +19,9 @@ importing the package is light.
 - Make a bundle from images and labels: `fit`.
 - Write the configs of a bundle, and check one: `Task`, `write_bundle`, `verify_bundle`.
 - Run a training by MONAI's engines: `list_cases`, `check_cases`, `check_structures`, `check_images`,
-  `images_to_segment`, `Checkpoints`, `check_overrides`, `check_switches`, `StartFrom`, `start_from`, `EarlyStop`,
-  `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`, `PictureHandler`.
+  `images_to_segment`, `Checkpoints`, `check_overrides`, `check_switches`, `check_postprocessing`, `StartFrom`,
+  `start_from`, `EarlyStop`, `WeightAverage`, `TimedDecay`, `GrowingPatches`, `HandlerGroup`, `CaseReport`,
+  `PictureHandler`.
 - Know what weights were trained with: `training_record`, `trained_value`, `check_training`; and on which cases:
   `check_unseen`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
@@ -100,7 +101,7 @@ if TYPE_CHECKING:
     from monai_iunet.engine.reversible import InvertibleLayer
     from monai_iunet.errors import InputError
     from monai_iunet.fitting.fit import fit
-    from monai_iunet.inference.labels import LabelInferer
+    from monai_iunet.inference.labels import LabelInferer, check_postprocessing
     from monai_iunet.inference.mirror import MirrorInferer
     from monai_iunet.inference.streaming import StreamingInferer
     from monai_iunet.interop.iunets import iUNet, load_iunets_state_dict
@@ -206,6 +207,7 @@ __all__ = [
     "check_cases",
     "check_images",
     "check_overrides",
+    "check_postprocessing",
     "check_structures",
     "check_switches",
     "check_training",
@@ -250,7 +252,7 @@ _NAMES = {
     "engine.reversible": ("InvertibleLayer",),
     "errors": ("InputError",),
     "fitting.fit": ("fit",),
-    "inference.labels": ("LabelInferer",),
+    "inference.labels": ("LabelInferer", "check_postprocessing"),
     "inference.mirror": ("MirrorInferer",),
     "inference.streaming": ("StreamingInferer",),
     "interop.iunets": ("iUNet", "load_iunets_state_dict"),

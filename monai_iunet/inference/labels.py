@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import Inferer
-from monai.transforms import Invertd, InvertibleTransform
+from monai.transforms import AsDiscreted, Invertd, InvertibleTransform
 from monai.utils import MetaKeys, SpaceKeys
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from monai_iunet.errors import InputError
 from monai_iunet.inference.blocks import probability_blocks
 from monai_iunet.inference.image_grid import ImageGrid
 from monai_iunet.inference.images import Image, WholeImage
@@ -29,7 +30,7 @@ from monai_iunet.io.labels import write_probability_image
 from monai_iunet.io.scratch import scratch_array
 from monai_iunet.transforms.outputs import LabelsOnImageGridd, check_numbers
 
-__all__ = ["LabelInferer"]
+__all__ = ["LabelInferer", "check_postprocessing"]
 
 logger = logging.getLogger(__name__)
 
@@ -221,3 +222,31 @@ def _of_classes(watch: Callable[[Slab], object] | None, slab: Slab) -> Slab:
     if watch is not None:
         watch(slab)
     return slab
+
+
+def check_postprocessing(inferer: Any, postprocessing: Any) -> None:
+    """Check that the labels of a `LabelInferer` are not made labels, or brought to the grid of the image, once more.
+
+    Args:
+        inferer: any inferer; the logits of others need both.
+        postprocessing: a `Compose`.
+
+    Raises:
+        InputError: when the labels would be turned by an `Invertd`, or all be background by an argmax.
+
+    Example:
+        >>> from monai.transforms import Compose
+        >>> inferer = LabelInferer(Compose([]), roi_size=(8, 8, 8))
+        >>> check_postprocessing(inferer, Compose([AsDiscreted("pred", to_onehot=3)]))
+    """
+    if not isinstance(inferer, LabelInferer):
+        return
+    for transform in getattr(postprocessing, "transforms", ()):
+        inverts = isinstance(transform, Invertd) and "pred" in transform.keys
+        reduces = isinstance(transform, AsDiscreted) and dict(zip(transform.keys, transform.argmax)).get("pred")
+        if inverts or reduces:
+            wrong = "turned" if inverts else "reduced"
+            raise InputError(
+                f"postprocessing: has {type(transform).__name__}, but the labels of a LabelInferer are on the grid of "
+                f"the image already, and would be {wrong} once more. Take it out."
+            )

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Invertd
 
 from monai_iunet.errors import InputError
-from monai_iunet.inference.labels import LabelInferer
+from monai_iunet.inference.labels import check_postprocessing
 from monai_iunet.io.bundles import read_config
 from monai_iunet.io.text import first_line, in_one_line
 from monai_iunet.io.weights import read_weights, weights_file
@@ -69,7 +68,10 @@ def read_parts(folder: Path, weights: str, device: torch.device, with_probabilit
             f"{folder}: its inference.json cannot be used here ({type(error).__name__}: {first_line(error)}). "
             "Segment with `python -m monai.bundle run`, as its README says."
         ) from error
-    _check_inversion(folder, parts)
+    try:
+        check_postprocessing(parts.inferer, parts.postprocessing)
+    except InputError as error:
+        raise InputError(f"{folder}: its inference.json cannot be used, {error}") from error
     file = weights_file(folder, weights)
     try:
         parts.network.load_state_dict(read_weights(file))
@@ -127,17 +129,6 @@ def _inference_config(folder: Path, device: torch.device, with_probabilities: bo
     _leave_out(parser, "preprocessing", "LoadImaged")
     _leave_out(parser, "postprocessing", "SaveImaged", "SaveImageLabelsd")
     return parser
-
-
-def _check_inversion(folder: Path, parts: BundleParts) -> None:
-    """Check that labels which the inferer brings back to the grid of the image are not brought back again."""
-    transforms = getattr(parts.postprocessing, "transforms", ())
-    again = any(isinstance(transform, Invertd) and "pred" in transform.keys for transform in transforms)
-    if again and isinstance(parts.inferer, LabelInferer):
-        raise InputError(
-            f"{folder}: the postprocessing of its inference.json has an Invertd, but the labels of a "
-            "LabelInferer are on the grid of the image already, and would be turned once more. Take it out."
-        )
 
 
 def _leave_out(parser: ConfigParser, section: str, *names: str) -> None:

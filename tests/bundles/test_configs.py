@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -150,6 +151,28 @@ def test_every_switch_that_is_text_is_refused(task: Task, config: str) -> None:
         with pytest.raises(RuntimeError) as error:
             parser.get_parsed_content("initialize")
         assert f"--{name} false: is text" in str(error.value.__cause__)
+
+
+INVERT = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image"}
+ARGMAX = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
+
+
+@pytest.mark.parametrize("more", [INVERT, ARGMAX], ids=["Invertd", "AsDiscreted"])
+@pytest.mark.parametrize(("config", "section"), [("inference", ""), ("evaluate", "validate#")])
+def test_labels_are_not_made_labels_again(config: str, section: str, more: dict[str, Any]) -> None:
+    """As bundles with MONAI's sliding windows do with logits; the labels would be wrong in silence."""
+    folder = BUNDLES / "iunet_hippocampus_mri_segmentation"
+    parser = ConfigParser()
+    parser.read_config(folder / "configs" / f"{config}.json")
+    parser.update({"bundle_root": str(folder), "device": "cpu"})
+    added = {name: f"@{section}preprocessing" if name == "transform" else value for name, value in more.items()}
+    parser[f"{section}postprocessing#transforms"] = [added]
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("initialize")
+    assert isinstance(error.value.__cause__, InputError)
+    assert f"has {more['_target_']}, but the labels of a LabelInferer are on the grid" in str(error.value.__cause__)
+    parser[f"{section}inferer"] = {"_target_": "SlidingWindowInferer", "roi_size": [40, 56, 40]}
+    parser.get_parsed_content("initialize")
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
