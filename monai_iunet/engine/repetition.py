@@ -107,6 +107,12 @@ class Conditions:
         needed = {id(tensor) for part in self._parts for tensor in part.tensors()}
         self._versions = [(tensor, before) for tensor, before in self._versions if id(tensor) in needed]
         self._places = [(tensor, place) for tensor, place in self._places if id(tensor) in needed]
+        # A buffer that the evaluation has given another shape, as observers of ranges do at first, gets its former one
+        # for the second evaluation. Other memory may belong to somebody else.
+        moved = {id(tensor) for tensor, _ in self._moved}
+        for number, (tensor, place) in enumerate(self._places):
+            if id(tensor) in moved and memory_of(tensor) == place[0]:
+                self._places[number] = tensor, _place(tensor)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -275,4 +281,6 @@ def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def _write(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(tensors, values):
+            if tensor.shape != value.shape:
+                tensor.resize_(value.shape)
             tensor.copy_(value)

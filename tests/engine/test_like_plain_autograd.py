@@ -871,6 +871,27 @@ def test_quantization_that_moves_its_range_unnoticed_by_autograd() -> None:
     assert largest_error(found) < 1e-4
 
 
+def test_observers_that_give_their_ranges_a_shape_in_their_first_evaluation() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    branch = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Tanh()).train()
+    branch.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+    quantization.prepare_qat(branch, inplace=True)
+    found = []
+    for rebuilds in (True, False):
+        layer = AdditiveCoupling(copy.deepcopy(branch))
+        layer.rebuilds = rebuilds
+        state = [torch.ones(1, 2, 4, 4) * torch.linspace(0, 1, 4) for _ in range(2)]
+        value = sum(loss(layer(state[0], scale * state[1])[1]) for scale in (1, 3))
+        found.append(
+            [
+                *torch.autograd.grad(value, list(layer.parameters()), retain_graph=True),
+                *torch.autograd.grad(value, list(layer.parameters())),
+                *(buffer.float() for buffer in layer.buffers()),
+            ]
+        )
+    assert largest_error(found) < 1e-4
+
+
 class Limited(nn.Conv1d):
     """Changes its weight before it uses it."""
 
