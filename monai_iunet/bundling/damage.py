@@ -69,7 +69,7 @@ def damage_case(
 def crop_case(
     image: nibabel.Nifti1Image, labels: np.ndarray, extent: np.ndarray, random: Random
 ) -> tuple[nibabel.Nifti1Image, np.ndarray]:
-    """Crop a large image around a labelled voxel at random: a smaller field of view, which takes less time to segment.
+    """Crop a large image around a labeled voxel at random: a smaller field of view, which takes less time to segment.
 
     Args:
         image: 3D volume.
