@@ -293,6 +293,7 @@ def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path: Path, monk
     [
         ("left_atrium", "whole_images"),
         ("left_atrium_seed_1", "whole_images"),
+        ("left_atrium_seed_2", "whole_images"),
         ("branches", "networks"),
         ("branches_seed_1", "networks"),
     ],
