@@ -33,7 +33,7 @@ from monai_iunet.errors import InputError
 from monai_iunet.fitting.fingerprint import read_fingerprint
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.fitting.planner import largest_image
-from monai_iunet.io.files import SUFFIXES, check_folder, image_name, whole_folder, write_text
+from monai_iunet.io.files import SUFFIXES, check_folder, hold_folder, image_name, whole_folder, write_text
 from monai_iunet.io.text import first_line
 from monai_iunet.losses.chunked_dice_ce import ChunkedDiceCELoss
 from monai_iunet.planning.budget import best_activations, largest_patch
@@ -122,35 +122,38 @@ def compare_arms(
     check_structures(dataset_dir, task.classes, task.label_values)
     values = None if task.label_values is None else (0, *task.label_values)
     cases = check_cases(list_cases(dataset_dir, without=task.left_out), task.num_classes, label_values=values)
-    check_asked(output, {"dataset": str(Path(dataset_dir).resolve()), **facts_of_cases({"labeled": cases})})
-    test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests, task.left_out)
-    timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
-    task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)
-    extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)
-    planned = _plan_arms(task, extents, arms)
-    clock = "wall" if device.type == "cuda" else "processor"
-    figures, rows = {}, {}
-    settings: Config = {"dataset_dir": str(Path(dataset_dir).resolve()), "check_data": False}
-    settings["device"] = f"$torch.device('{device}')"
-    for name, arm in planned.items():
-        bundle = output / name
-        _write_arm(arm, bundle, test_cases, clock, seed)
-        _train_and_evaluate(bundle, settings)
-        rows[name] = read_rows(bundle / "eval" / "cases.csv")
-        figures[name] = {**_facts(arm, bundle), **scores(rows[name]), "cases": _cases(rows[name])}
-    result: Config = {
-        "minutes": minutes,
-        "clock": clock,
-        "seed": seed,
-        "test_cases": test_cases,
-        "arms": figures,
-        "differences": {
-            f"{first} - {second}": {measure: _differences(rows[first], rows[second], measure) for measure in MEASURES}
-            for first, second in itertools.combinations(planned, 2)
-        },
-    }
-    text = json.dumps(result, indent=4) + "\n"
-    write_text(output / "comparison.json", text)
+    with hold_folder(output):
+        check_asked(output, {"dataset": str(Path(dataset_dir).resolve()), **facts_of_cases({"labeled": cases})})
+        test_cases = _test_cases(dataset_dir, output / "test_cases.json", tests, task.left_out)
+        timed: dict[str, Any] = {"max_seconds": 60.0 * minutes, "max_epochs": NEVER - 1}
+        task = replace(task, validation_cases=True, judges=(), autocast=False, **timed)
+        extents = largest_image(read_fingerprint(plan / "docs" / "fingerprint.json"), task.spacing, task.factors)
+        planned = _plan_arms(task, extents, arms)
+        clock = "wall" if device.type == "cuda" else "processor"
+        figures, rows = {}, {}
+        settings: Config = {"dataset_dir": str(Path(dataset_dir).resolve()), "check_data": False}
+        settings["device"] = f"$torch.device('{device}')"
+        for name, arm in planned.items():
+            bundle = output / name
+            _write_arm(arm, bundle, test_cases, clock, seed)
+            _train_and_evaluate(bundle, settings)
+            rows[name] = read_rows(bundle / "eval" / "cases.csv")
+            figures[name] = {**_facts(arm, bundle), **scores(rows[name]), "cases": _cases(rows[name])}
+        result: Config = {
+            "minutes": minutes,
+            "clock": clock,
+            "seed": seed,
+            "test_cases": test_cases,
+            "arms": figures,
+            "differences": {
+                f"{first} - {second}": {
+                    measure: _differences(rows[first], rows[second], measure) for measure in MEASURES
+                }
+                for first, second in itertools.combinations(planned, 2)
+            },
+        }
+        text = json.dumps(result, indent=4) + "\n"
+        write_text(output / "comparison.json", text)
     result = json.loads(text)
     return result
 

@@ -22,7 +22,7 @@ from monai_iunet.benchmark.measure import peak_of_training, time_alternately
 from monai_iunet.bundling.evaluation_data import bundle_cases
 from monai_iunet.errors import InputError
 from monai_iunet.io.bundles import parsed_content, read_config
-from monai_iunet.io.files import check_folder, files_digest, files_in, write_text
+from monai_iunet.io.files import check_folder, files_digest, files_in, hold_folder, write_text
 from monai_iunet.io.text import first_line, times
 from monai_iunet.training.cases import image_of
 from monai_iunet.training.checkpoints import FINAL
@@ -120,27 +120,28 @@ def compare_networks(
     folder = check_folder(output_dir.resolve() / f"{max_epochs}_epochs")
     configs = files_digest([bundle / "configs" / name for name in ("train.json", "evaluate.json")])
     asked = {"dataset": common["dataset_dir"], **facts_of_cases(cases), "bundle": bundle.name, "configs": configs}
-    check_asked(folder, asked)
-    figures, dice = {}, {}
-    for name, definition in definitions.items():
-        settings = {**common, "network_def": definition, "check_data": False}
-        _train(bundle, check_folder(folder / name), settings, max_epochs)
-        _evaluate(bundle, folder / name, settings)
-        rows = read_rows(folder / name / "eval" / "cases.csv")
-        figures[name] = scores(rows)
-        dice[name] = np.array(list(mean_dice_of_cases(rows).values()))
-    for name, costs in _costs(bundle, common, definitions, rounds).items():
-        figures[name].update(costs)
-    state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
-    result = {
-        "max_epochs": max_epochs,
-        "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
-        "cases": len(dice[OURS]),
-        "networks": figures,
-        "ours_minus": {name: difference(dice[OURS], dice[name]) for name in networks},
-    }
-    text = json.dumps(result, indent=4) + "\n"
-    write_text(output_dir / "comparison.json", text)
+    with hold_folder(output_dir):
+        check_asked(folder, asked)
+        figures, dice = {}, {}
+        for name, definition in definitions.items():
+            settings = {**common, "network_def": definition, "check_data": False}
+            _train(bundle, check_folder(folder / name), settings, max_epochs)
+            _evaluate(bundle, folder / name, settings)
+            rows = read_rows(folder / name / "eval" / "cases.csv")
+            figures[name] = scores(rows)
+            dice[name] = np.array(list(mean_dice_of_cases(rows).values()))
+        for name, costs in _costs(bundle, common, definitions, rounds).items():
+            figures[name].update(costs)
+        state = torch.load(folder / OURS / "last.pt", map_location="cpu", weights_only=True)
+        result = {
+            "max_epochs": max_epochs,
+            "steps": max(int(parameter["step"]) for parameter in state["optimizer"]["state"].values()),
+            "cases": len(dice[OURS]),
+            "networks": figures,
+            "ours_minus": {name: difference(dice[OURS], dice[name]) for name in networks},
+        }
+        text = json.dumps(result, indent=4) + "\n"
+        write_text(output_dir / "comparison.json", text)
     return result
 
 

@@ -224,7 +224,6 @@ def compare(
         from monai_iunet.benchmark.comparison import NETWORKS, as_markdown, compare_networks
         from monai_iunet.errors import InputError
         from monai_iunet.io.bundles import bundle_folder
-        from monai_iunet.io.files import check_folder, hold_folder
 
         if minutes is not None and max_epochs is None:
             check_left_out({"--networks": networks is not None}, "of a comparison by --max-epochs.")
@@ -232,8 +231,7 @@ def compare(
             if not set(chosen) <= set(ARMS):
                 raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
             of_test, of_seed = 16 if tests is None else tests, seed or 0
-            with hold_folder(check_folder(output)):
-                found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, of_test, of_seed)
+            found = compare_arms(bundle_folder(bundle), dataset_dir, output, minutes, chosen, of_test, of_seed)
             typer.echo(arms_as_markdown(found))
             typer.echo(f"{save_arms(found, output / 'comparison.png')}")
         elif max_epochs is not None and minutes is None:
@@ -242,8 +240,7 @@ def compare(
             names = [name.strip() for name in (networks or "DynUNet,SegResNet").split(",")]
             if not set(names) <= set(NETWORKS):
                 raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
-            with hold_folder(check_folder(output)):
-                found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)
+            found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)
             typer.echo(as_markdown(found))
         else:
             raise InputError("compare: name either --max-epochs, of other networks, or --minutes, of ways to train.")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from monai_iunet.bundling.task import HIPPOCAMPUS
 from monai_iunet.cli import app
 from monai_iunet.fitting.plan import read_plan
 from monai_iunet.io.bundles import read_config
+from monai_iunet.io.files import hold_folder
 from tests.bundles.helpers import run
 from tests.fitting.made_sets import make_set
 
@@ -164,6 +166,16 @@ def test_arms_of_other_cases_are_not_compared(
     (data / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match="a comparison with another cases and another contents is there"):
         compare_arms(plan, data, tmp_path / "out", 1.0, tests=2)
+
+
+def test_two_comparisons_do_not_train_in_one_folder(
+    planned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, plan = planned
+    monkeypatch.setattr(arms, "hold_folder", partial(hold_folder, patience=0))
+    with hold_folder(tmp_path), pytest.raises(InputError, match="another process works in this folder"):
+        compare_arms(plan, data, tmp_path, 1.0, tests=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_test_cases_that_are_listed_are_taken(planned: tuple[Path, Path], tmp_path: Path) -> None:

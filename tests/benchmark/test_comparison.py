@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from monai.bundle import ConfigParser
 from typer.testing import CliRunner
 
 from monai_iunet.benchmark import comparison
-from monai_iunet.benchmark.comparison import as_markdown, check_asked
+from monai_iunet.benchmark.comparison import as_markdown, check_asked, compare_networks
 from monai_iunet.bundling.new_bundle import bundle_configs, write_bundle
 from monai_iunet.cli import app
 from monai_iunet.errors import InputError
+from monai_iunet.io.files import hold_folder
 from tests.bundles.helpers import run
 from tests.bundles.made_data import SMALL_TASK, make_hippocampus_data
 
@@ -168,3 +170,13 @@ def test_unknown_networks_are_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2
     assert "one or several of DynUNet,SegResNet are needed" in result.stderr
+
+
+def test_two_comparisons_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_hippocampus_data(tmp_path / "data", training=4)
+    bundle = write_bundle(SMALL_TASK, tmp_path / "bundle")
+    monkeypatch.setattr(comparison, "hold_folder", partial(hold_folder, patience=0))
+    (tmp_path / "out").mkdir()
+    with hold_folder(tmp_path / "out"), pytest.raises(InputError, match="another process works in this folder"):
+        compare_networks(bundle, data, tmp_path / "out", 1)
+    assert not list((tmp_path / "out" / "1_epochs").iterdir())
