@@ -238,7 +238,8 @@ class _Planner:
     def _noted(self, found: tuple[Chosen, Choice | None]) -> Chosen:
         """Note the reason of what was chosen, and return what it is."""
         chosen, choice = found
-        self.choices += [] if choice is None else [choice]
+        if choice is not None:
+            self.choices.append(choice)
         return chosen
 
     def _partial_labels(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import MODES, compare, gradients_of_a_branch, image, largest_error, loss, network
+from tests.engine.helpers import MODES, compare, gradients_of_a_branch, image, largest_error, loss, network
 
 
 class Doubling(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from monai_iunet.networks.blocks.chain import InvertibleChain
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import MODES, image, largest_error, loss, network, values
+from tests.engine.helpers import MODES, image, largest_error, loss, network, values
 
 
 def as_script(branch: nn.Module, x: Tensor) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.engine.ways import MODES, compare, image, largest_error, loss, network, plain, values
+from tests.engine.helpers import MODES, compare, image, largest_error, loss, network, plain, values
 from tests.helpers import randomize, relative_errors
 
 

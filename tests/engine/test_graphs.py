@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import IUNet
-from tests.engine.ways import MODES, compare, image, largest_error, loss, network, plain
+from tests.engine.helpers import MODES, compare, image, largest_error, loss, network, plain
 from tests.helpers import randomize
 
 

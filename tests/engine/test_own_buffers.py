@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import (
+from tests.engine.helpers import (
     compare,
     gradients,
     gradients_of_a_branch,

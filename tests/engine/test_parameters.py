@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet import SegIUNet
-from tests.engine.ways import MODES, compare, image, largest_error, loss, network, plain, spectral, weighted
+from tests.engine.helpers import MODES, compare, image, largest_error, loss, network, plain, spectral, weighted
 
 
 def test_parameters_replaced_between_the_passes() -> None:

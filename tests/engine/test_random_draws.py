@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from monai_iunet.engine import repetition
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import compare, plain, work_in_threads
+from tests.engine.helpers import compare, plain, work_in_threads
 
 
 class Drawing(nn.Conv2d):

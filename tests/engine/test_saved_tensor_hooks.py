@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_iunet import IUNet
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import MODES, compare, image, largest_error, loss, network, plain, same
+from tests.engine.helpers import MODES, compare, image, largest_error, loss, network, plain, same
 
 
 def through_numpy(tensor: Tensor) -> Any:

@@ -15,7 +15,7 @@ from monai_iunet import SegIUNet
 from monai_iunet.engine.reversible import InvertibleLayer
 from monai_iunet.networks.blocks.chain import InvertibleChain
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import MODES, compare, gradients_of_a_branch, image, largest_error, loss, network, plain, same
+from tests.engine.helpers import MODES, compare, gradients_of_a_branch, image, largest_error, loss, network, plain, same
 from tests.helpers import randomize, relative_errors
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import TorchDispatchMode
-from tests.engine.ways import compare, image, loss, network, work_in_threads
+from tests.engine.helpers import compare, image, loss, network, work_in_threads
 from tests.helpers import relative_errors
 
 

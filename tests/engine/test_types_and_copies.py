@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from monai_iunet import SegIUNet
 from monai_iunet.networks.blocks.chain import InvertibleChain
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling
-from tests.engine.ways import MODES, image, largest_error, loss, network, plain
+from tests.engine.helpers import MODES, image, largest_error, loss, network, plain
 from tests.helpers import randomize, relative_errors
 
 
