@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import Inferer
-from monai.transforms import AsDiscreted, Invertd, InvertibleTransform
+from monai.transforms import Activationsd, AsDiscreted, Invertd, InvertibleTransform
 from monai.utils import MetaKeys, SpaceKeys
 from numpy.typing import DTypeLike
 from torch import Tensor
@@ -225,14 +225,14 @@ def _of_classes(watch: Callable[[Slab], object] | None, slab: Slab) -> Slab:
 
 
 def check_postprocessing(inferer: Any, postprocessing: Any) -> None:
-    """Check that the labels of a `LabelInferer` are not made labels, or brought to the grid of the image, once more.
+    """Check that the labels of a `LabelInferer` are not taken for logits, or brought to the image's grid once more.
 
     Args:
         inferer: any inferer; the logits of others need both.
         postprocessing: a `Compose`.
 
     Raises:
-        InputError: when the labels would be turned by an `Invertd`, or all be background by an argmax.
+        InputError: when the labels would be turned by an `Invertd`, or changed by an `Activationsd` or an argmax.
 
     Example:
         >>> from monai.transforms import Compose
@@ -242,11 +242,16 @@ def check_postprocessing(inferer: Any, postprocessing: Any) -> None:
     if not isinstance(inferer, LabelInferer):
         return
     for transform in getattr(postprocessing, "transforms", ()):
-        inverts = isinstance(transform, Invertd) and "pred" in transform.keys
-        reduces = isinstance(transform, AsDiscreted) and dict(zip(transform.keys, transform.argmax)).get("pred")
-        if inverts or reduces:
-            wrong = "turned" if inverts else "reduced"
-            raise InputError(
-                f"postprocessing: has {type(transform).__name__}, but the labels of a LabelInferer are on the grid of "
-                f"the image already, and would be {wrong} once more. Take it out."
-            )
+        keys = getattr(transform, "keys", ())
+        if isinstance(transform, Invertd) and "pred" in keys:
+            wrong = "on the grid of the image already, and would be turned once more"
+        elif (isinstance(transform, Activationsd) and "pred" in keys) or (
+            isinstance(transform, AsDiscreted) and dict(zip(keys, transform.argmax)).get("pred")
+        ):
+            wrong = "no logits, and would be changed"
+        else:
+            continue
+        raise InputError(
+            f"postprocessing: has {type(transform).__name__}, but the labels of a LabelInferer are {wrong}. Take it "
+            "out."
+        )
