@@ -291,8 +291,8 @@ def _write_arm(arm: _Arm, bundle: Path, test_cases: Sequence[str], clock: str, s
         path = bundle / "configs" / name
         if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
             raise InputError(
-                f"{path}: that of another comparison, such as of other minutes or another seed. Ask for the same to go "
-                "on with it, or name another --output."
+                f"{path}: that of another comparison, such as of other minutes, another seed or another version of "
+                "monai_iunet. Ask for the same to go on with it, or name another --output."
             )
 
 
