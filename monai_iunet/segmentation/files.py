@@ -364,11 +364,12 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
                     "BIDS data set by --bids-filter-file."
                 )
     images = {*batch, *(path for case in cases for path in case.files)}
-    inputs = [file for path in images if path.exists() for file in files_in(path)]
+    inputs = {file for path in images if path.exists() for file in files_in(path)}
+    identities = set(map(_identity, inputs))
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
         for path in existing:
-            if any(path.samefile(file) for file in inputs):
+            if _identity(path) in identities:
                 raise InputError(f"{path}: the result of {case.image} would replace this image. Name another --output.")
             goes_on = settings.skip_done and (case.labels in existing or case.started.exists())
             if not settings.overwrite and not goes_on:
@@ -378,6 +379,12 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
     _check_done([case for case in cases if settings.skip_done and case.is_done])
     replaced = [case for case in cases if settings.overwrite and not settings.skip_done and case.labels.exists()]
     _warn_of_others([path for case in replaced for path in case.others if path.exists() and path not in inputs])
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what a file has alone, by whatever names and links it is reached."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def _check_done(cases: Sequence[Case]) -> None:
