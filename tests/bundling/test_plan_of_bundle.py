@@ -109,6 +109,13 @@ def test_the_time_of_a_network_of_several_channels_is_told(tmp_path: Path) -> No
     assert re.search(r"windows of \S+ s", printed)
 
 
+def test_what_is_padded_before_the_network_is_planned() -> None:
+    """An image may be smaller than what the network divides by, such as one slab of a head."""
+    code, printed = plan("--bundle", "brain", "--image", "64,64,9")
+    assert code == 0
+    assert "a slab of the logits, 32 x 32 x 16 voxels in all" in " ".join(printed.split())
+
+
 def test_a_longer_image_takes_no_more_but_for_image_and_labels() -> None:
     segmenter = BundleSegmenter(bundle_folder("headneck"), "cpu")
     short, long = (segmenter.plan((256, 256, extent), (2.0, 2.0, 2.0)) for extent in (300, 900))
