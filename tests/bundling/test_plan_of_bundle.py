@@ -68,6 +68,8 @@ def test_what_fits_is_shown(bundle: Path) -> None:
         (["--gpu-memory", "24"], "'24' is a number of bytes. Name the unit, as in \"24 GiB\""),
         (["--dtype", "int8"], "must be one of float32, bfloat16, float16"),
         (["--patch", "16,16"], "three numbers"),
+        (["--patch", ""], "three numbers"),
+        (["--patch", "-16,16,16"], "Error: --patch -16 x 16 x 16: must be positive"),
     ],
 )
 def test_what_cannot_be_planned_is_said(bundle: Path, options: list[str], message: str) -> None:
