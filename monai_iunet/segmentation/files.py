@@ -135,6 +135,11 @@ class Case:
         return self.channels or (self.image,)
 
     @property
+    def is_there(self) -> bool:
+        """Whether the image is; of one that is not, no result can be said to be its own."""
+        return all(path.exists() for path in self.files)
+
+    @property
     def outputs(self) -> list[Path]:
         """All files that are written."""
         return [self.labels, *self.beside]
@@ -206,7 +211,7 @@ def segment_files(
     cases = [
         _case(files, segmenter, output, settings) for files in groups[settings.share.index :: settings.share.count]
     ]
-    check_outputs(cases, settings, images)
+    check_outputs([case for case in cases if case.is_there], settings, images)
     check_folder(output)
     yield from segment_cases(cases, segmenter, settings)
 
@@ -219,7 +224,7 @@ def segment_cases(
     Of images whose files are small, several are in memory at once, see `images_at_once`.
     """
     _check_settings(segmenter, settings)
-    left = [case for case in cases if not (settings.skip_done and case.is_done)]
+    left = [case for case in cases if not (settings.skip_done and case.is_done and case.is_there)]
     # A bar on a terminal, nothing elsewhere. No variable holds what is iterated: an error ends its threads at once.
     for case, result in tqdm(
         _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None

@@ -394,6 +394,17 @@ def test_only_a_result_of_the_same_image_and_bundle_is_left_out(images: list[Pat
     assert go_on(other)[0] == 0
 
 
+@pytest.mark.parametrize("option", ["--skip-done", "--overwrite"])
+def test_an_image_that_is_gone_is_no_other_image(option: str, images: list[Path], tmp_path: Path) -> None:
+    arguments = ("--output", tmp_path / "out", "--no-overlay", "--volumes", "csv")
+    assert call("segment", *images[:2], *arguments)[0] == 0
+    images[0].unlink()
+    code, printed, error = call("segment", *images, *arguments, option)
+    assert code == 2
+    assert without_warnings(error) == f"Error: {images[0]}: no such file. Check the path.\n"
+    assert str(tmp_path / "out" / "c_seg.nii.gz") in printed
+
+
 @pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
 def test_data_beside_a_header_are_part_of_the_origin(suffix: str, tmp_path: Path) -> None:
     rng, out = np.random.default_rng(0), tmp_path / "out"
