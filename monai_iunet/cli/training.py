@@ -93,7 +93,7 @@ def fit(
             device=None if device == "auto" else str(device_of(device)),
             skip_bad_cases=skip_bad_cases,
             plan_only=plan_only,
-            console=Console(),
+            console=Console(markup=False),  # names of structures may have brackets
         )
         typer.echo(bundle)
 
