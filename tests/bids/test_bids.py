@@ -169,6 +169,17 @@ def test_a_part_of_a_name_that_is_no_entity_does_not_end_the_group(data: Path, t
         assert error.startswith(f"Error: {folder / stem}.tsv: not a table of structures")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--participant-label", "01"), ("--session-label", "pre"), ("--report",), ("--probabilities", "--strict")],
+)
+def test_options_that_the_group_would_pass_over_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
+    code, _, error = call("bids", tmp_path, tmp_path / "out", "group", *options)
+    assert (code, error.count("\n")) == (2, 1)
+    given = ", ".join(word for word in options if word.startswith("--"))
+    assert error.startswith(f"Error: {given}: of the level participant")
+
+
 def test_a_missing_session_is_reported(data: Path) -> None:
     save(image_of(data, "01", "late", "T2w"))
     assert [str(absent) for absent in find_images(data, ["T1w"], ["01"])[1]] == ["sub-01 ses-late"]
