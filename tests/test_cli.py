@@ -314,6 +314,20 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes without a signal")
+def test_a_signal_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; from monai_iunet import cli\n"
+        "from monai_iunet.io.files import write_atomically\n"
+        "def write(path): path.write_text('half'); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "cli.app = lambda: write_atomically(Path(sys.argv[1], 'a.txt'), write)\n"
+        "cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (143, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_version_do_not_load_torch() -> None:
     for option in ("--help", "--version"):
         code = (

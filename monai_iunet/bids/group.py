@@ -76,7 +76,7 @@ def write_group_table(bids_dir: Path, output: Path, segmenter: BundleSegmenter) 
         The table, and the participants who have no result; their row has no volumes.
 
     Raises:
-        InputError: when there is no result at all.
+        InputError: when there is no result at all, or a table of structures is damaged.
     """
     label = description_label(segmenter)
     rows, without = [], []
@@ -115,13 +115,18 @@ def _row(path: Path) -> dict[str, str]:
     """Read the volumes of an image from its table of structures."""
     stem = path.name.rpartition("_desc-")[0]
     entities = dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
-    row = {"participant_id": f"sub-{entities['sub']}"}
-    if "ses" in entities:
-        row["session_id"] = f"ses-{entities['ses']}"
-    row["image"] = stem
-    with path.open(encoding="utf-8", newline="") as file:
-        for structure in csv.DictReader(file, delimiter="\t"):
-            name = structure["name"].replace(" ", "_")
-            row[f"{name}_mm3"] = structure["volume_mm3"]
-            row[f"{name}_quality"] = structure["quality"]
+    try:
+        row = {"participant_id": f"sub-{entities['sub']}"}
+        if "ses" in entities:
+            row["session_id"] = f"ses-{entities['ses']}"
+        row["image"] = stem
+        with path.open(encoding="utf-8", newline="") as file:
+            for structure in csv.DictReader(file, delimiter="\t"):
+                name = structure["name"].replace(" ", "_")
+                row[f"{name}_mm3"] = structure["volume_mm3"]
+                row[f"{name}_quality"] = structure["quality"]
+    except (KeyError, ValueError, AttributeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: not a table of structures as the level participant writes it. Run that with --overwrite."
+        ) from error
     return row

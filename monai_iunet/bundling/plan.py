@@ -78,6 +78,8 @@ class BundleTraining:
         self._config = Path(bundle, "configs", "train.json")
         if not self._config.is_file():
             raise InputError(f"{self._config}: no such file. Name the folder of a bundle.")
+        if spatial_size is not None and min(spatial_size) < 1:
+            raise InputError(f"--patch {times(spatial_size)}: must be positive numbers of voxels, such as 96,96,96.")
         try:
             size = read_size(spatial_size or self._read("roi_size"))
             self.batch_size = int(batch_size or self._read("batch_size"))

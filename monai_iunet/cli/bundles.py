@@ -79,7 +79,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")]
         from monai_iunet.bundling.verify import as_table, verify_bundle
 
         checks = verify_bundle(bundle)
-        Console().print(as_table(checks, str(bundle)))
+        Console(markup=False).print(as_table(checks, str(bundle)))  # brackets in names and errors are what they are
         if any(check.problem for check in checks):
             raise typer.Exit(1)
 

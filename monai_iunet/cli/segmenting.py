@@ -250,6 +250,16 @@ def bids(
         from monai_iunet.segmentation.segmenter import BundleSegmenter
         from monai_iunet.visualization.page import viewer_program
 
+        if level is AnalysisLevel.group:
+            of_participants = {
+                "--participant-label": bool(participant_label),
+                "--session-label": bool(session_label),
+                "--bids-filter-file": bids_filter_file is not None,
+                "--probabilities": probabilities,
+                "--report": report,
+                "--strict": strict,
+            }
+            check_left_out(of_participants, "of the level participant; that of the group has all. Leave it out.")
         place = own_device() if device == "auto" else device_of(device)
         segmenter = BundleSegmenter(bundle_folder(bundle), place, probabilities, progress=sys.stderr.isatty())
         if level is AnalysisLevel.group:

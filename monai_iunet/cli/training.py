@@ -93,7 +93,7 @@ def fit(
             device=None if device == "auto" else str(device_of(device)),
             skip_bad_cases=skip_bad_cases,
             plan_only=plan_only,
-            console=Console(),
+            console=Console(markup=False),  # names of structures may have brackets
         )
         typer.echo(bundle)
 
@@ -154,7 +154,7 @@ def plan(
                 table = inference_table(bundle_folder(bundle), size, millimeters, measure)
             console.print(table)
             return
-        patch_size = numbers(patch, int, "--patch") if patch else None
+        patch_size = None if patch is None else numbers(patch, int, "--patch")
         budget = None if gpu_memory is None else read_budget(gpu_memory)
         training = BundleTraining(bundle_folder(bundle), read_dtype(dtype), patch_size, batch_size)
         with console.status("counting the bytes of a step"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, SpatialPadd
+from monai.utils import fall_back_tuple
 from torch import nn
 
 from monai_iunet.inference.blocks import LARGEST_BLOCK
@@ -93,6 +95,10 @@ def plan_inference(
     if spacings:
         empty = MetaTensor(torch.zeros(1).expand(1, *image_size), affine=torch.as_tensor(np.diag([*spacing, 1.0])))
         size = tuple(map(int, spacings[0]({KEY: empty}, lazy=True)[KEY].peek_pending_shape()))
+    for transform in preprocessing.transforms:
+        if isinstance(transform, SpatialPadd):
+            padder: Any = transform.padder
+            size = tuple(max(pair) for pair in zip(size, fall_back_tuple(padder.spatial_size, size)))
     windows, axis = inferer.windows(size, network, channels), longest_axis(size)
     plane = math.prod(extent for number, extent in enumerate(size) if number != axis)
     length = windows.size[axis]

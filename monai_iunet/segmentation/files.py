@@ -135,6 +135,11 @@ class Case:
         return self.channels or (self.image,)
 
     @property
+    def is_there(self) -> bool:
+        """Whether the image is; of one that is not, no result can be said to be its own."""
+        return all(path.exists() for path in self.files)
+
+    @property
     def outputs(self) -> list[Path]:
         """All files that are written."""
         return [self.labels, *self.beside]
@@ -206,7 +211,7 @@ def segment_files(
     cases = [
         _case(files, segmenter, output, settings) for files in groups[settings.share.index :: settings.share.count]
     ]
-    check_outputs(cases, settings, images)
+    check_outputs([case for case in cases if case.is_there], settings, images)
     check_folder(output)
     yield from segment_cases(cases, segmenter, settings)
 
@@ -219,7 +224,7 @@ def segment_cases(
     Of images whose files are small, several are in memory at once, see `images_at_once`.
     """
     _check_settings(segmenter, settings)
-    left = [case for case in cases if not (settings.skip_done and case.is_done)]
+    left = [case for case in cases if not (settings.skip_done and case.is_done and case.is_there)]
     # A bar on a terminal, nothing elsewhere. No variable holds what is iterated: an error ends its threads at once.
     for case, result in tqdm(
         _segment_all(left, segmenter, settings), "segmenting", len(left), leave=False, unit="image", disable=None
@@ -364,11 +369,12 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
                     "BIDS data set by --bids-filter-file."
                 )
     images = {*batch, *(path for case in cases for path in case.files)}
-    inputs = [file for path in images if path.exists() for file in files_in(path)]
+    inputs = {file for path in images if path.exists() for file in files_in(path)}
+    identities = set(map(_identity, inputs))
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
         for path in existing:
-            if any(path.samefile(file) for file in inputs):
+            if _identity(path) in identities:
                 raise InputError(f"{path}: the result of {case.image} would replace this image. Name another --output.")
             goes_on = settings.skip_done and (case.labels in existing or case.started.exists())
             if not settings.overwrite and not goes_on:
@@ -378,6 +384,12 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
     _check_done([case for case in cases if settings.skip_done and case.is_done])
     replaced = [case for case in cases if settings.overwrite and not settings.skip_done and case.labels.exists()]
     _warn_of_others([path for case in replaced for path in case.others if path.exists() and path not in inputs])
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what a file has alone, by whatever names and links it is reached."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def _check_done(cases: Sequence[Case]) -> None:

@@ -162,6 +162,22 @@ def test_a_part_of_a_name_that_is_no_entity_does_not_end_the_group(data: Path, t
     assert code == 2, error  # since the others have no result
     row = read_tsv(tmp_path / "out" / "group_hippocampus.tsv")[-1]
     assert (row["participant_id"], row["image"], row["front_mm3"]) == ("sub-03", "sub-03_mprage", "12.000")
+    for content in (b"index;name\n1;front\n", "index\tname\n1\tfront\n".encode("utf-16")):  # as a spreadsheet saves it
+        (folder / f"{stem}.tsv").write_bytes(content)
+        code, _, error = call("bids", data, tmp_path / "out", "group")
+        assert (code, error.count("\n")) == (2, 1)
+        assert error.startswith(f"Error: {folder / stem}.tsv: not a table of structures")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--participant-label", "01"), ("--session-label", "pre"), ("--report",), ("--probabilities", "--strict")],
+)
+def test_options_that_the_group_would_pass_over_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
+    code, _, error = call("bids", tmp_path, tmp_path / "out", "group", *options)
+    assert (code, error.count("\n")) == (2, 1)
+    given = ", ".join(word for word in options if word.startswith("--"))
+    assert error.startswith(f"Error: {given}: of the level participant")
 
 
 def test_a_missing_session_is_reported(data: Path) -> None:

@@ -68,6 +68,8 @@ def test_what_fits_is_shown(bundle: Path) -> None:
         (["--gpu-memory", "24"], "'24' is a number of bytes. Name the unit, as in \"24 GiB\""),
         (["--dtype", "int8"], "must be one of float32, bfloat16, float16"),
         (["--patch", "16,16"], "three numbers"),
+        (["--patch", ""], "three numbers"),
+        (["--patch", "-16,16,16"], "Error: --patch -16 x 16 x 16: must be positive"),
     ],
 )
 def test_what_cannot_be_planned_is_said(bundle: Path, options: list[str], message: str) -> None:
@@ -107,6 +109,13 @@ def test_the_time_of_a_network_of_several_channels_is_told(tmp_path: Path) -> No
     code, printed = plan("--bundle", folder, "--image", "32,32,32", "--measure")
     assert code == 0, printed
     assert re.search(r"windows of \S+ s", printed)
+
+
+def test_what_is_padded_before_the_network_is_planned() -> None:
+    """An image may be smaller than what the network divides by, such as one slab of a head."""
+    code, printed = plan("--bundle", "brain", "--image", "64,64,9")
+    assert code == 0
+    assert "a slab of the logits, 32 x 32 x 16 voxels in all" in " ".join(printed.split())
 
 
 def test_a_longer_image_takes_no_more_but_for_image_and_labels() -> None:

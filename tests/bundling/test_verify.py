@@ -164,5 +164,8 @@ def test_the_command_prints_a_table_and_tells_by_its_exit_code(tmp_path: Path) -
     code, printed, _ = call("verify-bundle", folder)
     assert code == 1
     assert "missing: LICENSE" in " ".join(printed.split())
+    with (folder / "docs" / "README.md").open("a") as file:
+        file.write("[more](gone[/mri])")
+    assert "gone[/mri]" in call("verify-bundle", folder)[1]
     code, _, error = call("verify-bundle", tmp_path)
     assert (code, error.count("\n")) == (2, 1)

@@ -283,13 +283,14 @@ def test_data_sets_of_every_kind_become_bundles(kind: str, tmp_path: Path, monke
 
 @pytest.mark.usefixtures("quick")
 def test_the_command_plans(tmp_path: Path) -> None:
-    data = make_set(tmp_path / "data", shape=(12, 12, 12), count=5)
+    data = make_set(tmp_path / "data [new]", shape=(12, 12, 12), count=5)
     bundle = tmp_path / "Größe 2"
     words = ["fit", str(data), "--output", str(bundle), "--time", "1min", "--plan-only", "--device", "cpu"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "whole image" in result.output
     assert json.loads((bundle / "docs" / "plan.json").read_text())["task"]["name"] == "Gr_e_2"
+    assert "Plan for data [new]" in result.output
     assert not (bundle / "models" / "model.pt").exists()
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0, again.output

@@ -77,6 +77,25 @@ def test_a_result_that_is_an_image_by_another_name_is_not_replaced(tmp_path: Pat
     assert image.read_bytes() == before
 
 
+def test_no_result_is_compared_with_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which took minutes for a thousand images, and hours for series of slices."""
+    cases, stat, count = [], Path.stat, 0
+    for number in range(100):
+        image, labels = tmp_path / f"{number}.nii.gz", tmp_path / f"{number}_seg.nii.gz"
+        image.touch()
+        labels.touch()
+        cases.append(files.Case(image, str(number), labels, tmp_path / "none", dict, files.write_nifti))
+
+    def counting(*arguments: Any, **options: Any) -> os.stat_result:
+        nonlocal count
+        count += 1
+        return stat(*arguments, **options)
+
+    monkeypatch.setattr(Path, "stat", counting)
+    files.check_outputs(cases, files.Settings(skip_done=True), [case.image for case in cases])
+    assert count < 20 * len(cases)
+
+
 def test_a_file_that_is_there_is_kept_unless_asked_otherwise(images: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -373,6 +392,17 @@ def test_only_a_result_of_the_same_image_and_bundle_is_left_out(images: list[Pat
     assert go_on(moved)[:2] == (0, "Left out: 1 of 1 images, whose results are there.\n")
     assert call("segment", other, "--output", out, "--no-overlay", "--overwrite", "--volumes", "csv")[0] == 0
     assert go_on(other)[0] == 0
+
+
+@pytest.mark.parametrize("option", ["--skip-done", "--overwrite"])
+def test_an_image_that_is_gone_is_no_other_image(option: str, images: list[Path], tmp_path: Path) -> None:
+    arguments = ("--output", tmp_path / "out", "--no-overlay", "--volumes", "csv")
+    assert call("segment", *images[:2], *arguments)[0] == 0
+    images[0].unlink()
+    code, printed, error = call("segment", *images, *arguments, option)
+    assert code == 2
+    assert without_warnings(error) == f"Error: {images[0]}: no such file. Check the path.\n"
+    assert str(tmp_path / "out" / "c_seg.nii.gz") in printed
 
 
 @pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
