@@ -77,9 +77,9 @@ autocast it flips the rounding of what $F$ sees, and the errors of gradients gro
 smaller than $2^8$ fit into the 24 binary digits of a float32, so sums and differences of them are exact as long as they
 stay below $2^8$. With `exact=True` the input of the network, every $F(b)$ and the output of every orthogonal layer are
 rounded to that grid. A rounded rotation is not quite undone by its transpose; the difference, a few steps of the grid,
-is kept in a byte per value [6, 7]. Rounding counts as the identity for gradients, and these are, to the last bit, those
-of plain autograd through the same network. Under autocast to 16 bits states are integers of 16 bits, multiples of
-$2^{-7}$; their gradients are of autocast's type, and three of the differences share a byte. See
+is kept, three of them in two bytes [6, 7]. Rounding counts as the identity for gradients, and these are, to the last
+bit, those of plain autograd through the same network. Under autocast to 16 bits states are integers of 16 bits,
+multiples of $2^{-7}$; their gradients are of autocast's type, and three of the differences share a byte. See
 `monai_iunet.networks.blocks.grid`.
 
 Sources: [1] Dinh, Krueger, Bengio, NICE, 2014, arXiv 1410.8516. [2] Etmann, Ke, Schönlieb, iUNets, 2020, arXiv

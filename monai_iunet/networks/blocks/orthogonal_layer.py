@@ -5,7 +5,7 @@
 Beside Q, x is all that has to be saved, and what the backward pass rebuilds.
 
 On the grid (see `grid.py`) y is rounded, and rounding Q^T y does not always give x again. The difference is a few steps
-of the grid, because Q changes no norm, and is kept in a byte per value or less. This is done in slabs of voxels, since
+of the grid, because Q changes no norm, and takes less than a byte per value. This is done in slabs of voxels, since
 what is computed on the way takes more memory than the tensors themselves.
 """
 
