@@ -53,8 +53,9 @@ $e^A$ or a product of Householder reflections takes it to an orthogonal matrix [
 matrix, whose first channel is the scaled mean of a block. No Cayley transform gives it: the eigenvalues of $A$ are $i
 t$, those of its transform $(1 - i t) / (1 + i t)$, and none of these is $-1$, which is an eigenvalue of the Haar
 matrix; it is only approached as $t \to \infty$. Therefore $K = B \, \mathrm{map}(A)$ with a fixed base $B$, Haar or
-another, and $A$ starts at 0, where each map is the identity. Gradients are those of autograd through the linear
-algebra; a derivative worked out by hand is easily wrong. See `monai_iunet.networks.layers.orthogonal`.
+another, and $A$ starts at 0, where each map is the identity. Gradients come from autograd through the linear algebra,
+but for that of the Cayley transform, which follows from the transform itself. See
+`monai_iunet.networks.layers.orthogonal`.
 
 **The reversible backward pass.** Back-propagation through a layer $y = f(x)$ needs $x$. An invertible layer computes it
 from $y$, and then no $x$ need be stored [5]. For a coupling, one evaluation of $F(b)$ gives both the rebuilt $a = c -
