@@ -87,7 +87,7 @@ class ChannelMixing(OrthogonalLayer):
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
-    """Pieces of the given sizes of `matrix` times the channels that `pieces` make up."""
+    """Return `matrix` times the channels that `pieces` make up, in pieces of the given sizes."""
     batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
     if not _are_joined(*pieces, matrix):
         matrices = matrix.to(pieces[0].dtype).expand(batch, -1, -1).split(tuple(sizes), 1)

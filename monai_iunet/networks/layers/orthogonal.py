@@ -39,7 +39,7 @@ __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
+    """Return the Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
     if is_recorded_by_autograd_alone(skew):
         return _cayley(skew)
     matrix: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def _identity_like(matrices: Tensor) -> Tensor:
 
 
 def householder(skew: Tensor) -> Tensor:
-    """Product of one reflection per column of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
+    """Multiply one reflection per column of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
     tails = skew.tril(-1)
     return -torch.linalg.householder_product(tails, 2 / (1 + tails.square().sum(-2)))
 
