@@ -61,7 +61,7 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import out_of_batches, version
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.repetition import Conditions
 from monai_iunet.engine.saved_tensors import Caught, Converted, Kind, Saved, kind_of, version_of
 from monai_iunet.engine.state import Maker, State, here, is_here, is_retained, make_known, save_with_autograd
@@ -398,7 +398,7 @@ class _Number:
 
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:
     weights = layer.weights()
-    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
+    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not needs_plain_operators(*inputs, *weights)
     if not rebuilds or any(map(_becomes_another, layer.modules())):
         return (layer.restore if inverse else layer.transform)(inputs, weights)
     return Call(layer, inverse, inputs, weights).record(inputs, weights, keep, private)

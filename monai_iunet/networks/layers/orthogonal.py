@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.networks.layers.cuda_graph import is_captured
 from monai_iunet.networks.layers.full_precision import full_precision
 
@@ -40,7 +40,7 @@ __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
 def cayley(skew: Tensor) -> Tensor:
     """Return the Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
-    if is_recorded_by_autograd_alone(skew):
+    if needs_plain_operators(skew):
         return _cayley(skew)
     matrix: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
     return matrix

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
@@ -449,7 +449,7 @@ class IUNet(ChosenActivations):
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.exact:
             return round_to_grid(x)
-        if torch.is_grad_enabled() or is_recorded_by_autograd_alone(x) or not is_view(x):
+        if torch.is_grad_enabled() or needs_plain_operators(x) or not is_view(x):
             return x
         return x.clone()  # in inference a half must not keep the whole alive, of which it is a view
 
@@ -474,7 +474,7 @@ class IUNet(ChosenActivations):
         layers = [module for module in modules if isinstance(module, InvertibleLayer)]
         return (
             all(isinstance(layer, ON_THE_GRID) for layer in layers)
-            and not is_recorded_by_autograd_alone(x, *(self.parameters() if is_in_forward_mode() else ()))
+            and not needs_plain_operators(x, *(self.parameters() if is_in_forward_mode() else ()))
             and not any(has_hooks(layer) or "forward" in vars(layer) for layer in layers)
             and not any(isinstance(compiled_part(module), InvertibleLayer) for module in modules)
         )
