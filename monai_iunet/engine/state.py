@@ -20,9 +20,20 @@ from monai_iunet.engine.pytorch_private import (
     saved_tensor_hooks,
     version,
 )
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.saved_tensors import place_of
 
-__all__ = ["Maker", "State", "Taker", "here", "is_here", "is_retained", "make_known", "save_with_autograd"]
+__all__ = [
+    "Maker",
+    "State",
+    "Taker",
+    "given_to_user",
+    "here",
+    "is_here",
+    "is_retained",
+    "make_known",
+    "save_with_autograd",
+]
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 
@@ -105,6 +116,11 @@ class State:
             )
         return call
 
+    def note_values(self) -> None:
+        """Notice from now on what is written to the tensor without a version, too."""
+        if self._held is not None:
+            self._checksum = _checksum(self._held)
+
     def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
         """Take the tensor back; if asked to, let go of the call that gave it, and so of all calls behind it."""
         self._rebuilt = here(), tensor, ours
@@ -133,22 +149,24 @@ class State:
         saver = self._saver
         if saver is not None:
             (tensor,) = saver.grad_fn.saved_tensors
-            if self._checksum is not None and self._checksum != _checksum(tensor):
-                raise self._was_modified(tensor)
+            self._check_values(tensor)
             let_go = for_good and not is_retained()
             if let_go:
                 self._saver = None
             return tensor, let_go and self._private
-        if self._held is not None and version(self._held) != self._version:
-            raise self._was_modified(self._held)
-        return None if self._held is None else (self._held, False)
+        if self._held is None:
+            return None
+        self._check_values(self._held, version(self._held))
+        return self._held, False
 
-    @staticmethod
-    def _was_modified(tensor: Tensor) -> RuntimeError:
-        return RuntimeError(
-            f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace operation "
-            "before its backward pass, which needs it as it was. Use an operation that is not in place."
-        )
+    def _check_values(self, tensor: Tensor, version_now: int | None = None) -> None:
+        """Check that the tensor is as it was, by its version, where autograd has not done so, and by its values."""
+        is_other = self._checksum is not None and self._checksum != _checksum(tensor)
+        if is_other or version_now not in (None, self._version):
+            raise RuntimeError(
+                f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace "
+                "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
+            )
 
 
 # Of each storage, the states that lie in it, by place, each with the backward pass in which it was made, if any. No
@@ -167,6 +185,14 @@ def _checksum(tensor: Tensor) -> int | None:
         return None
     whole = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole.resolve_neg()
     return int(whole.view(BITS[whole.element_size()]).sum())
+
+
+def given_to_user(tensor: Tensor) -> Tensor:
+    """Return a tensor within a chain, to which a user gets access, and may write through NumPy, as no version tells."""
+    state = None if needs_plain_operators(tensor) else State.of(tensor)
+    if state is not None:
+        state.note_values()
+    return tensor
 
 
 def save_with_autograd(*tensors: Tensor) -> Any:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -332,6 +333,16 @@ def test_an_output_that_is_written_to_without_a_version_is_noticed(
     output = network(torch.rand(1, 4, 8, 8, dtype=dtype))
     loss = output.sum()
     write(output)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation before its backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("way", [IUNet.encode, IUNet.decode_inverse])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_code_that_is_written_to_without_a_version_is_noticed(way: Callable[..., Any], level: int) -> None:
+    codes = way(IUNet(2, (4, 8, 16)), torch.rand(1, 4, 8, 8))
+    loss = sum(code.sum() for code in codes)
+    triple_by_numpy(codes[level])
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation before its backward pass"):
         loss.backward()
 

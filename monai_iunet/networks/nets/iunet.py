@@ -18,6 +18,7 @@ from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
 from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors
+from monai_iunet.engine.state import given_to_user
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
@@ -294,7 +295,7 @@ class IUNet(ChosenActivations):
         self.design.check_images(x, "x", self.channels[0])
         with self._walk(x.device) as checked:
             *skips, state = self._encode([self._pad(x)])
-            codes = *skips, *self._bottom(*state, keep=True)
+            codes = *map(given_to_user, skips), *self._bottom(*state, keep=True)
         return tuple(checked(self._leave(code, x)) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
@@ -319,7 +320,7 @@ class IUNet(ChosenActivations):
         self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
         with self._walk(y.device) as checked:
             *skips, state = self._decode_inverse(self._enter(y))
-            codes = *skips, *self._bottom_up.inverse(*state, keep=True)
+            codes = *map(given_to_user, skips), *self._bottom_up.inverse(*state, keep=True)
         return tuple(checked(self._leave(code, y)) for code in codes)
 
     def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
