@@ -38,7 +38,8 @@ What the engine does not do:
 - So it is with a `TorchDispatchMode` that is left before the backward pass. One that is entered for the backward pass
   alone, and changes results, changes those of the second evaluation, too.
 - What is written to a parameter through `.data` between the passes is not noticed, as it is not by plain autograd; nor
-  is what is so written to an output that is not on a CPU, which plain autograd does not need.
+  is what is so written to a state within a chain, or to an output that is not on a CPU, which plain autograd does not
+  need.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
