@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+import zlib
 from typing import Any, Protocol
 
 import torch
@@ -176,7 +177,7 @@ _STATES = weakref.WeakKeyDictionary()
 
 
 def _checksum(tensor: Tensor) -> int | None:
-    """Return the sum of the bits of a tensor on a CPU, where no version tells of what is written through NumPy.
+    """Return a check sum of a tensor on a CPU, where no version tells of what is written, or sorted, through NumPy.
 
     On a GPU, where a program would have to wait for it, and of what has no values, there is none.
     """
@@ -184,7 +185,13 @@ def _checksum(tensor: Tensor) -> int | None:
     if whole.device.type != "cpu" or whole.layout is not torch.strided or not has_values(whole):
         return None
     whole = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole.resolve_neg()
-    return int(whole.view(BITS[whole.element_size()]).sum())
+    bits = whole.view(BITS[whole.element_size()])
+    bits = bits.permute(sorted(range(bits.ndim), key=bits.stride, reverse=True))  # as they lie in memory
+    total = 0
+    for part in [bits] if bits.is_contiguous() else bits:  # else copies are made, one after another
+        values: Any = part.contiguous().numpy()
+        total = zlib.crc32(values, total)
+    return total
 
 
 def given_to_user(tensor: Tensor) -> Tensor:
