@@ -73,7 +73,18 @@ class Taker(Protocol):
 class State:
     """Holds a tensor that a layer made, or knows the call that can give it back."""
 
-    __slots__ = ("__weakref__", "_checksum", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
+    __slots__ = (
+        "__weakref__",
+        "_checksum",
+        "_guard",
+        "_held",
+        "_private",
+        "_rebuilt",
+        "_saver",
+        "_shape",
+        "_taker",
+        "_version",
+    )
 
     def __init__(self, tensor: Tensor, keep: bool, private: bool) -> None:
         self._taker: weakref.ref[Taker] | None = None
@@ -83,7 +94,7 @@ class State:
         is_packed = saved_tensor_hooks() is not None
         self._private = private and not is_packed
         self._checksum = _checksum(tensor) if keep and not private and not is_packed else None
-        self._version = version(tensor)
+        self._version, self._shape = version(tensor), tensor.shape
         self._rebuilt: tuple[Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
             found = weakref.ref(self), current_backward_pass()
@@ -149,7 +160,12 @@ class State:
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
         saver = self._saver
         if saver is not None:
-            (tensor,) = saver.grad_fn.saved_tensors
+            try:
+                (tensor,) = saver.grad_fn.saved_tensors
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):  # but raised by a hook of the user's
+                    raise
+                raise self._was_modified() from error
             self._check_values(tensor)
             let_go = for_good and not is_retained()
             if let_go:
@@ -164,10 +180,13 @@ class State:
         """Check that the tensor is as it was, by its version, where autograd has not done so, and by its values."""
         is_other = self._checksum is not None and self._checksum != _checksum(tensor)
         if is_other or version_now not in (None, self._version):
-            raise RuntimeError(
-                f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace "
-                "operation before its backward pass, which needs it as it was. Use an operation that is not in place."
-            )
+            raise self._was_modified()
+
+    def _was_modified(self) -> RuntimeError:
+        return RuntimeError(
+            f"A state of a reversible chain, of shape {tuple(self._shape)}, has been modified by an inplace operation "
+            "before its backward pass, which needs it as it was. Use an operation that is not in place."
+        )
 
 
 # Of each storage, the states that lie in it, by place, each with the backward pass in which it was made, if any. No
