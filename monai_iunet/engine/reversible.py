@@ -133,8 +133,8 @@ class InvertibleLayer(nn.Module):
         Args:
             inputs: the tensors of the state.
             keep: whether autograd saves the outputs, as it should at the end of a chain, so that saved-tensor hooks
-                (offloading, checkpointing) see them. Otherwise the call holds them until another invertible layer
-                takes them.
+                (offloading, checkpointing) see them, and what is written to them through NumPy is noticed. Otherwise
+                the call holds them until another invertible layer takes them.
             private: whether nobody will hold the outputs at the time of the backward pass, which may then write over
                 what autograd has saved of them.
         """
