@@ -277,6 +277,12 @@ class IUNet(ChosenActivations):
         Args:
             y: `(batch, channels[0], *spatial)`, of a size that divides by `factors`.
             spatial_size: size of the image before it was padded, if it was; the result is cropped to it.
+
+        Returns:
+            A tensor like `y`, or of the size `spatial_size`.
+
+        Raises:
+            ValueError: when the size of `y` does not divide, or is not that to which `spatial_size` is padded.
         """
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "inverse", "Pass the output of forward(x, crop=False).")
@@ -288,9 +294,14 @@ class IUNet(ChosenActivations):
         return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
-        """Return the codes of an image: the channels that skip at each level, finest first, and all of the coarsest.
+        """Return the codes of images: the channels that skip at each level, finest first, and all of the coarsest.
 
-        Sizes that do not divide are padded.
+        Args:
+            x: `(batch, channels[0], *spatial)`; padded if the size does not divide.
+
+        Returns:
+            A tensor per level, `(batch, channels[i] - channels[i + 1] / prod(strides[i]), *spatial)` at its resolution;
+            of the coarsest `(batch, channels[-1], *spatial)`.
         """
         self.design.check_images(x, "x", self.channels[0])
         with self._walk(x.device) as checked:
@@ -299,7 +310,7 @@ class IUNet(ChosenActivations):
         return tuple(checked(self._leave(code, x)) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Return the image of codes as `encode` returns them, through the decoder."""
+        """Return the images of codes as `encode` returns them, by the decoder: `(batch, channels[0], *spatial)`."""
         self.design.check_codes(codes)
         with self._walk(codes[0].device) as checked:
             *skips, deepest = map(self._enter, codes)
