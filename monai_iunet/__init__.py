@@ -53,8 +53,9 @@ $e^A$ or a product of Householder reflections takes it to an orthogonal matrix [
 matrix, whose first channel is the scaled mean of a block. No Cayley transform gives it: the eigenvalues of $A$ are $i
 t$, those of its transform $(1 - i t) / (1 + i t)$, and none of these is $-1$, which is an eigenvalue of the Haar
 matrix; it is only approached as $t \to \infty$. Therefore $K = B \, \mathrm{map}(A)$ with a fixed base $B$, Haar or
-another, and $A$ starts at 0, where each map is the identity. Gradients are those of autograd through the linear
-algebra; a derivative worked out by hand is easily wrong. See `monai_iunet.networks.layers.orthogonal`.
+another, and $A$ starts at 0, where each map is the identity. Gradients come from autograd through the linear algebra,
+but for that of the Cayley transform, which follows from the transform itself. See
+`monai_iunet.networks.layers.orthogonal`.
 
 **The reversible backward pass.** Back-propagation through a layer $y = f(x)$ needs $x$. An invertible layer computes it
 from $y$, and then no $x$ need be stored [5]. For a coupling, one evaluation of $F(b)$ gives both the rebuilt $a = c -
@@ -77,9 +78,9 @@ autocast it flips the rounding of what $F$ sees, and the errors of gradients gro
 smaller than $2^8$ fit into the 24 binary digits of a float32, so sums and differences of them are exact as long as they
 stay below $2^8$. With `exact=True` the input of the network, every $F(b)$ and the output of every orthogonal layer are
 rounded to that grid. A rounded rotation is not quite undone by its transpose; the difference, a few steps of the grid,
-is kept in a byte per value [6, 7]. Rounding counts as the identity for gradients, and these are, to the last bit, those
-of plain autograd through the same network. Under autocast to 16 bits states are integers of 16 bits, multiples of
-$2^{-7}$; their gradients are of autocast's type, and three of the differences share a byte. See
+is kept, three of them in two bytes [6, 7]. Rounding counts as the identity for gradients, and these are, to the last
+bit, those of plain autograd through the same network. Under autocast to 16 bits states are integers of 16 bits,
+multiples of $2^{-7}$; their gradients are of autocast's type, and three of the differences share a byte. See
 `monai_iunet.networks.blocks.grid`.
 
 Sources: [1] Dinh, Krueger, Bengio, NICE, 2014, arXiv 1410.8516. [2] Etmann, Ke, Schönlieb, iUNets, 2020, arXiv

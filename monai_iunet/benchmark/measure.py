@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bf16 autocast": torch.bfloat16}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast to a type; none for float32."""
+    """Return autocast to a type; none for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -53,7 +53,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Median and range of values."""
+        """Return median and range of values."""
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
 
@@ -100,7 +100,7 @@ def ratio(above: list[float], below: list[float]) -> Spread:
 
 
 def peak_of_training(net: nn.Module, step: Callable[[], object]) -> int:
-    """Peak live bytes of a training step beside the parameters and their gradients, which are there before."""
+    """Return the peak live bytes of a training step beside parameters and their gradients, which are there before."""
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
@@ -110,7 +110,7 @@ def peak_of_training(net: nn.Module, step: Callable[[], object]) -> int:
 
 
 def peak_of_inference(net: nn.Module, run: Callable[[], object]) -> int:
-    """Peak live bytes of a forward pass without gradients, beside the parameters."""
+    """Return the peak live bytes of a forward pass without gradients, beside the parameters."""
     with LiveBytes(ignore=[*net.parameters(), *net.buffers()]) as live, torch.no_grad():
         run()
     return live.peak
@@ -144,7 +144,7 @@ def allocated_on_cpu(action: Callable[[], object]) -> int:
 
 
 def peak_with_optimizer(net: nn.Module, images: Tensor, target: Tensor, dtype: torch.dtype, loss: Loss) -> int:
-    """Peak bytes of a whole step of training with AdamW, the second one: parameters, optimizer and all.
+    """Return the peak bytes of a whole step of training with AdamW, the second one: parameters, optimizer and all.
 
     On a GPU it is what PyTorch has allocated at most, elsewhere live bytes, without the target.
     """

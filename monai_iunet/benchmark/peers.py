@@ -103,7 +103,7 @@ def _checkpointing(channels: Sequence[int], couplings: int) -> nn.Module:
 
 
 def _chains(make_chain: Callable[[list[nn.Module]], nn.Module]) -> MakeNetwork:
-    """Our network, with a chain of another package in the place of the couplings of each level."""
+    """Return our network, with a chain of another package in the place of the couplings of each level."""
 
     def make(channels: Sequence[int], couplings: int) -> nn.Module:
         def make_branch(dims: int, in_channels: int, out_channels: int, *_: Any) -> nn.Module:

@@ -31,7 +31,7 @@ OWN_FOLDERS = {"inference": ("inference",)}  # what a section depends on beside 
 
 
 def header(device: torch.device, peers: dict[str, str]) -> dict[str, Any]:
-    """Machine and versions."""
+    """Return machine and versions."""
     packages = {"monai-iunet": version("monai-iunet"), "torch": torch.__version__}
     packages |= {name: version(name) for name in ("monai", "numpy")} | peers
     return {

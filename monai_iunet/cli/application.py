@@ -69,7 +69,7 @@ def _options(
 
 @contextlib.contextmanager
 def input_errors(guide: str = "index") -> Iterator[None]:
-    """Errors in a line that names the guide: the exit status is 2 for what a user handed in, 1 for a full disk."""
+    """Print errors in a line that names the guide, and exit with 2 for what a user handed in, 1 for a full disk."""
     from monai_iunet.errors import InputError
 
     try:

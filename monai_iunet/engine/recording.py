@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from monai_iunet.engine.pytorch_private import can_pack_saved_tensors, is_exporting, is_in_forward_mode
 
-__all__ = ["is_recorded_by_autograd_alone", "is_transformed"]
+__all__ = ["is_transformed", "needs_plain_operators"]
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -18,8 +18,8 @@ def is_transformed(*tensors: Tensor) -> bool:
     return is_in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def is_recorded_by_autograd_alone(*tensors: Tensor) -> bool:
-    """Return whether tensors are watched by something that knows PyTorch's own operators only.
+def needs_plain_operators(*tensors: Tensor) -> bool:
+    """Return whether what is done to tensors is watched by something that knows PyTorch's own operators only.
 
     That is `torch.func`, forward-mode differentiation, a tracer, a compiler or an exporter.
     """

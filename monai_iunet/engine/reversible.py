@@ -38,7 +38,8 @@ What the engine does not do:
 - So it is with a `TorchDispatchMode` that is left before the backward pass. One that is entered for the backward pass
   alone, and changes results, changes those of the second evaluation, too.
 - What is written to a parameter through `.data` between the passes is not noticed, as it is not by plain autograd; nor
-  is what is so written to an output that is not on a CPU, which plain autograd does not need.
+  is what is so written to a state within a chain, or to an output that is not on a CPU, which plain autograd does not
+  need.
 - A graph holds the modules that it is to evaluate again, with their hooks. A tensor that such a hook has caught is only
   free when a backward pass has gone through its graph; a hook that is not to hold one catches it detached.
 
@@ -61,7 +62,7 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import out_of_batches, version
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.repetition import Conditions
 from monai_iunet.engine.saved_tensors import Caught, Converted, Kind, Saved, kind_of, version_of
 from monai_iunet.engine.state import Maker, State, here, is_here, is_retained, make_known, save_with_autograd
@@ -132,8 +133,8 @@ class InvertibleLayer(nn.Module):
         Args:
             inputs: the tensors of the state.
             keep: whether autograd saves the outputs, as it should at the end of a chain, so that saved-tensor hooks
-                (offloading, checkpointing) see them. Otherwise the call holds them until another invertible layer
-                takes them.
+                (offloading, checkpointing) see them, and what is written to them through NumPy is noticed. Otherwise
+                the call holds them until another invertible layer takes them.
             private: whether nobody will hold the outputs at the time of the backward pass, which may then write over
                 what autograd has saved of them.
         """
@@ -398,7 +399,7 @@ class _Number:
 
 def _run(layer: InvertibleLayer, inputs: Tensors, keep: bool, inverse: bool, private: bool = False) -> Tensors:
     weights = layer.weights()
-    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not is_recorded_by_autograd_alone(*inputs, *weights)
+    rebuilds = layer.rebuilds and torch.is_grad_enabled() and not needs_plain_operators(*inputs, *weights)
     if not rebuilds or any(map(_becomes_another, layer.modules())):
         return (layer.restore if inverse else layer.transform)(inputs, weights)
     return Call(layer, inverse, inputs, weights).record(inputs, weights, keep, private)

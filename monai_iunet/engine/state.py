@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+import zlib
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,20 @@ from monai_iunet.engine.pytorch_private import (
     saved_tensor_hooks,
     version,
 )
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.saved_tensors import place_of
 
-__all__ = ["Maker", "State", "Taker", "here", "is_here", "is_retained", "make_known", "save_with_autograd"]
+__all__ = [
+    "Maker",
+    "State",
+    "Taker",
+    "given_to_user",
+    "here",
+    "is_here",
+    "is_retained",
+    "make_known",
+    "save_with_autograd",
+]
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 
@@ -61,7 +73,18 @@ class Taker(Protocol):
 class State:
     """Holds a tensor that a layer made, or knows the call that can give it back."""
 
-    __slots__ = ("__weakref__", "_checksum", "_guard", "_held", "_private", "_rebuilt", "_saver", "_taker", "_version")
+    __slots__ = (
+        "__weakref__",
+        "_checksum",
+        "_guard",
+        "_held",
+        "_private",
+        "_rebuilt",
+        "_saver",
+        "_shape",
+        "_taker",
+        "_version",
+    )
 
     def __init__(self, tensor: Tensor, keep: bool, private: bool) -> None:
         self._taker: weakref.ref[Taker] | None = None
@@ -71,7 +94,7 @@ class State:
         is_packed = saved_tensor_hooks() is not None
         self._private = private and not is_packed
         self._checksum = _checksum(tensor) if keep and not private and not is_packed else None
-        self._version = version(tensor)
+        self._version, self._shape = version(tensor), tensor.shape
         self._rebuilt: tuple[Maker, Tensor, bool] | None = None  # who made it, the value, whether its memory is ours
         if not keep:
             found = weakref.ref(self), current_backward_pass()
@@ -105,6 +128,11 @@ class State:
             )
         return call
 
+    def note_values(self) -> None:
+        """Notice from now on what is written to the tensor without a version, too."""
+        if self._held is not None:
+            self._checksum = _checksum(self._held)
+
     def give(self, tensor: Tensor, ours: bool, let_go: bool) -> None:
         """Take the tensor back; if asked to, let go of the call that gave it, and so of all calls behind it."""
         self._rebuilt = here(), tensor, ours
@@ -132,21 +160,31 @@ class State:
             return tensor, ours and (taker is None or not taker.needs(tensor.untyped_storage()))
         saver = self._saver
         if saver is not None:
-            (tensor,) = saver.grad_fn.saved_tensors
-            if self._checksum is not None and self._checksum != _checksum(tensor):
-                raise self._was_modified(tensor)
+            try:
+                (tensor,) = saver.grad_fn.saved_tensors
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):  # but raised by a hook of the user's
+                    raise
+                raise self._was_modified() from error
+            self._check_values(tensor)
             let_go = for_good and not is_retained()
             if let_go:
                 self._saver = None
             return tensor, let_go and self._private
-        if self._held is not None and version(self._held) != self._version:
-            raise self._was_modified(self._held)
-        return None if self._held is None else (self._held, False)
+        if self._held is None:
+            return None
+        self._check_values(self._held, version(self._held))
+        return self._held, False
 
-    @staticmethod
-    def _was_modified(tensor: Tensor) -> RuntimeError:
+    def _check_values(self, tensor: Tensor, version_now: int | None = None) -> None:
+        """Check that the tensor is as it was, by its version, where autograd has not done so, and by its values."""
+        is_other = self._checksum is not None and self._checksum != _checksum(tensor)
+        if is_other or version_now not in (None, self._version):
+            raise self._was_modified()
+
+    def _was_modified(self) -> RuntimeError:
         return RuntimeError(
-            f"A state of a reversible chain, of shape {tuple(tensor.shape)}, has been modified by an inplace operation "
+            f"A state of a reversible chain, of shape {tuple(self._shape)}, has been modified by an inplace operation "
             "before its backward pass, which needs it as it was. Use an operation that is not in place."
         )
 
@@ -158,7 +196,7 @@ _STATES = weakref.WeakKeyDictionary()
 
 
 def _checksum(tensor: Tensor) -> int | None:
-    """Return the sum of the bits of a tensor on a CPU, where no version tells of what is written through NumPy.
+    """Return a check sum of a tensor on a CPU, where no version tells of what is written, or sorted, through NumPy.
 
     On a GPU, where a program would have to wait for it, and of what has no values, there is none.
     """
@@ -166,7 +204,21 @@ def _checksum(tensor: Tensor) -> int | None:
     if whole.device.type != "cpu" or whole.layout is not torch.strided or not has_values(whole):
         return None
     whole = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole.resolve_neg()
-    return int(whole.view(BITS[whole.element_size()]).sum())
+    bits = whole.view(BITS[whole.element_size()])
+    bits = bits.permute(sorted(range(bits.ndim), key=bits.stride, reverse=True))  # as they lie in memory
+    total = 0
+    for part in [bits] if bits.is_contiguous() else bits:  # else copies are made, one after another
+        values: Any = part.contiguous().numpy()
+        total = zlib.crc32(values, total)
+    return total
+
+
+def given_to_user(tensor: Tensor) -> Tensor:
+    """Return a tensor within a chain, to which a user gets access, and may write through NumPy, as no version tells."""
+    state = None if needs_plain_operators(tensor) else State.of(tensor)
+    if state is not None:
+        state.note_values()
+    return tensor
 
 
 def save_with_autograd(*tensors: Tensor) -> Any:

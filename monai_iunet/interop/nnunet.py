@@ -83,7 +83,7 @@ class PlannedIUNet(SegIUNet):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits; with deep supervision a list, finest first, in evaluation too, as nnU-Net validates with it."""
+        """Return logits, with deep supervision a list, finest first, in evaluation too: nnU-Net validates with it."""
         if self.training or not self.deep_supervision:
             return super().forward(x)
         self.iunet.design.check_images(x, "x", self.stem.in_channels)

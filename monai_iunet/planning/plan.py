@@ -152,7 +152,7 @@ def plan_training(
 def step_without_optimizer(
     network: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32, loss: Loss | None = None
 ) -> int:
-    """Peak of the forward and the backward pass, parameters and gradients included; for a network in `rehearse`."""
+    """Return the peak of both passes, parameters and gradients included; for a network in `rehearse`."""
     return _count_step(network, shape, dtype, None, loss)["training_peak"]
 
 

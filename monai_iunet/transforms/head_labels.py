@@ -29,7 +29,13 @@ _PAIRED = {
     "cerebral white matter": ([2, 25, 30], [41, 57, 62]),
     "cerebellum": ([7, 8], [46, 47]),
 }
-_MIDDLE = {"brainstem": [16], "third ventricle": [14], "fourth ventricle": [15], "cerebrospinal fluid": [24, 72, 85]}
+_MIDDLE = {
+    "brainstem": [16],
+    "third ventricle": [14],
+    "fourth ventricle": [15],
+    # with the fifth ventricle and the optic chiasm, which lies in the fluid
+    "cerebrospinal fluid": [24, 72, 85],
+}
 
 # Tissues: FreeSurfer's numbers, and the intensity in a T1-weighted image, white matter being 0.8. Left and right are
 # of one tissue.

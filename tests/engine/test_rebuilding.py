@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -322,8 +323,17 @@ def change_one_value(tensor: Tensor) -> None:
     tensor.data[..., -1, -1] += 1e-3
 
 
+def sort_by_numpy(tensor: Tensor) -> None:
+    tensor.detach().numpy().ravel().sort()
+
+
+def mirror_by_numpy(tensor: Tensor) -> None:
+    values = tensor.detach().numpy()
+    values[:] = values[..., ::-1].copy()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("write", [triple_by_numpy, change_one_value])
+@pytest.mark.parametrize("write", [triple_by_numpy, change_one_value, sort_by_numpy, mirror_by_numpy])
 def test_an_output_that_is_written_to_without_a_version_is_noticed(
     write: Callable[[Tensor], None], dtype: torch.dtype
 ) -> None:
@@ -333,6 +343,33 @@ def test_an_output_that_is_written_to_without_a_version_is_noticed(
     loss = output.sum()
     write(output)
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation before its backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("way", [IUNet.encode, IUNet.decode_inverse])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_code_that_is_written_to_without_a_version_is_noticed(way: Callable[..., Any], level: int) -> None:
+    codes = way(IUNet(2, (4, 8, 16)), torch.rand(1, 4, 8, 8))
+    loss = sum(code.sum() for code in codes)
+    triple_by_numpy(codes[level])
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation before its backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("write", [triple_by_numpy, mirror_by_numpy])
+@pytest.mark.parametrize("kind", ["channels last", "with gaps", "in one row"])
+def test_it_is_noticed_in_whatever_order_values_lie(write: Callable[[Tensor], None], kind: str) -> None:
+    first, second = torch.rand(2, 2, 2, 4, 6)
+    if kind == "channels last":
+        first, second = (half.contiguous(memory_format=torch.channels_last) for half in (first, second))
+    elif kind == "with gaps":
+        first, second = torch.cat([first, second], 1).split(2, 1)
+    else:
+        first, second = torch.rand(2, 1, 2, 1, 6)
+    outputs = AdditiveCoupling(nn.Conv2d(2, 2, 1))(first, second, keep=True)
+    loss = outputs[0].sum() + outputs[1].sum()
+    write(outputs[0])
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         loss.backward()
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from monai_iunet.engine.pytorch_private import compiled_part, function_modes, has_hooks, is_in_forward_mode, version
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 from monai_iunet.engine.saved_tensors import Converted, Saved
 from monai_iunet.networks.blocks.branch import Branch
@@ -124,7 +124,7 @@ class AdditiveCoupling(InvertibleLayer):
     def _sum(self, changed: Tensor, shift: Tensor, sign: int) -> Tensor:
         if not self.exact:
             return changed + shift if sign == 1 else changed - shift
-        if not is_recorded_by_autograd_alone(changed, shift):
+        if not needs_plain_operators(changed, shift):
             return add(changed, shift, sign)
         shift = round_to_grid(shift)
         return changed + shift if sign == 1 else changed - shift
@@ -139,7 +139,7 @@ class AdditiveCoupling(InvertibleLayer):
             type(self.branch) is Branch
             and self._begins_with_convolution
             and not has_hooks(self.branch)
-            and not is_recorded_by_autograd_alone(*inputs)
+            and not needs_plain_operators(*inputs)
         ):
             with right_gradients(inputs[0]):
                 shift = self.branch(inputs)
@@ -171,7 +171,7 @@ class AdditiveCoupling(InvertibleLayer):
             return kept, [values(kept, dtype)]
         if dtype == kept.dtype:
             return kept, [kept]
-        if is_recorded_by_autograd_alone(kept):
+        if needs_plain_operators(kept):
             return kept, [kept.to(dtype)]
         kept, taken = _Cast.apply(kept, dtype)  # type: ignore[no-untyped-call]
         return kept, [taken]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import Tensors
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.orthogonal_layer import OrthogonalLayer, as_one_expression
@@ -87,7 +87,7 @@ class ChannelMixing(OrthogonalLayer):
 
 
 def _apply(matrix: Tensor, pieces: Tensors, sizes: Sequence[int]) -> Tensors:
-    """Pieces of the given sizes of `matrix` times the channels that `pieces` make up."""
+    """Return `matrix` times the channels that `pieces` make up, in pieces of the given sizes."""
     batch, shape = pieces[0].shape[0], pieces[0].shape[2:]
     if not _are_joined(*pieces, matrix):
         matrices = matrix.to(pieces[0].dtype).expand(batch, -1, -1).split(tuple(sizes), 1)
@@ -114,7 +114,7 @@ def _sum_of_products(rows: Tensor, pieces: Tensors) -> Tensor:
     result = torch.bmm(blocks[0], pieces[0].flatten(2))
     for block, piece in zip(blocks[1:], pieces[1:]):
         # Under `torch.func` a result may be one of several that its terms are not.
-        add = torch.baddbmm if is_recorded_by_autograd_alone(rows, *pieces) else Tensor.baddbmm_
+        add = torch.baddbmm if needs_plain_operators(rows, *pieces) else Tensor.baddbmm_
         result = add(result, block, piece.flatten(2))
     return result
 

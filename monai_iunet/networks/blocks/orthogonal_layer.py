@@ -5,7 +5,7 @@
 Beside Q, x is all that has to be saved, and what the backward pass rebuilds.
 
 On the grid (see `grid.py`) y is rounded, and rounding Q^T y does not always give x again. The difference is a few steps
-of the grid, because Q changes no norm, and is kept in a byte per value or less. This is done in slabs of voxels, since
+of the grid, because Q changes no norm, and takes less than a byte per value. This is done in slabs of voxels, since
 what is computed on the way takes more memory than the tensors themselves.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import frees_gradients_before_converting, is_batched
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.blocks.grid import (
@@ -137,7 +137,7 @@ class OrthogonalLayer(InvertibleLayer):
 
     def _call(self, pieces: Tensors, matrix: Tensor, inverse: bool) -> Tensors:
         integers = self.exact and is_integer(pieces[0])
-        if is_recorded_by_autograd_alone(*pieces, matrix) and not integers:
+        if needs_plain_operators(*pieces, matrix) and not integers:
             products = self.multiply(pieces, matrix, inverse)
             return tuple(map(round_to_grid, products)) if self.exact else products
         return _Product.apply(self, inverse, matrix, *pieces)  # type: ignore[no-untyped-call]
@@ -271,4 +271,4 @@ def _cut(pieces: Tensors, slab: slice) -> Tensors:
 def as_one_expression(*tensors: Tensor) -> bool:
     """Return whether what is done to tensors is recorded, so that no result may be written into one made before."""
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recorded or is_recorded_by_autograd_alone(*tensors)
+    return recorded or needs_plain_operators(*tensors)

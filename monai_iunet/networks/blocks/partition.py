@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_iunet.engine.pytorch_private import is_view
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import Call, InvertibleLayer, Tensors
 
 __all__ = ["ChannelPartition", "join_rounded"]
@@ -48,7 +48,7 @@ class ChannelPartition(InvertibleLayer):
         return self.recover(tuple(outputs), (), (), call.inverse), []
 
     def _partition(self, pieces: Tensors, before: Sequence[int], after: Sequence[int]) -> Tensors:
-        if tuple(before) == tuple(after) or is_recorded_by_autograd_alone(*pieces):
+        if tuple(before) == tuple(after) or needs_plain_operators(*pieces):
             return _cut(pieces, after)
         return _Partition.apply(before, after, *pieces)  # type: ignore[no-untyped-call]
 

@@ -161,7 +161,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
         return (high,)
 
     def _outer(self, left: Tensors, right: Callable[[slice], Tensor], whole: bool) -> Tensor:
-        """Outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`.
+        """Return outer products of the n values of each channel, summed over samples and blocks: `(channels, n, n)`.
 
         Args:
             left: at the low resolution.
@@ -197,7 +197,7 @@ class OrthogonalDownsampling(OrthogonalLayer):
         return high.permute(0, 1, *within, *across).flatten(2, 1 + axes).flatten(3)
 
     def _shuffle(self, blocks: Tensor, size: Sequence[int]) -> Tensor:
-        """Inverse of `_unshuffle`, for a low resolution of `size`."""
+        """Undo `_unshuffle`, for a low resolution of `size`."""
         axes = len(self.stride)
         high = blocks.unflatten(3, tuple(size)).unflatten(2, self.stride)
         order = [place for axis in range(axes) for place in (2 + axes + axis, 2 + axis)]
@@ -218,7 +218,7 @@ def _groups(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
 
 
 def _narrow(pieces: Tensors, start: int, stop: int) -> Tensor:
-    """Channels from `start` to `stop` of what the pieces make up; a copy only where they lie in several."""
+    """Return channels from `start` to `stop` of what the pieces make up; a copy only where they lie in several."""
     parts = []
     for piece in pieces:
         if start < piece.shape[1] and stop > 0:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from monai_iunet.engine.pytorch_private import FakeTensor, saved_tensor_hooks, version
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.networks.layers.autocast import autocast_type
 
 __all__ = ["KeptConvolutions", "apply_convolution"]
@@ -104,7 +104,7 @@ class KeptConvolutions(TorchFunctionMode):
             paddings is None
             or input.ndim != weight.ndim
             or not all(map(_is_ordinary, tensors))
-            or is_recorded_by_autograd_alone(*tensors)
+            or needs_plain_operators(*tensors)
         ):
             return function(input, weight, bias, stride, padding, dilation, groups)
         dtype = autocast_type(input.device)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_iunet.engine.pytorch_private import has_hooks
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.autocast import without_autocast
 
@@ -51,7 +51,7 @@ def can_be_joined(x: Tensor, norm: Any, act: nn.Module) -> bool:
         and not any(has_hooks(module) or "forward" in module.__dict__ for module in (norm, act))
         and x.numel() > x.shape[0] * x.shape[1]  # else the normalization has an error to raise
         and (torch.is_grad_enabled() or _parts(x) > 1)
-        and not is_recorded_by_autograd_alone(x, norm.weight, norm.bias)
+        and not needs_plain_operators(x, norm.weight, norm.bias)
     )
     return joined
 

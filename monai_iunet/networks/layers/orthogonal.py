@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_iunet.engine.pytorch_private import has_values, is_exporting
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.networks.layers.cuda_graph import is_captured
 from monai_iunet.networks.layers.full_precision import full_precision
 
@@ -39,8 +39,8 @@ __all__ = ["ORTHOGONAL_MAPS", "OrthogonalMatrix"]
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
-    if is_recorded_by_autograd_alone(skew):
+    """Return the Cayley transform of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
+    if needs_plain_operators(skew):
         return _cayley(skew)
     matrix: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
     return matrix
@@ -80,7 +80,7 @@ def _identity_like(matrices: Tensor) -> Tensor:
 
 
 def householder(skew: Tensor) -> Tensor:
-    """Product of one reflection per column of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
+    """Multiply one reflection per column of skew-symmetric matrices `(..., n, n)`; see Note [Orthogonal maps]."""
     tails = skew.tril(-1)
     return -torch.linalg.householder_product(tails, 2 / (1 + tails.square().sum(-2)))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_iunet.engine.pytorch_private import has_hooks
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.slabs import slabs
 from monai_iunet.networks.layers.autocast import autocast_type
 from monai_iunet.networks.layers.kept_convolution import apply_convolution
@@ -55,7 +55,7 @@ def _is_large(x: Tensor, layer: Any) -> bool:
         and max(x.numel(), x.numel() // layer.in_channels * layer.out_channels) > LARGE
         and _keeps_size(layer)
         and not (has_hooks(layer) or "forward" in layer.__dict__)
-        and not is_recorded_by_autograd_alone(x, *layer.parameters())
+        and not needs_plain_operators(x, *layer.parameters())
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from monai_iunet.engine.foreign_code import runs_foreign_code
 from monai_iunet.engine.pytorch_private import compiled_part, has_hooks, is_exporting, is_in_forward_mode, is_view
-from monai_iunet.engine.recording import is_recorded_by_autograd_alone
+from monai_iunet.engine.recording import needs_plain_operators
 from monai_iunet.engine.reversible import InvertibleLayer, Tensors
+from monai_iunet.engine.state import given_to_user
 from monai_iunet.networks.blocks.branch import Branch, named_branch
 from monai_iunet.networks.blocks.coupling import AdditiveCoupling, WholeCoupling
 from monai_iunet.networks.blocks.grid import check_range, enter, is_integer, round_to_grid, values
@@ -276,6 +277,12 @@ class IUNet(ChosenActivations):
         Args:
             y: `(batch, channels[0], *spatial)`, of a size that divides by `factors`.
             spatial_size: size of the image before it was padded, if it was; the result is cropped to it.
+
+        Returns:
+            A tensor like `y`, or of the size `spatial_size`.
+
+        Raises:
+            ValueError: when the size of `y` does not divide, or is not that to which `spatial_size` is padded.
         """
         self.design.check_images(y, "y", self.channels[0])
         self.design.check_divides(y.shape[2:], "inverse", "Pass the output of forward(x, crop=False).")
@@ -287,18 +294,23 @@ class IUNet(ChosenActivations):
         return x if spatial_size is None else crop(x, list(spatial_size), list(self.factors))
 
     def encode(self, x: Tensor) -> Tensors:
-        """Return the codes of an image: the channels that skip at each level, finest first, and all of the coarsest.
+        """Return the codes of images: the channels that skip at each level, finest first, and all of the coarsest.
 
-        Sizes that do not divide are padded.
+        Args:
+            x: `(batch, channels[0], *spatial)`; padded if the size does not divide.
+
+        Returns:
+            A tensor per level, `(batch, channels[i] - channels[i + 1] / prod(strides[i]), *spatial)` at its resolution;
+            of the coarsest `(batch, channels[-1], *spatial)`.
         """
         self.design.check_images(x, "x", self.channels[0])
         with self._walk(x.device) as checked:
             *skips, state = self._encode([self._pad(x)])
-            codes = *skips, *self._bottom(*state, keep=True)
+            codes = *map(given_to_user, skips), *self._bottom(*state, keep=True)
         return tuple(checked(self._leave(code, x)) for code in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Return the image of codes as `encode` returns them, through the decoder."""
+        """Return the images of codes as `encode` returns them, by the decoder: `(batch, channels[0], *spatial)`."""
         self.design.check_codes(codes)
         with self._walk(codes[0].device) as checked:
             *skips, deepest = map(self._enter, codes)
@@ -319,7 +331,7 @@ class IUNet(ChosenActivations):
         self.design.check_divides(y.shape[2:], "decode_inverse", "Pass what `decode` returned.")
         with self._walk(y.device) as checked:
             *skips, state = self._decode_inverse(self._enter(y))
-            codes = *skips, *self._bottom_up.inverse(*state, keep=True)
+            codes = *map(given_to_user, skips), *self._bottom_up.inverse(*state, keep=True)
         return tuple(checked(self._leave(code, y)) for code in codes)
 
     def _forward(self, images: list[Tensor], crop: bool, levels: bool) -> list[Tensor]:
@@ -449,7 +461,7 @@ class IUNet(ChosenActivations):
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.exact:
             return round_to_grid(x)
-        if torch.is_grad_enabled() or is_recorded_by_autograd_alone(x) or not is_view(x):
+        if torch.is_grad_enabled() or needs_plain_operators(x) or not is_view(x):
             return x
         return x.clone()  # in inference a half must not keep the whole alive, of which it is a view
 
@@ -474,7 +486,7 @@ class IUNet(ChosenActivations):
         layers = [module for module in modules if isinstance(module, InvertibleLayer)]
         return (
             all(isinstance(layer, ON_THE_GRID) for layer in layers)
-            and not is_recorded_by_autograd_alone(x, *(self.parameters() if is_in_forward_mode() else ()))
+            and not needs_plain_operators(x, *(self.parameters() if is_in_forward_mode() else ()))
             and not any(has_hooks(layer) or "forward" in vars(layer) for layer in layers)
             and not any(isinstance(compiled_part(module), InvertibleLayer) for module in modules)
         )

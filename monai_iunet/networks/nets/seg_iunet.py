@@ -124,7 +124,7 @@ class SegIUNet(ChosenActivations):
         return self.iunet.levels
 
     def set_levels(self, choice: Sequence[str]) -> None:
-        """Let each level "invert" or "store"."""
+        """Let each level "invert", keep "convolutions", or "store"."""
         self.iunet.activations = choice
 
     def couplings_of(self, level: int) -> list[nn.Module]:
