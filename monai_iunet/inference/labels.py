@@ -125,7 +125,10 @@ class LabelInferer(Inferer):
                 write_atomically(path, partial(write_probability_image, probabilities, affine))
             affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
             affine = None if affine is None else torch.as_tensor(affine)
-            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine, meta={MetaKeys.SPACE: space}))
+            meta: dict[str, Any] = {MetaKeys.SPACE: space}
+            if "filename_or_obj" in image.meta:  # by which MONAI's SaveImaged names what it writes
+                meta["filename_or_obj"] = image.meta["filename_or_obj"]
+            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine, meta=meta))
         sizes = sorted({tuple(labels.shape[1:]) for labels in results})
         if len(sizes) > 1:
             raise ValueError(f"LabelInferer: the files of a batch have {sizes} voxels. Pass images one by one.")
