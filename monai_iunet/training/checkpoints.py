@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
-from monai.handlers import from_engine
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
@@ -158,10 +157,8 @@ class Checkpoints:
     def _stop_at_nan(self, trainer: Any) -> None:
         """Stop a training that has diverged before an epoch with it is saved; one whose output has a loss."""
         output = trainer.state.output
-        if "loss" not in (output[0] if isinstance(output, list) else output):
-            return
-        loss = float(from_engine("loss", first=True)(trainer.state.output))
-        if not math.isfinite(loss):
+        output = output[0] if isinstance(output, list) else output  # as it is without `decollate`
+        if "loss" in output and not math.isfinite(loss := float(output["loss"])):
             raise self._diverged(trainer, f", iteration {trainer.state.iteration}: the loss is {loss}")
 
     def _stop_at_ruined_weights(self, trainer: Engine) -> None:

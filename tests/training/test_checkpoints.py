@@ -44,6 +44,7 @@ def training(
     interval: int = 1,
     rate: float = 0.05,
     schedule: Callable[[Any], Any] = lambda optimizer: PolynomialLR(optimizer, EPOCHS, 0.9),
+    decollate: bool = True,
     **of_loader: Any,
 ) -> tuple[SupervisedTrainer, nn.Module]:
     """A small training with all that is random: initialization, order, crops, noise and dropout."""
@@ -72,6 +73,7 @@ def training(
         optimizer=optimizer,
         loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
         train_handlers=[ValidationHandler(interval, validator), LrScheduleHandler(scheduler)],
+        decollate=decollate,
     )
     state = {"optimizer": optimizer, "scheduler": scheduler}
     checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
@@ -187,6 +189,13 @@ def test_a_schedule_that_cannot_be_changed_says_so(tmp_path: Path, caplog: pytes
     assert "goes on as it was saved" not in caplog.text
     training(tmp_path, rate=0.01, **options)
     assert "ExponentialLR: base_lrs is [0.01], was [0.05]. It goes on as it was saved" in caplog.text
+
+
+def test_a_trainer_may_leave_its_output_as_a_batch(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path, decollate=False)
+    trainer.run()
+    assert trainer.state.epoch == EPOCHS
+    assert "loss" in trainer.state.output
 
 
 def test_a_learning_rate_of_numpy_is_gone_on_with(tmp_path: Path) -> None:
