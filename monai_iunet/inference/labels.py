@@ -34,6 +34,7 @@ __all__ = ["LabelInferer", "check_postprocessing"]
 
 logger = logging.getLogger(__name__)
 
+GIVEN = ("image", "label", "reference")  # entries of a case that no network has made
 LARGEST_NUMBER = 256  # classes, whose numbers are written as uint8
 
 
@@ -245,11 +246,13 @@ def check_postprocessing(inferer: Any, postprocessing: Any) -> None:
     if not isinstance(inferer, LabelInferer):
         return
     for transform in getattr(postprocessing, "transforms", ()):
-        keys = getattr(transform, "keys", ())
-        if isinstance(transform, Invertd) and "pred" in keys:
+        # An EnsembleEvaluator gives what its networks find other names than "pred".
+        found = [key for key in getattr(transform, "keys", ()) if key not in GIVEN]
+        if isinstance(transform, Invertd) and found:
             wrong = "on the grid of the image already, and would be turned once more"
-        elif (isinstance(transform, Activationsd) and "pred" in keys) or (
-            isinstance(transform, AsDiscreted) and dict(zip(keys, transform.argmax)).get("pred")
+        elif (isinstance(transform, Activationsd) and found) or (
+            isinstance(transform, AsDiscreted)
+            and any(argmax for key, argmax in zip(transform.keys, transform.argmax) if key in found)
         ):
             wrong = "no logits, and would be changed"
         else:

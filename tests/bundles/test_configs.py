@@ -179,7 +179,12 @@ ARGMAX = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
 SIGMOID = {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}
 
 
-@pytest.mark.parametrize("more", [INVERT, ARGMAX, SIGMOID], ids=lambda more: more["_target_"])
+ENSEMBLE = {**INVERT, "keys": ["pred0", "pred1"]}  # as an EnsembleEvaluator may name them
+
+
+@pytest.mark.parametrize(
+    "more", [INVERT, ENSEMBLE, ARGMAX, SIGMOID], ids=lambda more: f"{more['_target_']} of {more['keys']}"
+)
 @pytest.mark.parametrize(("config", "section"), [("inference", ""), ("evaluate", "validate#")])
 def test_labels_are_not_made_labels_again(config: str, section: str, more: dict[str, Any]) -> None:
     """As bundles with MONAI's sliding windows do with logits; the labels would be wrong in silence."""
