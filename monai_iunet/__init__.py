@@ -26,8 +26,8 @@ importing the package is light.
   `check_unseen`.
 - Run a network by sliding windows without holding its whole output: `StreamingInferer`, `MirrorInferer`,
   `LabelInferer`; in 16 bits: `AutocastInferer`; several networks as one: `SegEnsemble`.
-- Transform images and labels: `TrainingPatchd`, `CollatePadded`, `RandMirrord`, `NoteContouredd`, `OneHotContouredd`,
-  `LabelsOnImageGridd`, `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
+- Transform images and labels: `TrainingPatchd`, `CollatePadded`, `RandMirrord`, `mirrored_pairs`, `NoteContouredd`,
+  `OneHotContouredd`, `LabelsOnImageGridd`, `LargestComponentsd`, `SaveImageLabelsd`, `is_scanned`.
 - Vary contrast, and make images from label maps: `RandIntensityCurved`, `RandSyntheticImaged`.
 - Draw images and labels: `draw_overlay`, `save_overlay`, `draw_slice`, `draw_surfaces`, `VolumeViewer`.
 - Go on with networks of other packages: `iUNet`, `load_iunets_state_dict`, `PlannedIUNet`, `add_configurations`.
@@ -150,7 +150,7 @@ if TYPE_CHECKING:
     from monai_iunet.transforms.components import LargestComponentsd
     from monai_iunet.transforms.contrast import RandIntensityCurved
     from monai_iunet.transforms.foreground import is_scanned
-    from monai_iunet.transforms.mirror import RandMirrord
+    from monai_iunet.transforms.mirror import RandMirrord, mirrored_pairs
     from monai_iunet.transforms.outputs import LabelsOnImageGridd, SaveImageLabelsd
     from monai_iunet.transforms.patches import CollatePadded, TrainingPatchd
     from monai_iunet.transforms.synthetic import RandSyntheticImaged
@@ -229,6 +229,7 @@ __all__ = [
     "list_series",
     "load_iunets_state_dict",
     "load_template",
+    "mirrored_pairs",
     "most_couplings",
     "plan_training",
     "read_image",
@@ -301,7 +302,7 @@ _NAMES = {
     "transforms.components": ("LargestComponentsd",),
     "transforms.contrast": ("RandIntensityCurved",),
     "transforms.foreground": ("is_scanned",),
-    "transforms.mirror": ("RandMirrord",),
+    "transforms.mirror": ("RandMirrord", "mirrored_pairs"),
     "transforms.outputs": ("LabelsOnImageGridd", "SaveImageLabelsd"),
     "transforms.patches": ("CollatePadded", "TrainingPatchd"),
     "transforms.synthetic": ("RandSyntheticImaged",),

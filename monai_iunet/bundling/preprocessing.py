@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from monai_iunet.bundling.sections import Config, beyond, divisor
+from monai_iunet.bundling.sections import Config, beyond, divisor, mirrored
 from monai_iunet.bundling.task import SyntheticImages, Task
 from monai_iunet.errors import InputError
 
@@ -116,7 +116,7 @@ def random_transforms(task: Task) -> Transforms:
                 "_target_": "monai_iunet.RandMirrord",
                 "keys": IMAGE_AND_LABEL,
                 "label_keys": "label",
-                "swap": [list(pair) for pair in task.mirrored],
+                "swap": mirrored(task),
             }
         )
     if task.modality == "MR":
@@ -204,12 +204,11 @@ def _synthetic_images(task: Task, synthetic: SyntheticImages) -> Config:
     }
 
 
-def largest_component(task: Task) -> Config:
+def largest_component() -> Config:
     """Return the transform that keeps the largest component of each structure, if it is asked for."""
-    every = list(range(1, task.num_classes))
     return {
         "_target_": "monai_iunet.LargestComponentsd",
         "keys": "pred",
-        "applied_labels": f"$@largest_component if isinstance(@largest_component, list) else {every}",
+        "applied_labels": "$@largest_component if isinstance(@largest_component, list) else [*range(1, @num_classes)]",
         "_disabled_": "$not @largest_component",
     }

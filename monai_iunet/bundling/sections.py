@@ -24,6 +24,7 @@ __all__ = [
     "load_checkpoint",
     "log_of_loss",
     "loss",
+    "mirrored",
     "record",
     "sliding_window",
     "split",
@@ -41,6 +42,12 @@ def given_values(task: Task) -> Config:
         {"intensity_window": list(task.window)} if task.modality == "CT" else {"intensity_percentiles": PERCENTILES}
     )
     return {"roi_size": _as_list(task.roi_size), "spacing": list(task.spacing), **intensities}
+
+
+def mirrored(task: Task) -> str:
+    """Return the expression of the pairs of classes that change places in a mirror image."""
+    pairs = [list(pair) for pair in task.mirrored or ()]
+    return f"$monai_iunet.mirrored_pairs({pairs}, @num_classes, {task.num_classes})"
 
 
 def beyond(task: Task) -> float:
@@ -177,7 +184,7 @@ def inferer(task: Task, preprocessing: str, save_probabilities: bool = False) ->
     labels: Config = {**sliding_window(task), "_target_": "monai_iunet.LabelInferer", "transform": preprocessing}
     flips: Config = {}
     if task.mirrored is not None:
-        labels["mirror"] = {"swap": [list(pair) for pair in task.mirrored], "enabled": "@test_time_flips"}
+        labels["mirror"] = {"swap": mirrored(task), "enabled": "@test_time_flips"}
         flips = {"test_time_flips": True}
     if save_probabilities:
         labels["probabilities_dir"] = "$@output_dir if @save_probabilities else None"

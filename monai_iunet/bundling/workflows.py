@@ -287,7 +287,7 @@ def evaluate_config(task: Task, distributed: bool = False) -> Config:
             "inferer": "@inferer",
             "postprocessing": {
                 "_target_": "Compose",
-                "transforms": [largest_component(task)],
+                "transforms": [largest_component()],
             },
             "handlers": [
                 load_checkpoint(),
@@ -359,7 +359,7 @@ def inference_config(task: Task, distributed: bool = False) -> Config:
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
-                largest_component(task),
+                largest_component(),
                 {
                     "_target_": "monai_iunet.SaveImageLabelsd",
                     "keys": "pred",

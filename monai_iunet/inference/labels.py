@@ -34,6 +34,7 @@ __all__ = ["LabelInferer", "check_postprocessing"]
 
 logger = logging.getLogger(__name__)
 
+GIVEN = ("image", "label", "reference")  # entries of a case that no network has made
 LARGEST_NUMBER = 256  # classes, whose numbers are written as uint8
 
 
@@ -125,7 +126,10 @@ class LabelInferer(Inferer):
                 write_atomically(path, partial(write_probability_image, probabilities, affine))
             affine = image.meta.get(MetaKeys.ORIGINAL_AFFINE)
             affine = None if affine is None else torch.as_tensor(affine)
-            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine, meta={MetaKeys.SPACE: space}))
+            meta: dict[str, Any] = {MetaKeys.SPACE: space}
+            if "filename_or_obj" in image.meta:  # by which MONAI's SaveImaged names what it writes
+                meta["filename_or_obj"] = image.meta["filename_or_obj"]
+            results.append(MetaTensor(torch.from_numpy(labels)[None], affine=affine, meta=meta))
         sizes = sorted({tuple(labels.shape[1:]) for labels in results})
         if len(sizes) > 1:
             raise ValueError(f"LabelInferer: the files of a batch have {sizes} voxels. Pass images one by one.")
@@ -242,11 +246,13 @@ def check_postprocessing(inferer: Any, postprocessing: Any) -> None:
     if not isinstance(inferer, LabelInferer):
         return
     for transform in getattr(postprocessing, "transforms", ()):
-        keys = getattr(transform, "keys", ())
-        if isinstance(transform, Invertd) and "pred" in keys:
+        # An EnsembleEvaluator gives what its networks find other names than "pred".
+        found = [key for key in getattr(transform, "keys", ()) if key not in GIVEN]
+        if isinstance(transform, Invertd) and found:
             wrong = "on the grid of the image already, and would be turned once more"
-        elif (isinstance(transform, Activationsd) and "pred" in keys) or (
-            isinstance(transform, AsDiscreted) and dict(zip(keys, transform.argmax)).get("pred")
+        elif (isinstance(transform, Activationsd) and found) or (
+            isinstance(transform, AsDiscreted)
+            and any(argmax for key, argmax in zip(transform.keys, transform.argmax) if key in found)
         ):
             wrong = "no logits, and would be changed"
         else:

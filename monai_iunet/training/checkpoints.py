@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
-from monai.handlers import from_engine
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
@@ -39,8 +38,9 @@ logger = logging.getLogger(__name__)
 FINAL = "model_final.pt"  # which a training has when it is done
 
 # Names in the file of the last state.
-TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given", TRAINED_ON)
-GIVEN = ("base_lrs", "total_iters", "power")  # of a schedule, not its progress
+TAKEN = ("epoch", "best", "scaler", "model", "record", "cases", "given", "kinds", TRAINED_ON)
+GIVEN = ("base_lrs", "total_iters", "power")  # of a schedule that can go on with others, not its progress
+STEPPED = torch.optim.Optimizer, LRScheduler
 
 
 class Checkpoints:
@@ -60,7 +60,7 @@ class Checkpoints:
         folder: where the files go; created if need be.
         model: the network whose weights `model.pt` holds.
         state: what else goes on: anything with `state_dict` and `load_state_dict`, by name. The optimizer, say. It may
-            not be named "model", "epoch", "best", "scaler", "record", "cases", "given" or "trained_on".
+            not be named "model", "epoch", "best", "scaler", "record", "cases", "given", "kinds" or "trained_on".
         seed: of the random numbers.
         resume: whether to go on from `last.pt`; a training without one begins at the beginning.
         writes: whether this process writes; one of a distributed training.
@@ -70,7 +70,8 @@ class Checkpoints:
             trained on; see `training_record`.
 
     Raises:
-        InputError: when `last.pt` is of another training, or of one that was given something else or other cases.
+        InputError: when `last.pt` is of another training, or of one that was given something else, such as another
+            kind of optimizer, or other cases.
         ValueError: when a part of `state` has a name that is taken.
 
     Example:
@@ -108,7 +109,8 @@ class Checkpoints:
         self.record = dict(record or {})
         # Digests of the images that the network is trained on, and was before this training.
         self._trained_on = set(self.record.pop(TRAINED_ON, None) or ())
-        self._given: dict[str, list[dict[str, Any]]] = {}  # options of optimizers, before a state is loaded
+        self._given: dict[str, Any] = {}  # options of optimizers and schedules, before a state is loaded
+        self._kinds: dict[str, str] = {}  # of these optimizers and schedules, and the metric
         self._best_before: tuple[Any, int] | None = None  # metric and epoch when a validation began
 
     @property
@@ -136,10 +138,15 @@ class Checkpoints:
             if self.record:
                 self._trained_on.update(image_digests(_cases(trainer)))
         self._given = {
-            name: _options(part, self.state.values())
+            name: _with_plain_numbers(_settings(part.state_dict()))
+            if isinstance(part, LRScheduler)
+            else _options(part, self.state.values())
             for name, part in self.state.items()
-            if isinstance(part, torch.optim.Optimizer)
+            if isinstance(part, STEPPED)
         }
+        self._kinds = {name: type(self.state[name]).__name__ for name in self._given}
+        if metric := getattr(validator.state, "key_metric_name", None):
+            self._kinds["key metric"] = metric  # of which the best value is saved
         if self.resume and self.last.is_file():
             self._load(trainer, validator)
         trainer.add_event_handler(Events.STARTED, self._save_last_of_all, validator)
@@ -158,10 +165,8 @@ class Checkpoints:
     def _stop_at_nan(self, trainer: Any) -> None:
         """Stop a training that has diverged before an epoch with it is saved; one whose output has a loss."""
         output = trainer.state.output
-        if "loss" not in (output[0] if isinstance(output, list) else output):
-            return
-        loss = float(from_engine("loss", first=True)(trainer.state.output))
-        if not math.isfinite(loss):
+        output = output[0] if isinstance(output, list) else output  # as it is without `decollate`
+        if "loss" in output and not math.isfinite(loss := float(output["loss"])):
             raise self._diverged(trainer, f", iteration {trainer.state.iteration}: the loss is {loss}")
 
     def _stop_at_ruined_weights(self, trainer: Engine) -> None:
@@ -195,6 +200,7 @@ class Checkpoints:
             "record": self.record,
             "cases": _image_names(trainer),
             "given": self._given,
+            "kinds": self._kinds,
             TRAINED_ON: sorted(self._trained_on),
             **{name: _with_plain_numbers(part.state_dict()) for name, part in self.state.items()},
         }
@@ -234,9 +240,15 @@ class Checkpoints:
         write_state(weights, path)
 
     def _load(self, trainer: Any, validator: Any) -> None:
-        schedules = {part: part.state_dict() for part in self.state.values() if isinstance(part, LRScheduler)}
         try:
             saved = torch.load(self.last, map_location="cpu", weights_only=True)
+            changed = [
+                f"{name} is {kind}, was {saved['kinds'][name]}"
+                for name, kind in self._kinds.items()
+                if saved.get("kinds", {}).get(name, kind) != kind
+            ]
+            if changed:
+                raise self._given_something_else(changed)
             self.model.load_state_dict(saved["model"])
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
@@ -244,16 +256,15 @@ class Checkpoints:
             record, cases = saved.get("record", {}), set(saved.get("cases", ()))
             given_before = saved.get("given", {})
             self._trained_on.update(saved.get(TRAINED_ON, ()))
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{self.last}: not a state of this training. Remove it, or start without resuming. {error}"
             ) from error
         changed = [f"{name} is {now}, was {before}" for name, before, now in differences(record, self.record)]
         if changed:
-            raise InputError(
-                f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
-                "start without resuming."
-            )
+            raise self._given_something_else(changed)
         here = set(_image_names(trainer))
         if cases and here and cases != here:
             other, change = min(cases - here or here - cases), "was" if cases - here else "was not"
@@ -275,10 +286,11 @@ class Checkpoints:
         if end := self._end_of(epoch, trainer.state.max_epochs):
             self._save_final(trainer, validator)  # it may have been killed before that
             raise InputError(f"{self.last}: this training {end} to go on, or start without resuming.")
-        for schedule, given in schedules.items():
-            _go_on_as_given(schedule, given)
-        for name, options in self._given.items():
-            _go_on_with_options(name, self.state[name], given_before.get(name, []), options)
+        for name, given in self._given.items():
+            if isinstance(self.state[name], LRScheduler):
+                _go_on_as_given(self.state[name], given_before.get(name, {}), given)
+            else:
+                _go_on_with_options(name, self.state[name], given_before.get(name, []), given)
         trainer.state.epoch = epoch
         trainer.state.iteration = epoch * trainer.state.epoch_length
         if scaler:
@@ -286,6 +298,12 @@ class Checkpoints:
             trainer.add_event_handler(Events.STARTED, lambda engine: engine.scaler.load_state_dict(scaler))
         logger.info("Going on after epoch %d of %d", epoch, trainer.state.max_epochs)
         _warn_of_another_order(trainer)
+
+    def _given_something_else(self, changed: Sequence[str]) -> InputError:
+        return InputError(
+            f"{self.last}: this training was given something else: {'; '.join(changed[:3])}. Give it the same, or "
+            "start without resuming."
+        )
 
     def _end_of(self, epoch: int, max_epochs: int) -> str | None:
         """Return how a training has ended, and what to raise for it to go on; None if it has not."""
@@ -299,18 +317,19 @@ class Checkpoints:
         return None
 
 
-def _go_on_as_given(schedule: Any, given: Mapping[str, Any]) -> None:
-    """Let a schedule that was loaded go on with the learning rate and the length that it was given before."""
-    changed = {name: given[name] for name in GIVEN if name in given and given[name] != getattr(schedule, name)}
-    if not changed:
+def _go_on_as_given(schedule: Any, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Let a schedule that was loaded go on with the learning rate and the length that it is given now, if it can."""
+    can = isinstance(schedule, (PolynomialLR, TimedDecay))
+    was = {name: getattr(schedule, name) for name in GIVEN if name in now} if can else before
+    said = "; ".join(f"{name} is {now[name]}, was {was[name]}" for name in was if now.get(name) != was[name])
+    if not said:
         return
-    said = "; ".join(f"{name} is {value}, was {getattr(schedule, name)}" for name, value in changed.items())
-    if not isinstance(schedule, (PolynomialLR, TimedDecay)):
+    if not can:
         logger.warning(
             "%s: %s. It goes on as it was saved; to change it, start without resuming.", type(schedule).__name__, said
         )
         return
-    vars(schedule).update(changed)
+    vars(schedule).update({name: now[name] for name in was})
     if isinstance(schedule, TimedDecay):
         rates = schedule.get_lr()
     else:  # whose `get_lr` goes on from the rate that was saved
@@ -319,6 +338,14 @@ def _go_on_as_given(schedule: Any, given: Mapping[str, Any]) -> None:
     for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, rates):
         group["initial_lr"], group["lr"] = base, rate
     logger.info("The learning rate goes on as it is given now: %s", said)
+
+
+def _settings(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a schedule is given, of its state before the first step, with that of schedules in it."""
+    settings = {name: part for name, part in schedule.items() if name[0] != "_" and name != "last_epoch"}
+    if inner := schedule.get("_schedulers"):
+        settings["schedules"] = [_settings(part) for part in inner]
+    return settings
 
 
 def _with_plain_numbers(state: Any) -> Any:

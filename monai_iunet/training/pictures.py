@@ -33,7 +33,7 @@ class PictureHandler:
         self._first: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose output has "image", "pred" and "label", the latter two one channel per class."""
+        """Attach to an evaluator whose output has "image", "pred" and "label", as `picture` takes them."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._keep)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
@@ -58,7 +58,7 @@ def picture(image: Tensor, prediction: Tensor, truth: Tensor) -> np.ndarray:
 
     Args:
         image: `(1, *spatial)`, 3D; a `MetaTensor` with the size of its voxels, or a tensor.
-        prediction: one channel per class `(classes, *spatial)`.
+        prediction: one channel per class, `(classes, *spatial)`, or a label map, `(1, *spatial)`.
         truth: the same.
 
     Returns:
@@ -69,8 +69,12 @@ def picture(image: Tensor, prediction: Tensor, truth: Tensor) -> np.ndarray:
 
     affine = np.asarray(getattr(image, "affine", np.eye(4)), dtype=float)
     volume = nibabel.Nifti1Image(np.asarray(image[0].float()), affine)
-    names = {label: f"class {label}" for label in range(1, len(truth))}
-    labels, reference = (np.asarray(tensor.argmax(0)).astype(np.uint8) for tensor in (prediction, truth))
+    labels, reference = (
+        np.asarray(tensor.argmax(0) if len(tensor) > 1 else tensor[0]).astype(np.uint8)
+        for tensor in (prediction, truth)
+    )
+    classes = max(len(prediction), len(truth), labels.max() + 1, reference.max() + 1)
+    names = {label: f"class {label}" for label in range(1, classes)}
     figure = Figure(figsize=(9, 3.6), dpi=80, facecolor="black")
     canvas: Any = FigureCanvasAgg(figure)
     draw_overlay(figure, volume, labels, names, reference=reference)

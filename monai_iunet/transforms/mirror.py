@@ -15,7 +15,7 @@ from monai.utils import TraceKeys, convert_to_tensor
 from monai_iunet.errors import InputError
 from monai_iunet.losses.class_numbers import check_one_channel
 
-__all__ = ["RandMirrord", "check_sides", "read_swap"]
+__all__ = ["RandMirrord", "check_sides", "mirrored_pairs", "read_swap"]
 
 
 def read_swap(swap: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -34,6 +34,25 @@ def read_swap(swap: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     if not numbers or any(len(pair) != 2 for pair in pairs) or len(set(labels)) < len(labels):
         raise InputError(f"swap {list(swap)}: must be pairs of labels, each label in one pair, such as [[3, 4]].")
     return tuple((int(first), int(second)) for first, second in pairs)
+
+
+def mirrored_pairs(pairs: list[list[int]], num_classes: int, of_classes: int) -> list[list[int]]:
+    """Return the pairs of classes that change places in the mirror, if a bundle's classes are those it was made for.
+
+    Raises:
+        InputError: when they are others, whose pairs nobody has named.
+
+    Example:
+        >>> mirrored_pairs([[3, 4]], num_classes=8, of_classes=8)
+        [[3, 4]]
+    """
+    if num_classes != of_classes:
+        raise InputError(
+            f"num_classes {num_classes}: which of them change places in a mirror image is not known, only of the "
+            f"bundle's own {of_classes}. Name the pairs as swap of RandMirrord (--train#random_transforms#1#swap) and "
+            'of the inferer (--inferer#mirror#swap), such as "[[1, 2]]", or "[]" where no class has a side.'
+        )
+    return pairs
 
 
 def check_sides(volume: Any, spatial_axis: int, name: str) -> None:

@@ -153,12 +153,38 @@ def test_every_switch_that_is_text_is_refused(task: Task, config: str) -> None:
         assert f"--{name} false: is text" in str(error.value.__cause__)
 
 
+@pytest.mark.parametrize(("config", "section"), [("train", "train#random_transforms"), ("evaluate", "inferer")])
+def test_other_classes_do_not_change_places_as_those_of_the_bundle(config: str, section: str) -> None:
+    """The labels 3 and 4 of somebody else are no parotids; they were swapped in silence."""
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / "iunet_headneck_ct_segmentation" / "configs" / f"{config}.json")
+    parser["num_classes"] = 9
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content(section)
+    assert "num_classes 9: which of them change places in a mirror image is not known" in str(error.value.__cause__)
+    parser[f"{section}#1#swap" if config == "train" else f"{section}#mirror#swap"] = [[1, 2]]
+    parser.get_parsed_content(section)
+
+
+@BY_NAME
+def test_the_largest_component_of_all_classes_is_kept(task: Task) -> None:
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / task.name / "configs" / "inference.json")
+    parser.update({"num_classes": 4, "largest_component": True, "inferer": None})
+    assert parser.get_parsed_content("postprocessing").transforms[0].applied_labels == [1, 2, 3]
+
+
 INVERT = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image"}
 ARGMAX = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
 SIGMOID = {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}
 
 
-@pytest.mark.parametrize("more", [INVERT, ARGMAX, SIGMOID], ids=lambda more: more["_target_"])
+ENSEMBLE = {**INVERT, "keys": ["pred0", "pred1"]}  # as an EnsembleEvaluator may name them
+
+
+@pytest.mark.parametrize(
+    "more", [INVERT, ENSEMBLE, ARGMAX, SIGMOID], ids=lambda more: f"{more['_target_']} of {more['keys']}"
+)
 @pytest.mark.parametrize(("config", "section"), [("inference", ""), ("evaluate", "validate#")])
 def test_labels_are_not_made_labels_again(config: str, section: str, more: dict[str, Any]) -> None:
     """As bundles with MONAI's sliding windows do with logits; the labels would be wrong in silence."""

@@ -18,6 +18,7 @@ from monai.transforms import (
     CropForegroundd,
     Invertd,
     Orientationd,
+    SaveImaged,
     ScaleIntensityRanged,
     Spacingd,
     SpatialPadd,
@@ -208,6 +209,22 @@ def test_probabilities_of_images_of_one_name_are_not_one_file(tmp_path: Path) ->
     assert (tmp_path / "case_prob.nii.gz").read_bytes() == before
     with pytest.raises(ValueError, match="whose meta data name their file"):
         infer()
+
+
+@torch.no_grad()
+def test_monai_saves_labels_under_the_names_of_their_images(tmp_path: Path) -> None:
+    """Files named 0, 1, ... would be replaced by those of the next run, or of another process."""
+    transform, network = preprocessing(), Network()
+    inferer = LabelInferer(transform, **WINDOWS)
+    for name in ("first", "second"):
+        image = scan()
+        image.meta["filename_or_obj"] = str(tmp_path / f"{name}.nii.gz")
+        labels = inferer(list_data_collate([transform({"image": image.float()})["image"]]), network)
+        SaveImaged("pred", output_dir=str(tmp_path), separate_folder=False, print_log=False)({"pred": labels[0]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first_trans.nii.gz", "second_trans.nii.gz"]
+    found = nibabel.load(tmp_path / "first_trans.nii.gz")
+    np.testing.assert_allclose(found.affine, image.meta["original_affine"])
+    np.testing.assert_array_equal(found.get_fdata(), labels[0, 0])
 
 
 @torch.no_grad()

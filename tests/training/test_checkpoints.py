@@ -15,10 +15,10 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
+from monai.handlers import LrScheduleHandler, MeanDice, MeanIoUHandler, ValidationHandler, from_engine
 from monai.transforms import AsDiscreted, Compose, RandGaussianNoised, RandSpatialCropd
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR, PolynomialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, PolynomialLR, SequentialLR, StepLR
 from torch.utils.data import ConcatDataset, Subset
 
 from monai_iunet import SegIUNet
@@ -44,6 +44,7 @@ def training(
     interval: int = 1,
     rate: float = 0.05,
     schedule: Callable[[Any], Any] = lambda optimizer: PolynomialLR(optimizer, EPOCHS, 0.9),
+    decollate: bool = True,
     **of_loader: Any,
 ) -> tuple[SupervisedTrainer, nn.Module]:
     """A small training with all that is random: initialization, order, crops, noise and dropout."""
@@ -72,6 +73,7 @@ def training(
         optimizer=optimizer,
         loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
         train_handlers=[ValidationHandler(interval, validator), LrScheduleHandler(scheduler)],
+        decollate=decollate,
     )
     state = {"optimizer": optimizer, "scheduler": scheduler}
     checkpoints = Checkpoints(folder, network, state, seed=7, resume=resume)
@@ -187,6 +189,56 @@ def test_a_schedule_that_cannot_be_changed_says_so(tmp_path: Path, caplog: pytes
     assert "goes on as it was saved" not in caplog.text
     training(tmp_path, rate=0.01, **options)
     assert "ExponentialLR: base_lrs is [0.01], was [0.05]. It goes on as it was saved" in caplog.text
+
+
+def cosine_after_warmup(optimizer: Any, epochs: int) -> SequentialLR:
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.1), CosineAnnealingLR(optimizer, epochs)], [1])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (CosineAnnealingLR, "CosineAnnealingLR: T_max is 6, was 2. It goes on as it was saved"),
+        (StepLR, "StepLR: step_size is 6, was 2."),
+        (cosine_after_warmup, "SequentialLR: schedules is "),
+    ],
+)
+def test_another_length_of_a_schedule_that_cannot_be_changed_is_said(
+    make: Any, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else its rate would rise again, as that of a cosine, or stay too low, with nothing said."""
+    training(tmp_path, max_epochs=2, schedule=lambda optimizer: make(optimizer, 2))[0].run()
+    training(tmp_path, max_epochs=6, resume=True, schedule=lambda optimizer: make(optimizer, 2))
+    assert "goes on as it was saved" not in caplog.text
+    training(tmp_path, max_epochs=6, resume=True, schedule=lambda optimizer: make(optimizer, 6))
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_training_does_not_go_on_with_another_optimizer_or_schedule(kind: Any, tmp_path: Path) -> None:
+    training(tmp_path, max_epochs=1)[0].run()
+    with pytest.raises(InputError, match="something else: scheduler is CosineAnnealingLR, was PolynomialLR"):
+        training(tmp_path, resume=True, schedule=lambda optimizer: CosineAnnealingLR(optimizer, EPOCHS))
+    trainer, network = training(tmp_path / "other")
+    checkpoints = Checkpoints(tmp_path, network, {"optimizer": kind(network.parameters(), lr=0.1)}, resume=True)
+    with pytest.raises(InputError, match=f"optimizer is {kind.__name__}, was Adam. Give it the same, or start without"):
+        checkpoints.attach(trainer, trainer)
+
+
+def test_the_best_of_one_metric_is_not_compared_with_another(tmp_path: Path) -> None:
+    training(tmp_path, max_epochs=1)[0].run()
+    trainer, network = training(tmp_path / "other")
+    metric = MeanIoUHandler(output_transform=from_engine(["pred", "label"]))
+    validator = SupervisedEvaluator("cpu", [], network, key_val_metric={"iou": metric})
+    with pytest.raises(InputError, match="something else: key metric is iou, was dice"):
+        Checkpoints(tmp_path, network, {}, resume=True).attach(trainer, validator)
+
+
+def test_a_trainer_may_leave_its_output_as_a_batch(tmp_path: Path) -> None:
+    trainer, _ = training(tmp_path, decollate=False)
+    trainer.run()
+    assert trainer.state.epoch == EPOCHS
+    assert "loss" in trainer.state.output
 
 
 def test_a_learning_rate_of_numpy_is_gone_on_with(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_contours_of_predicted_and_true_labels_are_drawn_in_their_color() -> Non
     assert colored(both, orange) == colored(without, orange)
 
 
+def test_label_maps_are_drawn_as_one_channel_per_class_is() -> None:
+    """As MONAI's metrics take them with `num_classes`; of one channel the largest is the first, the background."""
+    item = case()
+    maps = [item[key].argmax(0, keepdim=True) for key in ("pred", "label")]
+    blue = label_colors([1])[1]
+    expected = picture(item["image"], item["pred"][:2], item["label"][:2])
+    assert colored(expected, blue) > 0
+    for found in ([*maps], [item["pred"][:2], maps[1]], [maps[0], item["label"][:2]]):
+        np.testing.assert_array_equal(picture(item["image"], *found), expected)
+
+
 def test_each_validation_adds_a_picture(tmp_path: Path) -> None:
     validator = Engine(lambda engine, batch: [batch])
     PictureHandler(tmp_path).attach(validator)
