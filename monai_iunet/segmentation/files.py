@@ -370,11 +370,11 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
                 )
     images = {*batch, *(path for case in cases for path in case.files)}
     inputs = {file for path in images if path.exists() for file in files_in(path)}
-    identities = set(map(_place_of_file, inputs))
+    places = set(map(_place_of_file, inputs))
     for case in cases:
         existing = [path for path in case.outputs if path.exists()]
         for path in existing:
-            if _place_of_file(path) in identities:
+            if _place_of_file(path) in places:
                 raise InputError(f"{path}: the result of {case.image} would replace this image. Name another --output.")
             goes_on = settings.skip_done and (case.labels in existing or case.started.exists())
             if not settings.overwrite and not goes_on:
