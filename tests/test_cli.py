@@ -278,6 +278,14 @@ def test_options_that_would_be_passed_over_are_refused(options: list[str], said:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [["--mirror"], ["--share", "1/2"]])
+def test_what_the_example_would_pass_over_is_refused(options: list[str], tmp_path: Path) -> None:
+    code, _, error = call("segment", "--example", *options, "--output", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{options[0]}: of images of your own" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_installed_command_exits_with_2_and_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from monai_iunet.cli import main; main()", "segment", str(tmp_path / "no.nii.gz")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -133,6 +133,10 @@ def segment(
             {"--series": series is not None and all(path.is_file() for path in images or ())},
             "of a folder with DICOM files, and none is named. Name the folder, or leave it out.",
         )
+        check_left_out(
+            {"--mirror": example and mirror, "--share": example and share is not None},
+            "of images of your own; the example is one head, of which both sides are segmented. Leave it out.",
+        )
         part = Share.parse(share)
         place = own_device() if device == "auto" else device_of(device)
         segmenter = BundleSegmenter(

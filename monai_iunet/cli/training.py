@@ -227,7 +227,8 @@ def compare(
 
         if minutes is not None and max_epochs is None:
             check_left_out({"--networks": networks is not None}, "of a comparison by --max-epochs.")
-            chosen = [name.strip() for name in (arms or "patch,whole,growing,DynUNet,SegResNet").split(",")]
+            arms = "patch,whole,growing,DynUNet,SegResNet" if arms is None else arms
+            chosen = [name.strip() for name in arms.split(",")]
             if not set(chosen) <= set(ARMS):
                 raise InputError(f"--arms {arms}: one or several of {','.join(ARMS)} are needed.")
             of_test, of_seed = 16 if tests is None else tests, seed or 0
@@ -237,7 +238,8 @@ def compare(
         elif max_epochs is not None and minutes is None:
             of_minutes = {"--arms": arms is not None, "--tests": tests is not None, "--seed": seed is not None}
             check_left_out(of_minutes, "of a comparison by --minutes.")
-            names = [name.strip() for name in (networks or "DynUNet,SegResNet").split(",")]
+            networks = "DynUNet,SegResNet" if networks is None else networks
+            names = [name.strip() for name in networks.split(",")]
             if not set(names) <= set(NETWORKS):
                 raise InputError(f"--networks {networks}: one or several of {','.join(NETWORKS)} are needed.")
             found = compare_networks(bundle_folder(bundle), dataset_dir, output, max_epochs, networks=names)

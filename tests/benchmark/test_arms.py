@@ -273,6 +273,8 @@ def test_distances_to_what_was_not_found_are_left_out() -> None:
         (["--minutes", "1", "--networks", "DynUNet"], "--networks: of a comparison by --max-epochs"),
         (["--max-epochs", "1", "--arms", "patch", "--tests", "3"], "--arms, --tests: of a comparison by --minutes"),
         (["--max-epochs", "1", "--seed", "0"], "--seed: of a comparison by --minutes"),
+        (["--minutes", "1", "--arms", ""], "--arms : one or several of patch"),
+        (["--max-epochs", "1", "--networks", ""], "--networks : one or several of"),
     ],
 )
 def test_what_compares_nothing_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
