@@ -255,6 +255,7 @@ def test_the_state_goes_through_a_file_and_through_wrappers(tmp_path: Path) -> N
     assert copy.deepcopy(source).state_dict().keys() == source.state_dict().keys()
 
 
+@pytest.mark.long
 def test_stages_of_a_cascade_are_not_mixed_up(tmp_path: Path) -> None:
     path = tmp_path / "nnUNetPlans.json"
     made = plans()

@@ -105,10 +105,7 @@ CARRIERS: dict[str, Callable[..., np.ndarray]] = {
 
 @pytest.mark.parametrize(
     "carrier",
-    [
-        pytest.param(name, marks=() if name in ("NIfTI", "SimpleITK", "array") else pytest.mark.long)
-        for name in CARRIERS
-    ],
+    [pytest.param(name, marks=() if name in ("NIfTI", "SimpleITK") else pytest.mark.long) for name in CARRIERS],
 )
 def test_six_orientations_by_all_carriers(
     carrier: str, crop: nibabel.Nifti1Image, expected: nibabel.Nifti1Image, segmenter: BundleSegmenter, tmp_path: Path

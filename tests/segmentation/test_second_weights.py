@@ -41,6 +41,7 @@ def segmenter() -> BundleSegmenter:
     return BundleSegmenter(bundle_folder("hippocampus"), "cpu")
 
 
+@pytest.mark.long
 def test_another_contrast_is_segmented_by_the_second_weights(segmenter: BundleSegmenter, tmp_path: Path) -> None:
     first = copy_bundle(tmp_path / "first")
     metadata = first / "configs" / "metadata.json"

@@ -225,6 +225,7 @@ def test_probabilities(crop: nibabel.Nifti1Image, expected: np.ndarray, tmp_path
     assert (probabilities.argmax(-1) == expected).mean() > 0.999
 
 
+@pytest.mark.long
 def test_probabilities_of_both_sides() -> None:
     segmenter = BundleSegmenter(bundle_folder(), "cpu", probabilities=True)
     found = segmenter.segment(load_template(), region=np.eye(4))
