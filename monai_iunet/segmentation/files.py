@@ -136,7 +136,7 @@ class Case:
 
     @property
     def is_there(self) -> bool:
-        """Whether the image is; of one that is not, no result can be said to be its own."""
+        """Whether the image exists; if it does not, no result can be said to be its own."""
         return all(path.exists() for path in self.files)
 
     @property
@@ -387,7 +387,7 @@ def check_outputs(cases: Sequence[Case], settings: Settings, batch: Sequence[Pat
 
 
 def _place_of_file(path: Path) -> tuple[int, int]:
-    """Return what a file has alone, by whatever names and links it is reached."""
+    """Return device and inode of a file, the same by whatever name or link it is reached."""
     facts = path.stat()
     return facts.st_dev, facts.st_ino
 
